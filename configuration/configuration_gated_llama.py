@@ -1,0 +1,305 @@
+# Copyright 2026 The modeling-gated authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of GatedLlama: Llama with attention output gates (arXiv 2505.06708).
+
+A saved config carries this file and the model's beside it, so it imports nothing but Transformers and NumPy.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig, PreTrainedConfig
+from transformers.utils.type_validators import interval
+
+
+# What each source family leaves out of its config because its code fixes it.
+SOURCE_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"attention_bias": False, "mlp_bias": False},
+    "qwen2": {"attention_bias": True, "mlp_bias": False},
+    "qwen3": {"use_qk_norm": True, "mlp_bias": False},
+}
+
+
+@strict
+class GatedLlamaConfig(LlamaConfig):
+    r"""
+    Configuration of a [`GatedLlamaModel`]: a Llama, Mistral, Qwen2 or Qwen3 decoder whose attention blocks are gated,
+
+        Y' = Y * gate_scale * sigmoid(X W + b)
+
+    with X the attention block's input after the pre-norm and Y the attention output before `o_proj`
+    ("Gated Attention for Large Language Models", arXiv 2505.06708, Section 2.2).
+
+    Gate:
+
+    - **gate_position** (`list[str]`, defaults to `["G1"]`) -- Where the gates sit, in the paper's numbers. Allowed:
+      `["G1"]`, the attention output.
+    - **gate_granularity** (`str`, defaults to `"headwise"`) -- `"headwise"`: one gate per query head, `g_proj` has
+      `num_attention_heads` rows. `"elementwise"`: one gate per channel of each head, `num_attention_heads * head_dim`
+      rows.
+    - **gate_activation** (`str`, defaults to `"sigmoid"`) -- Allowed: `"sigmoid"`, computed in float32.
+    - **gate_bias** (`bool`, defaults to `True`) -- Whether `g_proj` has a bias b. With it gates start open: W = 0 and
+      b = logit(`gate_init`). Without it, W ~ N(0, `initializer_range`) and gates start near 0.5, the paper's setting.
+    - **gate_init** (`float`, defaults to 0.85) -- sigmoid(b) at the start; strictly between 0 and 1. b is a bfloat16
+      number, so the gate starts within 0.004 of this value. Gates that a checkpoint lacks start so too.
+    - **gate_scale** (`float`, defaults to 1.0) -- The constant factor, positive. Conversion sets 1 / sigmoid(b), with
+      which a gate that is still at its start is exactly 1.
+
+    Attention:
+
+    - **num_attention_heads** (`int`, defaults to 32) -- Query heads; a multiple of `num_key_value_heads`.
+    - **num_key_value_heads** (`int`, *optional*) -- Key and value heads; `num_attention_heads` if not given.
+    - **head_dim** (`int`, *optional*) -- Channels per head, even. If not given, `hidden_size / num_attention_heads`,
+      which must then divide.
+    - **attention_bias** (`bool`, defaults to `False`) -- Whether `q_proj`, `k_proj` and `v_proj` have biases.
+    - **attention_output_bias** (`bool`, defaults to `False`) -- Whether `o_proj` has a bias.
+    - **use_qk_norm** (`bool`, defaults to `False`) -- Whether queries and keys pass an RMSNorm over `head_dim`, as in
+      Qwen3.
+    - **sliding_window** (`int`, *optional*) -- Tokens that a sliding layer's queries see; at least 1.
+    - **layer_types** (`list[str]`, *optional*) -- `"full_attention"` or `"sliding_attention"` per layer. If not
+      given, every layer slides when `sliding_window` is set, as in Mistral, and none otherwise.
+    - **attention_dropout** (`float`, defaults to 0.0) -- Dropout of the attention probabilities in training.
+    - **rope_parameters** (`dict`, *optional*) -- RoPE in Transformers' form (`rope_type`, `rope_theta`, ...); a
+      `rope_theta` of 10000 if not given.
+    - **max_position_embeddings** (`int`, defaults to 2048) -- The longest sequence the model is meant for.
+
+    Rest of the decoder, as in [`LlamaConfig`]:
+
+    - **vocab_size** (32000), **hidden_size** (4096), **intermediate_size** (11008), **num_hidden_layers** (32): `int`,
+      at least 1.
+    - **hidden_act** (`str`, defaults to `"silu"`) -- The MLP's activation, any name in Transformers' `ACT2FN`.
+    - **mlp_bias** (`bool`, defaults to `False`) -- Whether the MLP's three projections have biases.
+    - **rms_norm_eps** (`float`, defaults to 1e-6) -- Epsilon of every RMSNorm.
+    - **initializer_range** (`float`, defaults to 0.02) -- Standard deviation of new weights, from 0 to 1.
+    - **tie_word_embeddings** (`bool`, defaults to `False`) -- Whether `lm_head` shares the input embeddings.
+    - **use_cache** (`True`), **bos_token_id** (1), **eos_token_id** (2), **pad_token_id** (`None`),
+      **pretraining_tp** (1, unused): as in `LlamaConfig`.
+
+    A value of the wrong type, or outside its range, raises an error that names the field and the value.
+
+    ```python
+    >>> from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+
+    >>> config = GatedLlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=2)
+    >>> model = GatedLlamaForCausalLM(config)
+    >>> model.model.layers[0].self_attn.g_proj.weight.shape
+    torch.Size([9, 576])
+    ```
+    """
+
+    model_type = "gated_llama"
+    base_model_tp_plan = {
+        **LlamaConfig.base_model_tp_plan,
+        "layers.*.self_attn.g_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+    }
+
+    attention_output_bias: bool = False
+    use_qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    gate_position: list[str] = field(default_factory=lambda: ["G1"])
+    gate_granularity: Literal["headwise", "elementwise"] = "headwise"
+    gate_activation: Literal["sigmoid"] = "sigmoid"
+    gate_bias: bool = True
+    gate_init: float = interval(min=0, max=1, exclude_min=True, exclude_max=True)(default=0.85)
+    gate_scale: float | int = 1.0
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self._validate_sizes()
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size={self.hidden_size} is not a multiple of "
+                    f"num_attention_heads={self.num_attention_heads}, so head_dim must be given"
+                )
+        if self.layer_types is None:
+            layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [layer_type] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_source_config(cls, config: PreTrainedConfig, **gate_options: Any) -> "GatedLlamaConfig":
+        """
+        The config of the gated model that has the architecture, and from its start the function, of `config`'s.
+
+        Args:
+            config ([`LlamaConfig`], [`MistralConfig`], [`Qwen2Config`] or [`Qwen3Config`]):
+                The ungated model's config. It is not changed.
+            gate_options:
+                Fields of the gate, such as `gate_granularity` and `gate_init`. `gate_scale` is 1 / sigmoid(b) unless
+                given here.
+
+        Raises:
+            ValueError: if `config.model_type` is of another family, or `config` overrides fields layer by layer.
+        """
+        family = config.model_type
+        if family == cls.model_type:
+            raise ValueError(f"model_type={family!r} is already gated")
+        if family not in SOURCE_FAMILIES:
+            raise ValueError(f"model_type={family!r} is not supported; supported are {', '.join(SOURCE_FAMILIES)}")
+        if config.is_heterogeneous:
+            raise ValueError("per_layer_config: models whose layers differ in shape are not supported")
+
+        fields = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+        for name in ("model_type", "architectures", "auto_map", "transformers_version"):
+            fields.pop(name, None)
+        # Qwen's two fields say which layers slide; `layer_types`, always present there, says it directly.
+        for name in ("use_sliding_window", "max_window_layers"):
+            fields.pop(name, None)
+        fields |= SOURCE_FAMILIES[family]
+        fields["attention_output_bias"] = fields["attention_bias"] and family != "qwen2"
+        if gate_options.get("gate_bias", True):
+            fields["gate_scale"] = open_gate(gate_options.get("gate_init", cls.gate_init))[1]
+        return cls(**fields | gate_options)
+
+    def _validate_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: the sizes fit together."""
+        # Not LlamaConfig's: it ties hidden_size to the heads, which an explicit head_dim sets free.
+        PreTrainedConfig.validate_architecture(self)
+        self._validate_sizes()
+        for name in ("num_key_value_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+
+    def validate_attention_layers(self):
+        """Part of `@strict`-powered validation: sliding layers have a window."""
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1")
+        for layer_type in self.layer_types:
+            if layer_type not in ("full_attention", "sliding_attention"):
+                raise ValueError(f"layer_types: {layer_type!r} is neither 'full_attention' nor 'sliding_attention'")
+        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+            raise ValueError("layer_types has 'sliding_attention', but sliding_window=None")
+
+    def validate_gate(self):
+        """Part of `@strict`-powered validation: the gate is one that the model implements."""
+        if self.gate_position != ["G1"]:
+            raise ValueError(f"gate_position={self.gate_position} is not supported; supported is ['G1']")
+        if not 0 < self.gate_scale < math.inf:
+            raise ValueError(f"gate_scale={self.gate_scale} must be positive and finite")
+        if self.gate_bias:
+            open_gate(self.gate_init)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """
+        Save `config.json` and, beside it, the two source files with which `trust_remote_code=True` loads the model
+        where this package is not installed. Arguments are those of [`PreTrainedConfig.save_pretrained`].
+        """
+        if push_to_hub:
+            # Uploads what a save into an empty folder writes; the parent's own way would miss the source files.
+            return self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        # Transformers copies the file that each entry names into a folder of its own. With all of them naming one
+        # file, there is one GatedLlamaConfig class.
+        self.auto_map = {
+            "AutoConfig": "modeling_gated_llama.GatedLlamaConfig",
+            "AutoModel": "modeling_gated_llama.GatedLlamaModel",
+            "AutoModelForCausalLM": "modeling_gated_llama.GatedLlamaForCausalLM",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+        for name, source in _source_files():
+            (Path(save_directory) / name).write_text(source, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: `save_pretrained` writes `auto_map`, and registering would change its `AutoConfig` entry."""
+
+
+def open_gate(gate_init: float) -> tuple[float, float]:
+    """
+    The bias b with which a gate starts open, and the scale s with which it then is the identity.
+
+    b is logit(gate_init) rounded to bfloat16, or the nearest neighbour for which some float32 number s gives
+    s * sigmoid(b) = 1 exactly in float32, however a device rounds exp.
+
+    Args:
+        gate_init (`float`): the opening sigmoid(b) to start from, strictly between 0 and 1.
+
+    Returns:
+        `tuple[float, float]`: b and s. b is exact in bfloat16, float16 and float32, s in float32.
+
+    Raises:
+        ValueError: if gate_init is outside (0, 1), or so close to an end that a float32 sigmoid is 0 or 1 there.
+    """
+    if not 0 < gate_init < 1:
+        raise ValueError(f"gate_init={gate_init} must be greater than 0 and smaller than 1")
+    for bias in _bfloat16_around(math.log(gate_init / (1 - gate_init))):
+        if (scale := _identity_scale(bias)) is not None:
+            return bias, scale
+    raise ValueError(f"gate_init={gate_init} is too close to {round(gate_init)}: a float32 sigmoid is flat there")
+
+
+def _bfloat16_around(x: float) -> Iterator[float]:
+    """The bfloat16 number nearest to x, then its neighbours; 0 for an x too small to be exact in float16."""
+    if abs(x) < 2**-14:
+        yield 0.0
+        return
+    bits = int(np.float32(x).view(np.uint32))
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # round half to even
+    for step in range(16):
+        for candidate in (nearest + step, nearest - step):
+            yield float(np.uint32(candidate << 16).view(np.float32))
+
+
+def _identity_scale(bias: float) -> float | None:
+    """The float32 number s for which s * 1 / (1 + e) = 1 for every e that a device may take for exp(-bias)."""
+    if abs(bias) > 80:  # float32 exp overflows at 88
+        return None
+    exact = math.exp(-bias)
+    nearest = np.float32(exact)
+    # A good exp is right to 3/4 of a unit in the last place; exp(0) = 1 is always exact.
+    tolerance = 0.0 if float(nearest) == exact else 0.75 * float(np.spacing(nearest))
+    around = (nearest, np.nextafter(nearest, np.float32(0)), np.nextafter(nearest, np.float32(np.inf)))
+    gates = [np.float32(1) / (np.float32(1) + e) for e in around if abs(float(e) - exact) <= tolerance]
+    if not 0 < gates[0] < 1:
+        return None
+    scale = np.float32(1) / gates[0]
+    for candidate in (scale, np.nextafter(scale, np.float32(0)), np.nextafter(scale, np.float32(np.inf))):
+        if all(gate * candidate == 1 for gate in gates):
+            return float(candidate)
+    return None
+
+
+def _source_files() -> Iterator[tuple[str, str]]:
+    """Name and text of the two source files of a checkpoint, with imports of each other as flat siblings."""
+    package = __name__.rpartition(".")[0]
+    for module in ("configuration_gated_llama", "modeling_gated_llama"):
+        # In the package the model lies one level up, in a checkpoint beside this file.
+        specs = (importlib.util.find_spec(f"{parent}.{module}") for parent in (package, package.rpartition(".")[0]))
+        origin = next(spec.origin for spec in specs if spec is not None and spec.origin is not None)
+        source = Path(origin).read_text(encoding="utf-8")
+        yield f"{module}.py", re.sub(r"^from \.\w+\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
+
+
+__all__ = ["GatedLlamaConfig"]

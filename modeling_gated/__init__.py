@@ -1,0 +1,26 @@
+"""
+Attention output gates (arXiv 2505.06708) for Llama-family models in Transformers.
+
+Importing this package makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know `gated_llama`.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+# In a clone, configuration/ and conversion/ lie beside this folder; installed, they lie inside it.
+if not (Path(__path__[0]) / "configuration").is_dir():
+    __path__.append(str(Path(__path__[0]).parent))
+
+# The gated-llama command needs neither torch nor the model to answer --help, so it imports what it needs itself.
+if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").stem != "gated-llama":
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .configuration import GatedLlamaConfig
+    from .modeling_gated_llama import GatedLlamaForCausalLM, GatedLlamaModel, GatedLlamaPreTrainedModel
+
+    AutoConfig.register("gated_llama", GatedLlamaConfig, exist_ok=True)
+    AutoModelForCausalLM.register(GatedLlamaConfig, GatedLlamaForCausalLM, exist_ok=True)
+
+    __all__ = ["GatedLlamaConfig", "GatedLlamaForCausalLM", "GatedLlamaModel", "GatedLlamaPreTrainedModel"]
