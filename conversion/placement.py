@@ -1,0 +1,83 @@
+"""Putting a file of the source into the result: by reflink, hard link or copy."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from .errors import ConversionError
+
+
+Place = Literal["auto", "reflink", "link", "copy"]
+
+_FICLONE = 0x40049409  # from linux/fs.h
+_CHUNK = 64 * 2**20
+
+
+def place_file(source: Path, target: Path, place: Place, advance: Callable[[int], object]) -> bool:
+    """
+    Make `target` a file with `source`'s bytes.
+
+    Args:
+        source: a regular file; links are resolved by the caller.
+        target: a path that doesn't exist yet.
+        place: `"reflink"` shares the blocks until one of the files is written to, `"link"` makes both names one
+            file, `"copy"` copies, `"auto"` reflinks where the filesystem can and else copies.
+        advance: called with the number of bytes after each part.
+
+    Returns:
+        Whether the bytes are shared with the source.
+
+    Raises:
+        ConversionError: if the filesystem cannot reflink or link here.
+    """
+    if place == "link":
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+                raise
+            raise ConversionError(
+                f"--place link: {source} cannot be hard-linked to {target}: {error.strerror}"
+            ) from None
+    elif place == "copy" or not _reflink(source, target):
+        if place == "reflink":
+            raise ConversionError(f"--place reflink: {source} cannot be reflinked to where the output lies")
+        _copy(source, target, advance)
+        return False
+    advance(target.stat().st_size)
+    return True
+
+
+def _reflink(source: Path, target: Path) -> bool:
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    with open(source, "rb") as reader, open(target, "xb") as writer:
+        try:
+            fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+            return True
+        except OSError:
+            pass
+    target.unlink()
+    return False
+
+
+def _copy(source: Path, target: Path, advance: Callable[[int], object]) -> None:
+    with open(source, "rb") as reader, open(target, "xb") as writer:
+        copied = 0
+        if sys.platform == "linux":
+            try:
+                while count := os.copy_file_range(reader.fileno(), writer.fileno(), _CHUNK):
+                    copied += count
+                    advance(count)
+            except OSError:
+                if copied:
+                    raise
+        if not copied:  # the kernel cannot copy between these two filesystems
+            while chunk := reader.read(_CHUNK):
+                writer.write(chunk)
+                advance(len(chunk))

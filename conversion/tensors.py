@@ -1,0 +1,61 @@
+"""Names, shapes and values of the tensors in a checkpoint of a `GatedLlamaConfig`."""
+
+from collections.abc import Iterator
+
+import torch
+
+from modeling_gated.configuration import GatedLlamaConfig, open_gate
+
+
+def base_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """
+    Name and shape of every tensor but the gates': what the ungated source has to hold.
+
+    A tied `lm_head.weight` is left out, as a checkpoint may or may not store it.
+    """
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (queries, hidden, config.attention_bias),
+        "self_attn.k_proj": (keys, hidden, config.attention_bias),
+        "self_attn.v_proj": (keys, hidden, config.attention_bias),
+        "self_attn.o_proj": (hidden, queries, config.attention_output_bias),
+        "mlp.gate_proj": (intermediate, hidden, config.mlp_bias),
+        "mlp.up_proj": (intermediate, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, intermediate, config.mlp_bias),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if config.use_qk_norm:
+        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+
+    yield "model.embed_tokens.weight", (config.vocab_size, hidden)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        for name, (rows, columns, bias) in linears.items():
+            yield f"{prefix}.{name}.weight", (rows, columns)
+            if bias:
+                yield f"{prefix}.{name}.bias", (rows,)
+        for name, size in norms.items():
+            yield f"{prefix}.{name}.weight", (size,)
+    yield "model.norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, hidden)
+
+
+def gate_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """
+    Name and shape of every gate tensor: per layer a weight [gates, hidden_size] and a bias [gates], where gates is
+    `num_attention_heads`, elementwise times `head_dim`.
+    """
+    gates = config.num_attention_heads * (config.head_dim if config.gate_granularity == "elementwise" else 1)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.self_attn.g_proj"
+        yield f"{prefix}.weight", (gates, config.hidden_size)
+        yield f"{prefix}.bias", (gates,)
+
+
+def open_gate_tensor(config: GatedLlamaConfig, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The value with which a gate tensor starts, open: a weight of 0, a bias of logit(`gate_init`)."""
+    bias, _ = open_gate(config.gate_init)
+    return torch.full(shape, bias if name.endswith(".bias") else 0.0, dtype=dtype)
