@@ -187,20 +187,19 @@ class GatedLlamaConfig(LlamaConfig):
         for name in ("num_key_value_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}"
-            )
+        heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if heads % key_value_heads:
+            raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}")
 
     def validate_attention_layers(self):
         """Part of `@strict`-powered validation: sliding layers have a window."""
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window={self.sliding_window} must be at least 1")
-        for layer_type in self.layer_types:
+        layer_types = self.layer_types or []
+        for layer_type in layer_types:
             if layer_type not in ("full_attention", "sliding_attention"):
                 raise ValueError(f"layer_types: {layer_type!r} is neither 'full_attention' nor 'sliding_attention'")
-        if self.sliding_window is None and "sliding_attention" in self.layer_types:
+        if self.sliding_window is None and "sliding_attention" in layer_types:
             raise ValueError("layer_types has 'sliding_attention', but sliding_window=None")
 
     def validate_gate(self):

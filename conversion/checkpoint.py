@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 
 from modeling_gated.configuration import SOURCE_FAMILIES
 
@@ -23,16 +23,17 @@ WEIGHT_SUFFIXES = {*PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file. `tensors` maps each name to its dtype, in safetensors' words, and its shape."""
+    """One safetensors file, its links resolved. `tensors` maps each name to its dtype's code and its shape."""
 
     path: Path
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     header_bytes: int
+    file_bytes: int
 
     @property
     def data_bytes(self) -> int:
         """Bytes of the tensors alone."""
-        return self.path.stat().st_size - self.header_bytes
+        return self.file_bytes - self.header_bytes
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,20 @@ class Checkpoint:
     index_metadata: dict[str, Any]
 
     def side_files(self) -> Iterator[Path]:
-        """Paths, relative to `directory`, of all files but the weights, the config and what hidden folders hold."""
+        """
+        Paths, relative to `directory`, of the files to carry over: all but weights, the config and the index, what
+        hidden folders hold, and checkpoints in folders of their own.
+        """
         for folder, subfolders, names in os.walk(self.directory):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            for name in sorted(names):
-                path = Path(folder, name)
-                is_weights = path.suffix in WEIGHT_SUFFIXES or name.endswith(SAFE_WEIGHTS_INDEX_NAME)
-                if path.is_file() and not is_weights and path != self.directory / CONFIG_NAME:
+            weights = {name for name in names if Path(name).suffix in WEIGHT_SUFFIXES}
+            is_top = Path(folder) == self.directory
+            if not is_top and weights and CONFIG_NAME in names:
+                subfolders.clear()
+                continue
+            skipped = weights | ({CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME} if is_top else set())
+            for name in sorted(set(names) - skipped):
+                if (path := Path(folder, name)).is_file():
                     yield path.relative_to(self.directory)
 
 
@@ -144,7 +152,7 @@ def _read_shard(path: Path) -> Shard:
         raise ConversionError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
         raise ConversionError(f"{path}: not a complete safetensors file: {error}") from None
-    return Shard(path, tensors, header_bytes)
+    return Shard(path, tensors, header_bytes, path.stat().st_size)
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:

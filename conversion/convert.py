@@ -5,8 +5,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,9 +17,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_gated.configuration import GatedLlamaConfig
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, Shard, open_checkpoint
 from .errors import ConversionError
 from .gguf import dequantize_gguf
+from .output import check_output, replacing
 from .placement import Place, place_file
 from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_tensor
 from .writer import FLOATING_DTYPES, write_safetensors
@@ -80,7 +79,7 @@ def convert_checkpoint(
     source, output = Path(source).resolve(), Path(output).resolve()
     if not source.exists():
         raise ConversionError(f"{source}: no such file or directory; a model on the hub has to be downloaded first")
-    _check_output(source, output, overwrite)
+    check_output(source, output, overwrite)
     is_gguf = source.suffix == ".gguf"
     if dtype is not None and not is_gguf:
         raise ConversionError(f"--dtype {dtype}: {source} is not a GGUF file, so its tensors keep their dtype")
@@ -111,17 +110,6 @@ def convert_checkpoint(
     )
 
 
-def _check_output(source: Path, output: Path, overwrite: bool) -> None:
-    if source == output or source in output.parents or output in source.parents:
-        raise ConversionError(f"{output}: the output and the source {source} must not contain each other")
-    if not output.exists():
-        return
-    if not overwrite:
-        raise ConversionError(f"{output}: already exists; --overwrite replaces it")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
-        raise ConversionError(f"{output}: neither a checkpoint nor an empty directory, so it is not overwritten")
-
-
 def _gated_config(checkpoint: Checkpoint, gate_options: dict[str, Any]) -> GatedLlamaConfig:
     """The result's config, checked against the source's tensors."""
     try:
@@ -139,84 +127,69 @@ def _gated_config(checkpoint: Checkpoint, gate_options: dict[str, Any]) -> Gated
         if name in tensors:
             raise ConversionError(f"{tensors[name][0].path}: {name} is a gate, so the checkpoint is already gated")
     config.architectures = ["GatedLlamaForCausalLM"]
-    if config.dtype is None:
-        config.dtype = _common_dtype(checkpoint)
-    if config.dtype not in FLOATING_DTYPES.values():
-        raise ConversionError(f"{checkpoint.directory / 'config.json'}: dtype={config.dtype} is not supported")
+    config.dtype = _stored_dtype(checkpoint)
     return config
 
 
-def _common_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the tensors of a checkpoint whose config names none: what Transformers would load it in."""
-    shard = checkpoint.shards[0]
-    for dtype, _ in shard.tensors.values():
-        if dtype in FLOATING_DTYPES:
-            return FLOATING_DTYPES[dtype]
-    raise ConversionError(f"{shard.path}: none of its tensors has a dtype among {', '.join(FLOATING_DTYPES)}")
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype in which Transformers loads the checkpoint: its config's, else that of its first floating tensor."""
+    stored = checkpoint.config.dtype
+    if stored is None:
+        codes = (code for code, _ in checkpoint.shards[0].tensors.values() if code in FLOATING_DTYPES)
+        stored = FLOATING_DTYPES.get(next(codes, ""))
+    if isinstance(stored, torch.dtype) and stored in FLOATING_DTYPES.values():
+        return stored
+    raise ConversionError(f"{checkpoint.directory}: dtype {stored} is not among {', '.join(FLOATING_DTYPES)}")
 
 
 def _write(
     checkpoint: Checkpoint, config: GatedLlamaConfig, output: Path, place: Place, progress: bool
 ) -> tuple[int, int]:
     """Write the result to `output`; return the bytes of weights written, and those shared with the source."""
-    gates = dict(gate_tensor_shapes(config))
-    gate_parameters = sum(map(prod, gates.values()))
-    gate_bytes = gate_parameters * config.dtype.itemsize
+    gates, dtype = dict(gate_tensor_shapes(config)), _stored_dtype(checkpoint)
     count = len(checkpoint.shards) + 1
     names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-    weight_map = {
-        tensor: name for name, shard in zip(names, checkpoint.shards, strict=False) for tensor in shard.tensors
-    }
-    weight_map |= dict.fromkeys(gates, names[-1])
-    metadata = checkpoint.index_metadata | {
-        "total_size": sum(shard.data_bytes for shard in checkpoint.shards) + gate_bytes
-    }
-    if "total_parameters" in metadata:
-        metadata["total_parameters"] += gate_parameters
+    *shard_names, gate_name = names
+    placements = dict(zip(shard_names, checkpoint.shards, strict=True))
+    written, shared = sum(map(prod, gates.values())) * dtype.itemsize, 0
 
-    written, shared = gate_bytes, 0
-    with _replacing(output) as staging:
+    with replacing(output) as staging:
         write_safetensors(
-            staging / names[-1],
-            gates,
-            config.dtype,
-            lambda name: open_gate_tensor(config, name, gates[name], config.dtype),
+            staging / gate_name, gates, dtype, lambda name: open_gate_tensor(config, name, gates[name], dtype)
         )
-        index = {"metadata": metadata, "weight_map": weight_map}
+        index = _index(placements, checkpoint.index_metadata, gate_name, gates, dtype)
         (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for name in checkpoint.side_files():
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / name, staging / name)
+        for path in checkpoint.side_files():
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.directory / path, staging / path)
         config.save_pretrained(staging)
 
-        sizes = [shard.path.stat().st_size for shard in checkpoint.shards]
-        bar = tqdm(
-            total=sum(sizes), desc="Placing shards", unit="B", unit_scale=True, disable=None if progress else True
-        )
-        with bar:
-            for shard, name, size in zip(checkpoint.shards, names, sizes, strict=False):
+        total = sum(shard.file_bytes for shard in checkpoint.shards)
+        with tqdm(total=total, desc="Placing shards", unit="B", unit_scale=True, disable=_hidden(progress)) as bar:
+            for name, shard in placements.items():
                 if place_file(shard.path, staging / name, place, bar.update):
-                    shared += size
+                    shared += shard.file_bytes
                 else:
-                    written += size
+                    written += shard.file_bytes
     return written, shared
 
 
-@contextmanager
-def _replacing(output: Path) -> Iterator[Path]:
-    """A new directory beside `output` that takes its name on success, and is removed on failure."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    staging.mkdir()
-    try:
-        yield staging
-        if output.exists():
-            replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
-            output.rename(replaced)
-            staging.rename(output)
-            shutil.rmtree(replaced)
-        else:
-            staging.rename(output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+def _index(
+    placements: dict[str, Shard],
+    metadata: dict[str, Any],
+    gate_name: str,
+    gates: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The result's index: the source's, under the shards' new names, and the gates."""
+    parameters = sum(map(prod, gates.values()))
+    data_bytes = sum(shard.data_bytes for shard in placements.values())
+    metadata = metadata | {"total_size": data_bytes + parameters * dtype.itemsize}
+    if isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += parameters
+    weight_map = {tensor: name for name, shard in placements.items() for tensor in shard.tensors}
+    return {"metadata": metadata, "weight_map": weight_map | dict.fromkeys(gates, gate_name)}
+
+
+def _hidden(progress: bool) -> bool | None:
+    return None if progress else True  # None: tqdm hides the bar where there is no terminal

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -27,7 +28,11 @@ def dequantize_gguf(source: str | os.PathLike, output: str | os.PathLike, dtype:
     with open(source, "rb") as file:
         if file.read(4) != b"GGUF":
             raise ConversionError(f"{source}: not a GGUF file")
-    where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name, "local_files_only": True}
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": source.parent,
+        "gguf_file": source.name,
+        "local_files_only": True,
+    }
     try:
         config = transformers.AutoConfig.from_pretrained(**where)
         if config.model_type not in SOURCE_FAMILIES:

