@@ -1,0 +1,155 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from hypothesis import example, given
+from hypothesis import strategies as st
+from transformers import AutoConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+
+from modeling_gated import GatedLlamaConfig
+from modeling_gated.configuration import open_gate
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gate_init": 0.0}, r"gate_init.*0\.0"),
+        ({"gate_init": 1.0}, r"gate_init.*1\.0"),
+        ({"gate_init": -0.5}, r"gate_init.*-0\.5"),
+        ({"gate_init": float("nan")}, r"gate_init.*nan"),
+        ({"gate_init": 1 - 1e-12}, r"gate_init=0\.999999999999"),
+        ({"gate_init": "0.85"}, r"gate_init.*0\.85"),
+        ({"gate_granularity": "channelwise"}, r"gate_granularity.*channelwise"),
+        ({"gate_activation": "tanh"}, r"gate_activation.*tanh"),
+        ({"gate_position": ["G2"]}, r"gate_position.*G2"),
+        ({"gate_position": ["G1", "G2"]}, r"gate_position.*G1.*G2"),
+        ({"gate_scale": 0.0}, r"gate_scale=0\.0"),
+        ({"gate_scale": float("inf")}, r"gate_scale=inf"),
+        ({"num_attention_heads": 32, "num_key_value_heads": 5}, r"num_attention_heads=32.*num_key_value_heads=5"),
+        ({"hidden_size": 100, "num_attention_heads": 3}, r"hidden_size=100.*num_attention_heads=3"),
+        ({"num_attention_heads": 0}, r"num_attention_heads=0"),
+        ({"hidden_size": -1}, r"hidden_size=-1"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers=0"),
+        ({"head_dim": 0}, r"head_dim=0"),
+        ({"head_dim": 65}, r"head_dim.*65"),
+        ({"sliding_window": 0}, r"sliding_window=0"),
+        ({"layer_types": ["sliding_attention"] * 32}, r"sliding_window=None"),
+        ({"layer_types": ["full_attention"]}, r"num_hidden_layers.*32.*1"),
+        ({"layer_types": ["conv"] * 32}, r"layer_types.*conv"),
+    ],
+)
+def test_nonsense_is_refused_by_field_and_value(fields: dict, message: str) -> None:
+    with pytest.raises((StrictDataclassError, ValueError), match=f"(?s){message}"):
+        GatedLlamaConfig(**fields)
+
+
+def test_a_value_that_becomes_nonsense_is_not_saved(tmp_path: Path) -> None:
+    config = GatedLlamaConfig(num_hidden_layers=2)
+    config.gate_scale = -1.0
+    with pytest.raises(StrictDataclassError, match=r"gate_scale=-1\.0"):
+        config.save_pretrained(tmp_path / "config")
+    assert not (tmp_path / "config" / "config.json").exists()
+
+
+def test_head_dim_frees_hidden_size() -> None:
+    assert GatedLlamaConfig(hidden_size=100, num_attention_heads=3, num_key_value_heads=1, head_dim=32).head_dim == 32
+
+
+def test_layer_types_follow_the_sliding_window() -> None:
+    assert GatedLlamaConfig(num_hidden_layers=2).layer_types == ["full_attention"] * 2
+    assert GatedLlamaConfig(num_hidden_layers=2, sliding_window=8).layer_types == ["sliding_attention"] * 2
+
+
+def test_save_and_load_keep_every_field(tmp_path: Path) -> None:
+    config = GatedLlamaConfig(
+        num_hidden_layers=2,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention"],
+        attention_bias=True,
+        attention_output_bias=True,
+        use_qk_norm=True,
+        gate_granularity="elementwise",
+        gate_init=0.7,
+        gate_scale=1.5,
+        gate_bias=False,
+    )
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, GatedLlamaConfig)
+    expected, found = config.to_dict(), loaded.to_dict()
+    assert {key: found[key] for key in expected if key != "_name_or_path"} == {
+        key: value for key, value in expected.items() if key != "_name_or_path"
+    }
+    assert "attn_output_gate" not in json.loads((tmp_path / "config.json").read_text())
+
+
+BIASES = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False), "qwen3": (False, False)}
+
+
+def test_from_source_config_keeps_what_the_source_says(source_config: PreTrainedConfig) -> None:
+    before = source_config.to_dict()
+    config = GatedLlamaConfig.from_source_config(source_config, gate_granularity="elementwise")
+    assert source_config.to_dict() == before
+
+    new = {
+        "transformers_version",
+        "model_type",
+        "layer_types",
+        "attention_bias",
+        "use_sliding_window",
+        "max_window_layers",
+    }
+    for name, value in before.items():
+        if name not in new and not name.startswith("_"):
+            assert getattr(config, name) == value, name
+    attention, output = BIASES[source_config.model_type]
+    if source_config.model_type in ("llama", "qwen3"):
+        attention = output = source_config.attention_bias
+    assert (config.attention_bias, config.attention_output_bias) == (attention, output)
+    assert config.use_qk_norm == (source_config.model_type == "qwen3")
+    sliding = [kind == "sliding_attention" for kind in config.layer_types]
+    if source_config.model_type == "mistral":
+        assert sliding == [source_config.sliding_window is not None] * 3
+    else:
+        assert sliding == [kind == "sliding_attention" for kind in getattr(source_config, "layer_types", [""] * 3)]
+    assert config.gate_granularity == "elementwise"
+    assert config.gate_scale == open_gate(0.85)[1]
+    assert config.model_type == "gated_llama"
+
+
+def test_other_families_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'gpt2' is not supported"):
+        GatedLlamaConfig.from_source_config(GPT2Config())
+    with pytest.raises(ValueError, match="already gated"):
+        GatedLlamaConfig.from_source_config(GatedLlamaConfig())
+    with pytest.raises(ValueError, match=r"gate_init=1\.5"):
+        GatedLlamaConfig.from_source_config(LlamaConfig(), gate_init=1.5)
+
+
+@given(st.floats(1e-4, 1 - 1e-4))
+@example(0.85)
+@example(0.5)
+@example(0.5 + 1e-7)
+@example(0.02)  # needs a neighbour of the nearest bias
+def test_an_open_gate_is_exactly_one(gate_init: float) -> None:
+    bias, scale = open_gate(gate_init)
+    assert abs(1 / (1 + math.exp(-bias)) - gate_init) < 0.004
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.tensor(bias, dtype=dtype).item() == bias
+    assert torch.tensor(scale, dtype=torch.float32).item() == scale
+    # One element, several, and more than a vector register holds: three code paths of torch's sigmoid.
+    for size in (1, 7, 577):
+        assert torch.all(torch.sigmoid(torch.full((size,), bias)) * scale == 1)
+
+
+def test_the_default_opening_is_the_nearest_bfloat16() -> None:
+    assert open_gate(0.85)[0] == torch.tensor(math.log(0.85 / 0.15), dtype=torch.bfloat16).item()
+
+
+@pytest.mark.parametrize("gate_init", [1e-300, 1 - 1e-12])
+def test_an_opening_without_slope_is_refused(gate_init: float) -> None:
+    with pytest.raises(ValueError, match="flat"):
+        open_gate(gate_init)
