@@ -38,4 +38,4 @@ def write_safetensors(
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name in shapes:
-            file.write(tensor(name).view(torch.uint8).numpy().data)
+            file.write(tensor(name).reshape(-1).view(torch.uint8).numpy().data)

@@ -17,7 +17,6 @@ from pydoc_data.topics import topics
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 from tqdm import tqdm
 
 
@@ -73,7 +72,13 @@ def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 40
         output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
         answers.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return Comparison(
-        source.num_parameters(), gated.num_parameters(), tokens, str(gated.dtype), largest, equal, *answers
+        source.num_parameters(),
+        gated.num_parameters(),
+        tokens,
+        str(gated.dtype).removeprefix("torch."),
+        largest,
+        equal,
+        *answers,
     )
 
 
@@ -97,16 +102,17 @@ def main() -> int:
     console.rule("summary")
     added = result.gated_parameters - result.source_parameters
     same_answer = result.source_answer == result.gated_answer
-    table = Table.grid(padding=(0, 2))
-    table.add_row("parameters added", f"{added:,} ({100 * added / result.source_parameters:.2g} %)")
-    table.add_row("bytes written", decimal(sum(path.stat().st_size for path in gated.iterdir())))
-    table.add_row("seconds", f"{seconds:.1f}, start-up and imports included")
-    table.add_row("peak memory", decimal(memory))
-    table.add_row("max |Δlogit|", f"{result.largest_difference} over {result.tokens:,} tokens, {result.dtype}")
-    table.add_row("logits equal bit for bit", "yes" if result.equal else "NO")
-    table.add_row("answers equal", "yes" if same_answer else "NO")
-    table.add_row("result", str(gated))
-    console.print(table)
+    for label, value in {
+        "parameters added": f"{added:,} ({100 * added / result.source_parameters:.2g} %)",
+        "bytes written": decimal(sum(path.stat().st_size for path in gated.iterdir())),
+        "seconds": f"{seconds:.1f}, start-up and imports included",
+        "peak memory": decimal(memory),
+        "max |Δlogit|": f"{result.largest_difference} over {result.tokens:,} tokens in {result.dtype}",
+        "bit-identical": "yes" if result.equal else "NO",
+        "same answer": "yes" if same_answer else "NO",
+        "result": gated,
+    }.items():
+        console.print(f"{label:18}{value}")
     return 0 if result.equal and same_answer else 1
 
 

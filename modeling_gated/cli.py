@@ -37,9 +37,12 @@ def main(
 def convert(
     source: Annotated[
         str,
-        typer.Argument(help="A Llama, Mistral, Qwen2 or Qwen3 checkpoint: a directory, a safetensors or GGUF file."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="A Llama, Mistral, Qwen2 or Qwen3 checkpoint: a directory, a safetensors or GGUF file.",
+        ),
     ],
-    output: Annotated[str, typer.Argument(help="The directory to make.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
     granularity: Annotated[
         Literal["headwise", "elementwise"], typer.Option(help="One gate per head, or per channel of each head.")
     ] = "headwise",
@@ -81,20 +84,19 @@ def convert(
 
 
 def _print_summary(done: "Conversion") -> None:
-    from rich.console import Console
     from rich.filesize import decimal
-    from rich.table import Table
 
     config = done.config
-    table = Table.grid(padding=(0, 2))
-    table.add_row(
-        "gates", f"{config.gate_granularity} in {config.num_hidden_layers} layers, opening {config.gate_init}"
-    )
     share = 100 * done.gate_parameters / done.base_parameters
-    table.add_row("parameters added", f"{done.gate_parameters:,} ({share:.2g} % of {done.base_parameters:,})")
-    table.add_row("weights written", decimal(done.written_bytes))
-    if done.shared_bytes:
-        table.add_row("shared with the source", decimal(done.shared_bytes))
-    table.add_row("seconds", f"{done.seconds:.1f}")
-    table.add_row("result", str(done.output))
-    Console(soft_wrap=True, highlight=False).print(table)
+    lines = {
+        "gates": f"{config.gate_granularity} in {config.num_hidden_layers} layers, opening {config.gate_init}",
+        "parameters added": f"{done.gate_parameters:,} ({share:.2g} % of {done.base_parameters:,})",
+        "weights written": decimal(done.written_bytes),
+        "weights shared": f"{decimal(done.shared_bytes)} with the source",
+        "seconds": f"{done.seconds:.1f}",
+        "result": done.output,
+    }
+    if not done.shared_bytes:
+        del lines["weights shared"]
+    for label, value in lines.items():
+        typer.echo(f"{label:18}{value}")

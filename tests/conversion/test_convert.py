@@ -1,0 +1,210 @@
+"""What conversion writes, where, and that a failed one leaves nothing."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_gated.configuration import open_gate
+from modeling_gated.conversion import ConversionError, convert, convert_checkpoint
+
+
+def files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+def test_the_result_is_the_source_with_one_shard_more(sharded: Path, tmp_path: Path) -> None:
+    done = convert_checkpoint(sharded, tmp_path / "gated")
+    source = json.loads((sharded / "model.safetensors.index.json").read_text())
+    result = json.loads((tmp_path / "gated" / "model.safetensors.index.json").read_text())
+    count = len(set(source["weight_map"].values())) + 1
+    names = [f"model-{n:05}-of-{count:05}.safetensors" for n in range(1, count + 1)]
+    assert sorted(set(result["weight_map"].values())) == names
+
+    tensors = {}
+    for name in names:
+        with safe_open(tmp_path / "gated" / name, framework="pt") as file:
+            assert file.metadata() == {"format": "pt"}
+            for tensor in file.keys():  # noqa: SIM118
+                assert result["weight_map"][tensor] == name
+                tensors[tensor] = file.get_tensor(tensor)
+    gates = {name: tensor for name, tensor in tensors.items() if "g_proj" in name}
+    assert tensors.keys() - gates.keys() == source["weight_map"].keys()
+    assert gates.keys() == {
+        f"model.layers.{n}.self_attn.g_proj.{kind}" for n in range(3) for kind in ("weight", "bias")
+    }
+    assert {name for name, file in result["weight_map"].items() if file == names[-1]} == gates.keys()
+    for name, gate in gates.items():
+        assert gate.shape == ((9,) if name.endswith("bias") else (9, 72))
+        assert torch.all(gate == (open_gate(0.85)[0] if name.endswith("bias") else 0))
+
+    assert result["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert result["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert done.base_parameters + done.gate_parameters == result["metadata"]["total_parameters"]
+    config = json.loads((tmp_path / "gated" / "config.json").read_text())
+    assert config["model_type"] == "gated_llama"
+    assert config["architectures"] == ["GatedLlamaForCausalLM"]
+    assert config["gate_scale"] == open_gate(0.85)[1]
+    assert config["dtype"] == "float32"
+
+
+def test_side_files_come_along_byte_for_byte_and_weights_of_others_do_not(llama: Path, tmp_path: Path) -> None:
+    kept = {
+        "tokenizer.json": b"\x00\xff",
+        "chat_template.jinja": b"{{ messages }}",
+        "LICENSE": b"license",
+        "notes/more.txt": b"more",
+        "1_Pooling/config.json": b"{}",
+    }
+    dropped = {
+        "pytorch_model.bin": b"",
+        "pytorch_model.bin.index.json": b"{}",
+        "consolidated.safetensors": b"",
+        "tf_model.h5": b"",
+        "original/consolidated.00.pth": b"",
+        "checkpoint-5/config.json": b"{}",
+        "checkpoint-5/model.safetensors": b"",
+        ".cache/huggingface/x.lock": b"",
+    }
+    for name, content in (kept | dropped).items():
+        (llama / name).parent.mkdir(parents=True, exist_ok=True)
+        (llama / name).write_bytes(content)
+    convert_checkpoint(llama, tmp_path / "gated")
+    written = {
+        "config.json",
+        "configuration_gated_llama.py",
+        "modeling_gated_llama.py",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    }
+    own = {"generation_config.json", "tokenizer_config.json"}
+    assert files(tmp_path / "gated") == written | own | kept.keys()
+    for name in own | kept.keys():
+        assert (tmp_path / "gated" / name).read_bytes() == (llama / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("said_by_config", [True, False])
+def test_gates_have_the_dtype_that_the_checkpoint_loads_in(
+    llama: Path, tmp_path: Path, dtype: torch.dtype, said_by_config: bool
+) -> None:
+    AutoModelForCausalLM.from_pretrained(llama, dtype=dtype).save_pretrained(llama)
+    config = json.loads((llama / "config.json").read_text())
+    if not said_by_config:
+        del config["dtype"]
+        (llama / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(llama, tmp_path / "gated")
+    with safe_open(tmp_path / "gated" / "model-00002-of-00002.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "gated").dtype == dtype
+
+
+def test_one_safetensors_file_is_a_source_too(llama: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    (llama / "model.safetensors").rename(llama / "weights.safetensors")
+    convert_checkpoint(llama / "weights.safetensors", tmp_path / "gated")
+    (llama / "weights.safetensors").rename(llama / "model.safetensors")
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (llama, tmp_path / "gated")]
+    assert torch.equal(*logits)
+
+
+def test_a_source_of_symbolic_links_gives_regular_files(llama: Path, tmp_path: Path) -> None:
+    """As in the cache of huggingface_hub: the snapshot's files link to blobs."""
+    snapshot, blobs = tmp_path / "snapshots" / "main", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(llama.iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    for place in ("copy", "link"):
+        output = tmp_path / place
+        convert_checkpoint(snapshot, output, place=place)
+        assert not any(path.is_symlink() for path in output.iterdir())
+        assert AutoModelForCausalLM.from_pretrained(output).config.model_type == "gated_llama"
+
+
+def test_places(llama: Path, tmp_path: Path) -> None:
+    source = llama / "model.safetensors"
+    shard = "model-00001-of-00002.safetensors"
+    linked = convert_checkpoint(llama, tmp_path / "linked", place="link")
+    assert os.path.samefile(source, tmp_path / "linked" / shard)
+    assert not os.path.samefile(llama / "tokenizer_config.json", tmp_path / "linked" / "tokenizer_config.json")
+    assert linked.shared_bytes == source.stat().st_size
+    for place in ("copy", "auto"):
+        done = convert_checkpoint(llama, tmp_path / place, place=place)
+        assert not os.path.samefile(source, tmp_path / place / shard)
+        assert done.written_bytes + done.shared_bytes > source.stat().st_size
+        (tmp_path / place / shard).write_bytes(b"")  # the source doesn't feel it
+    assert source.stat().st_size > 0
+    try:
+        convert_checkpoint(llama, tmp_path / "reflinked", place="reflink")
+    except ConversionError as error:
+        assert "--place reflink" in str(error)
+        assert not (tmp_path / "reflinked").exists()
+    else:
+        assert (tmp_path / "reflinked" / shard).read_bytes() == source.read_bytes()
+
+
+def test_an_existing_output_is_replaced_only_when_asked(llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "gated"
+    convert_checkpoint(llama, output)
+    before = (output / "config.json").read_bytes()
+    (output / "old").touch()
+    with pytest.raises(ConversionError, match="already exists"):
+        convert_checkpoint(llama, output, granularity="elementwise")
+    assert (output / "old").exists()
+    assert (output / "config.json").read_bytes() == before
+    convert_checkpoint(llama, output, granularity="elementwise", overwrite=True)
+    assert not (output / "old").exists()
+    assert json.loads((output / "config.json").read_text())["gate_granularity"] == "elementwise"
+
+
+@pytest.mark.parametrize("what", ["file", "other directory", "source", "source's parent", "inside the source"])
+def test_what_is_not_a_checkpoint_is_not_overwritten(llama: Path, tmp_path: Path, what: str) -> None:
+    output = tmp_path / "output"
+    if what == "file":
+        output.touch()
+    elif what == "other directory":
+        output.mkdir()
+        (output / "thesis.tex").touch()
+    else:
+        output = {"source": llama, "source's parent": tmp_path, "inside the source": llama / "gated"}[what]
+    before = files(tmp_path)
+    with pytest.raises(ConversionError, match=str(output)):
+        convert_checkpoint(llama, output, overwrite=True)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing_and_what_was_there(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    output = tmp_path / "gated"
+    convert_checkpoint(llama, output)
+    before = files(tmp_path)
+
+    def fail(*_: object) -> bool:
+        raise error
+
+    monkeypatch.setattr(convert, "place_file", fail)
+    expected = ConversionError if isinstance(error, OSError) else KeyboardInterrupt
+    for target in (tmp_path / "new", output):
+        with pytest.raises(expected):
+            convert_checkpoint(llama, target, overwrite=True)
+    assert files(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "gated"}
+
+
+def test_the_tokenizer_loads_from_the_result_without_a_question(llama: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(llama)
+    convert_checkpoint(llama, tmp_path / "gated")
+    assert AutoTokenizer.from_pretrained(tmp_path / "gated")("a")["input_ids"] == [0]

@@ -1,0 +1,197 @@
+"""The gated-llama command: fast help, one clear line for what a user can mend, nothing left behind."""
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from modeling_gated.cli import app
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    command = Path(sys.executable).with_name("gated-llama")
+    for arguments in (["--help"], ["convert", "--help"], ["--version"]):
+        # Runs the installed script, which is Python, and looks at what it imported.
+        code = (
+            f"import runpy, sys; sys.argv = [{str(command)!r}, *{arguments!r}]\n"
+            f"try: runpy.run_path({str(command)!r}, run_name='__main__')\n"
+            "except SystemExit as end: assert not end.code, end.code\n"
+            "heavy = {'torch', 'transformers', 'numpy', 'safetensors'} & sys.modules.keys()\n"
+            "assert not heavy, heavy"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "gated" in result.stdout
+
+
+def test_the_command_converts(llama: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    """In a process of its own, where the package has not registered anything yet."""
+    command = [Path(sys.executable).with_name("gated-llama"), "convert", llama, tmp_path / "gated"]
+    result = subprocess.run(
+        [*command, "--granularity", "elementwise", "--gate-init", "0.9"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    gated = AutoModelForCausalLM.from_pretrained(tmp_path / "gated")
+    added = gated.num_parameters() - AutoModelForCausalLM.from_pretrained(llama).num_parameters()
+    assert f"{added:,}" in result.stdout
+    assert str(tmp_path / "gated") in result.stdout
+    assert gated.config.gate_granularity == "elementwise"
+    assert gated.config.gate_init == 0.9
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert again.stderr == f"error: {tmp_path / 'gated'}: already exists; --overwrite replaces it\n"
+
+
+def edit_json(path: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def weight_map(path: Path, change: Callable[[dict], object]) -> None:
+    edit_json(path / "model.safetensors.index.json", lambda index: change(index["weight_map"]))
+
+
+def config(path: Path, **fields: object) -> None:
+    edit_json(path / "config.json", lambda config: config.update(fields))
+
+
+def first_shard(path: Path) -> Path:
+    return min(path.glob("*.safetensors"))
+
+
+def truncate(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+
+
+def pickles_only(path: Path) -> None:
+    for shard in path.glob("model*.safetensors*"):
+        shard.unlink()
+    (path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+
+
+def oversized_header(path: Path) -> None:
+    first_shard(path).write_bytes(struct.pack("<Q", 2**62) + b"{}")
+
+
+def duplicate(path: Path) -> None:
+    last = max(path.glob("*.safetensors"))
+    tensors = load_file(last) | {EMBEDDINGS: load_file(first_shard(path))[EMBEDDINGS]}
+    save_file(tensors, last, metadata={"format": "pt"})
+
+
+EMBEDDINGS = "model.embed_tokens.weight"
+BAD_SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "pickle only": (pickles_only, ["pytorch_model.bin", "safetensors", "save_pretrained"]),
+    "no weights": (lambda path: [shard.unlink() for shard in path.glob("model*")], ["model.safetensors"]),
+    "no config": (lambda path: (path / "config.json").unlink(), ["config.json", "no such file"]),
+    "config not JSON": (lambda path: (path / "config.json").write_text("{"), ["config.json", "not valid JSON"]),
+    "config too deep": (lambda path: (path / "config.json").write_text("[" * 10**5), ["config.json", "not valid JSON"]),
+    "config a list": (lambda path: (path / "config.json").write_text("[]"), ["config.json", "not a JSON object"]),
+    "unsupported": (lambda path: config(path, model_type="gpt2"), ["config.json", "'gpt2'", "qwen3"]),
+    "no model_type": (lambda path: edit_json(path / "config.json", lambda c: c.pop("model_type")), ["None"]),
+    "already gated": (lambda path: config(path, model_type="gated_llama"), ["config.json", "already gated"]),
+    "ministral": (
+        lambda path: config(path, model_type="mistral", layer_types=["full_attention"] * 3),
+        ["config.json", "'ministral'"],
+    ),
+    "quantized": (lambda path: config(path, quantization_config={"quant_method": "gptq"}), ["quantization_config"]),
+    "adapter": (lambda path: (path / "adapter_config.json").write_text("{}"), ["adapter_config.json"]),
+    "wrong type": (lambda path: config(path, hidden_size="72"), ["config.json", "hidden_size", "'72'"]),
+    "heads don't divide": (lambda path: config(path, num_key_value_heads=4), ["config.json", "num_key_value_heads=4"]),
+    "wrong shape": (lambda path: config(path, vocab_size=97), [EMBEDDINGS, "[96, 72]", "[97, 72]"]),
+    "layers missing": (lambda path: config(path, num_hidden_layers=4), ["model.layers.3."]),
+    "truncated shard": (lambda path: truncate(first_shard(path)), ["model-00001-of-", "not a complete safetensors"]),
+    "empty shard": (lambda path: first_shard(path).write_bytes(b""), ["model-00001-of-", "not a complete safetensors"]),
+    "oversized header": (oversized_header, ["model-00001-of-", "not a complete safetensors"]),
+    "missing shard": (lambda path: first_shard(path).unlink(), ["model-00001-of-", "no such file"]),
+    "index not JSON": (lambda path: (path / "model.safetensors.index.json").write_text("x"), ["index.json"]),
+    "index without map": (lambda path: weight_map(path, dict.clear), ["index.json", "weight_map"]),
+    "index names a missing file": (
+        lambda path: weight_map(path, lambda found: found.update({EMBEDDINGS: "model-00099.safetensors"})),
+        ["model-00099.safetensors", "no such file"],
+    ),
+    "index names a parent": (
+        lambda path: weight_map(path, lambda found: found.update({EMBEDDINGS: "../secret.safetensors"})),
+        ["index.json", EMBEDDINGS, "'../secret.safetensors'"],
+    ),
+    "index names an absolute path": (
+        lambda path: weight_map(path, lambda found: found.update({EMBEDDINGS: "/etc/model.safetensors"})),
+        ["index.json", EMBEDDINGS, "'/etc/model.safetensors'"],
+    ),
+    "index names a number": (
+        lambda path: weight_map(path, lambda found: found.update({EMBEDDINGS: 3})),
+        ["index.json"],
+    ),
+    "index names the wrong shard": (
+        lambda path: weight_map(path, lambda found: found.update({EMBEDDINGS: max(found.values())})),
+        ["index.json", EMBEDDINGS],
+    ),
+    "index misses a tensor": (
+        lambda path: weight_map(path, lambda found: found.pop(EMBEDDINGS)),
+        ["index.json", EMBEDDINGS, "not in the index"],
+    ),
+    "tensor in two shards": (duplicate, [EMBEDDINGS, "is also in"]),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_SOURCES))
+def test_a_bad_source_gets_one_clear_line(sharded: Path, tmp_path: Path, case: str) -> None:
+    spoil, words = BAD_SOURCES[case]
+    (tmp_path / "secret.safetensors").write_bytes(first_shard(sharded).read_bytes())
+    spoil(sharded)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, out, err = run("convert", sharded, tmp_path / "new" / "gated")
+    assert code == 1
+    assert out == ""
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert all(word in err for word in words), err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{tmp}/nowhere", "{tmp}/out"], ["{tmp}/nowhere", "no such file or directory"]),
+        (["{llama}", "{tmp}/out", "--gate-init", "1.5"], ["gate_init=1.5"]),
+        (["{llama}", "{tmp}/out", "--gate-init", "nan"], ["gate_init=nan"]),
+        (["{llama}", "{tmp}/out", "--dtype", "float16"], ["--dtype", "not a GGUF file"]),
+        (["{llama}", "{llama}/tokenizer_config.json/out"], ["{llama}/tokenizer_config.json"]),
+        (["{tmp}/bad.gguf", "{tmp}/out"], ["{tmp}/bad.gguf", "not a GGUF file"]),
+        (["{tmp}/cut.gguf", "{tmp}/out"], ["{tmp}/cut.gguf", "cannot read"]),
+    ],
+)
+def test_bad_arguments_get_one_clear_line(llama: Path, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GG")
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    before = set(tmp_path.rglob("*"))
+    code, _, err = run("convert", *(argument.format(llama=llama, tmp=tmp_path) for argument in arguments))
+    assert code == 1
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert all(word.format(llama=llama, tmp=tmp_path) in err for word in words), err
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("option", [["--granularity", "channelwise"], ["--place", "move"], ["--gate-init", "open"]])
+def test_a_bad_option_names_its_choices(llama: Path, tmp_path: Path, option: list[str]) -> None:
+    code, _, err = run("convert", llama, tmp_path / "out", *option)
+    assert code == 2
+    assert option[0] in err
+    assert not (tmp_path / "out").exists()
