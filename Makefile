@@ -9,7 +9,7 @@ demo: .venv/ready
 
 ## The whole test suite. No network is needed once the environment is set up.
 test: .venv/ready
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 
 ## Conversion against cp, in time and memory.
 benchmark: .venv/ready

@@ -216,9 +216,6 @@ class GatedLlamaConfig(LlamaConfig):
         Save `config.json` and, beside it, the two source files with which `trust_remote_code=True` loads the model
         where this package is not installed. Arguments are those of [`PreTrainedConfig.save_pretrained`].
         """
-        if push_to_hub:
-            # Uploads what a save into an empty folder writes; the parent's own way would miss the source files.
-            return self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
         # Transformers copies the file that each entry names into a folder of its own. With all of them naming one
         # file, there is one GatedLlamaConfig class.
         self.auto_map = {
@@ -226,9 +223,11 @@ class GatedLlamaConfig(LlamaConfig):
             "AutoModel": "modeling_gated_llama.GatedLlamaModel",
             "AutoModelForCausalLM": "modeling_gated_llama.GatedLlamaForCausalLM",
         }
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory)
         for name, source in _source_files():
             (Path(save_directory) / name).write_text(source, encoding="utf-8")
+        if push_to_hub:  # not by the parent, which would upload before the source files are there
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
