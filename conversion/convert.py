@@ -76,7 +76,8 @@ def convert_checkpoint(
         ConversionError: if the source cannot be converted or the output not be written. Nothing is left behind.
     """
     started = time.perf_counter()
-    source, output = Path(source).resolve(), Path(output).resolve()
+    # The source keeps its name: in the hub's cache, files are links to blobs whose names say nothing.
+    source, output = Path(source).absolute(), Path(output).resolve()
     if not source.exists():
         raise ConversionError(f"{source}: no such file or directory; a model on the hub has to be downloaded first")
     check_output(source, output, overwrite)

@@ -44,9 +44,7 @@ def dequantize_gguf(source: str | os.PathLike, output: str | os.PathLike, dtype:
         if hasattr(transformers, "GgufConfig"):
             where["quantization_config"] = transformers.GgufConfig(gguf_file=source.name, dequantize=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            source.parent, gguf_file=source.name, local_files_only=True
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except ConversionError:
         raise
     except ImportError as error:

@@ -10,7 +10,8 @@ from .errors import ConversionError
 
 
 def check_output(source: Path, output: Path, overwrite: bool) -> None:
-    """Raise ConversionError if `output` must not be made. Both paths are resolved."""
+    """Raise ConversionError if `output`, a resolved path, must not be made."""
+    source = source.resolve()
     if source == output or source in output.parents or output in source.parents:
         raise ConversionError(f"{output}: the output and the source {source} must not contain each other")
     if not output.exists():

@@ -43,7 +43,7 @@ class GatedLlamaGate(nn.Linear):
 
 class GatedLlamaAttention(LlamaAttention):
     """
-    Llama's attention with a gate on its output: position G1 of arXiv 2505.06708, Section 2.2, Equation 5,
+    Llama's attention with a gate on its output: position G1 of arXiv 2505.06708, Section 2.2,
 
         Y' = Y * gate_scale * sigmoid(X W + b)
 

@@ -126,6 +126,7 @@ def test_a_source_of_symbolic_links_gives_regular_files(llama: Path, tmp_path: P
         convert_checkpoint(snapshot, output, place=place)
         assert not any(path.is_symlink() for path in output.iterdir())
         assert AutoModelForCausalLM.from_pretrained(output).config.model_type == "gated_llama"
+    convert_checkpoint(snapshot / "model.safetensors", tmp_path / "from one file")
 
 
 def test_places(llama: Path, tmp_path: Path) -> None:
