@@ -163,6 +163,7 @@ def test_an_existing_output_is_replaced_only_when_asked(llama: Path, tmp_path: P
     convert_checkpoint(llama, output, granularity="elementwise", overwrite=True)
     assert not (output / "old").exists()
     assert json.loads((output / "config.json").read_text())["gate_granularity"] == "elementwise"
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "gated"}
 
 
 @pytest.mark.parametrize("what", ["file", "other directory", "source", "source's parent", "inside the source"])

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM, GatedLlamaModel
 from modeling_gated.configuration import open_gate
@@ -146,7 +147,8 @@ def test_every_layer_is_gated_with_and_without_a_cache(
 
 
 def test_gradient_checkpointing_changes_nothing(model: GatedLlamaForCausalLM, tokens: torch.Tensor) -> None:
-    gradients = []
+    gradients, calls = [], []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(checkpointing))
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
@@ -154,8 +156,37 @@ def test_gradient_checkpointing_changes_nothing(model: GatedLlamaForCausalLM, to
         model.zero_grad()
         model(tokens, labels=tokens).loss.backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert calls == [False, True, True]  # computed again on the way back
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=1e-7, msg=name)
+
+
+def test_attention_functions_get_what_they_need(tokens: torch.Tensor) -> None:
+    """Flash attention makes no mask: it takes the window, and for packed sequences the lengths, from arguments."""
+    seen = []
+
+    def record(module: torch.nn.Module, *args: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, None]:
+        seen.append((kwargs["sliding_window"], kwargs["dropout"], kwargs.pop("max_length_q")))
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("recording", record)
+    config = GatedLlamaConfig(**SIZES, **VARIANTS["sliding upper layers"], attention_dropout=0.25)
+    model = GatedLlamaForCausalLM._from_config(config, attn_implementation="recording")
+    model.train()(tokens, max_length_q=33)
+    assert seen == [(None, 0.25, 33), (6, 0.25, 33), (6, 0.25, 33)]
+    seen.clear()
+    model.eval()(tokens, max_length_q=33)
+    assert [dropout for _, dropout, _ in seen] == [0.0] * 3
+
+
+def test_attentions_and_hidden_states_of_every_layer(model: GatedLlamaForCausalLM, tokens: torch.Tensor) -> None:
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(tokens, output_attentions=True, output_hidden_states=True)
+    assert [tuple(attention.shape) for attention in output.attentions] == [(2, 6, 33, 33)] * 3
+    for attention in output.attentions:
+        torch.testing.assert_close(attention.sum(-1), torch.ones(2, 6, 33))
+    assert [tuple(hidden.shape) for hidden in output.hidden_states] == [(2, 33, 48)] * 4
 
 
 def test_save_and_load_keep_the_function(model: GatedLlamaForCausalLM, tmp_path: Path, tokens: torch.Tensor) -> None:
