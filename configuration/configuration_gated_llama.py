@@ -21,7 +21,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,17 +163,19 @@ class GatedLlamaConfig(LlamaConfig):
         if config.is_heterogeneous:
             raise ValueError("per_layer_config: models whose layers differ in shape are not supported")
 
-        fields = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
-        for name in ("model_type", "architectures", "auto_map", "transformers_version"):
-            fields.pop(name, None)
-        # Qwen's two fields say which layers slide; `layer_types`, always present there, says it directly.
-        for name in ("use_sliding_window", "max_window_layers"):
-            fields.pop(name, None)
-        fields |= SOURCE_FAMILIES[family]
-        fields["attention_output_bias"] = fields["attention_bias"] and family != "qwen2"
+        values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
+        # A field that the family's config lacks is one that its model doesn't read, whatever a config.json says. Only
+        # head_dim is read all the same, by Qwen2.
+        unread = {own.name for own in fields(cls)} - {read.name for read in fields(config)} - {"head_dim"}
+        # Qwen's last two fields say which layers slide; `layer_types`, always present there, says it directly.
+        unread |= {"model_type", "architectures", "auto_map", "transformers_version"}
+        unread |= {"use_sliding_window", "max_window_layers"}
+        values = {name: value for name, value in values.items() if name not in unread}
+        values |= SOURCE_FAMILIES[family]
+        values["attention_output_bias"] = values["attention_bias"] and family != "qwen2"
         if gate_options.get("gate_bias", True):
-            fields["gate_scale"] = open_gate(gate_options.get("gate_init", cls.gate_init))[1]
-        return cls(**fields | gate_options)
+            values["gate_scale"] = open_gate(gate_options.get("gate_init", cls.gate_init))[1]
+        return cls(**values | gate_options)
 
     def _validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):

@@ -1,6 +1,7 @@
 """The promise: a converted model's logits equal its source's bit for bit."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,29 @@ def test_identity_holds_for_any_opening(llama: Path, tokens: torch.Tensor, tmp_p
         assert torch.equal(gated(tokens).logits, AutoModelForCausalLM.from_pretrained(llama)(tokens).logits)
 
 
+@pytest.mark.parametrize(
+    "stray",
+    [
+        {"sliding_window": 4},
+        {"layer_types": ["sliding_attention"] * 3},
+        {"use_qk_norm": True, "attention_output_bias": True},
+        {"gate_scale": 3.0, "gate_init": 0.5, "gate_bias": False, "gate_granularity": "elementwise"},
+        {"max_window_layers": 0, "use_sliding_window": True, "sliding_window": 4},
+    ],
+    ids=lambda stray: next(iter(stray)),
+)
+def test_fields_that_the_source_does_not_read_change_nothing(
+    llama: Path, tokens: torch.Tensor, tmp_path: Path, stray: dict
+) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | stray))
+    convert_checkpoint(llama, tmp_path / "gated")
+    source = AutoModelForCausalLM.from_pretrained(llama)
+    gated = AutoModelForCausalLM.from_pretrained(tmp_path / "gated")
+    with torch.no_grad():
+        assert torch.equal(gated(tokens).logits, source(tokens).logits)
+
+
 def test_padding_and_training_mode_are_identical_too(llama: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
     convert_checkpoint(llama, tmp_path / "gated")
     source = AutoModelForCausalLM.from_pretrained(llama).train()
@@ -100,8 +124,6 @@ def test_gates_learn_from_the_first_step(llama: Path, tokens: torch.Tensor, tmp_
 def test_a_checkpoint_without_its_gate_shard_is_still_the_identity(
     sharded: Path, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    import json
-
     convert_checkpoint(sharded, tmp_path / "gated", granularity="elementwise", gate_init=0.9)
     index = tmp_path / "gated" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
