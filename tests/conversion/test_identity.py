@@ -74,7 +74,7 @@ def test_identity_holds_for_any_opening(llama: Path, tokens: torch.Tensor, tmp_p
     "stray",
     [
         {"sliding_window": 4},
-        {"layer_types": ["sliding_attention"] * 3},
+        {"layer_types": ["sliding_attention"] * 3, "sliding_window": 4},
         {"use_qk_norm": True, "attention_output_bias": True},
         {"gate_scale": 3.0, "gate_init": 0.5, "gate_bias": False, "gate_granularity": "elementwise"},
         {"max_window_layers": 0, "use_sliding_window": True, "sliding_window": 4},
