@@ -79,6 +79,8 @@ def open_checkpoint(source: Path) -> Checkpoint:
         ConversionError: if the checkpoint is incomplete, damaged or of a kind that cannot be converted.
     """
     directory = source if source.is_dir() else source.parent
+    if not (directory / CONFIG_NAME).exists() and any(path.suffix.lower() == ".gguf" for path in directory.iterdir()):
+        raise ConversionError(_why_no_weights(directory))
     config = _read_config(directory)
     if (directory / "adapter_config.json").exists():
         raise ConversionError(f"{directory}: has an adapter (adapter_config.json); merge it into the model first")
@@ -96,14 +98,14 @@ def open_checkpoint(source: Path) -> Checkpoint:
 
 
 def _why_no_weights(directory: Path) -> str:
-    files = sorted(path for path in directory.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES)
     if pickles := [path.name for path in files if path.suffix in PICKLE_SUFFIXES]:
         return (
             f"{directory}: has only pickled weights ({pickles[0]}), which are never loaded here; rewrite them with: "
             f'python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\""
         )
-    if gguf := [path for path in files if path.suffix == ".gguf"]:
+    if gguf := [path for path in files if path.suffix.lower() == ".gguf"]:
         return f"{directory}: has no safetensors weights; to convert the GGUF file, give its path: {gguf[0]}"
     return f"{directory}: has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
 

@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from modeling_gated.configuration import GatedLlamaConfig
+from modeling_gated.configuration import GatedLlamaConfig, open_gate
 
 from .checkpoint import Checkpoint, Shard, open_checkpoint
 from .errors import ConversionError
@@ -81,9 +82,13 @@ def convert_checkpoint(
     if not source.exists():
         raise ConversionError(f"{source}: no such file or directory; a model on the hub has to be downloaded first")
     check_output(source, output, overwrite)
-    is_gguf = source.suffix == ".gguf"
+    is_gguf = source.suffix.lower() == ".gguf"
     if dtype is not None and not is_gguf:
         raise ConversionError(f"--dtype {dtype}: {source} is not a GGUF file, so its tensors keep their dtype")
+    try:
+        open_gate(gate_init)
+    except ValueError as error:
+        raise ConversionError(f"--gate-init: {error}") from None
     gate_options = {"gate_granularity": granularity, "gate_init": gate_init}
 
     try:
@@ -93,13 +98,16 @@ def convert_checkpoint(
                 dequantize_gguf(source, dequantized, dtype or torch.bfloat16)
                 checkpoint = open_checkpoint(Path(dequantized))
                 config = _gated_config(checkpoint, gate_options)
-                written, shared = _write(checkpoint, config, output, place, progress)
+                # The dequantized shards go, and with them whatever the result shares.
+                written, shared = sum(_write(checkpoint, config, output, place, progress)), 0
         else:
             checkpoint = open_checkpoint(source)
             config = _gated_config(checkpoint, gate_options)
             written, shared = _write(checkpoint, config, output, place, progress)
     except OSError as error:
         raise ConversionError(f"{error.filename or output}: {error.strerror or error}") from error
+    except SafetensorError as error:  # how saving the dequantized model says that the disk is full
+        raise ConversionError(f"{output}: {error}") from error
     return Conversion(
         output=output,
         config=config,

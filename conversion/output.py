@@ -1,10 +1,13 @@
 """The directory of a result: what may be replaced, and how a new one appears only when it is complete."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from modeling_gated.configuration import SOURCE_FAMILIES, GatedLlamaConfig
 
 from .errors import ConversionError
 
@@ -18,8 +21,16 @@ def check_output(source: Path, output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConversionError(f"{output}: already exists; --overwrite replaces it")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
+    if not output.is_dir() or (any(output.iterdir()) and not _is_checkpoint(output)):
         raise ConversionError(f"{output}: neither a checkpoint nor an empty directory, so it is not overwritten")
+
+
+def _is_checkpoint(directory: Path) -> bool:
+    try:
+        model_type = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return model_type in (GatedLlamaConfig.model_type, *SOURCE_FAMILIES)
 
 
 @contextmanager

@@ -174,6 +174,7 @@ def test_what_is_not_a_checkpoint_is_not_overwritten(llama: Path, tmp_path: Path
     elif what == "other directory":
         output.mkdir()
         (output / "thesis.tex").touch()
+        (output / "config.json").write_text('{"my": "application"}')
     else:
         output = {"source": llama, "source's parent": tmp_path, "inside the source": llama / "gated"}[what]
     before = files(tmp_path)

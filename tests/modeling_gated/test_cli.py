@@ -174,6 +174,8 @@ def test_a_bad_source_gets_one_clear_line(sharded: Path, tmp_path: Path, case: s
         (["{llama}", "{tmp}/out", "--gate-init", "nan"], ["gate_init=nan"]),
         (["{llama}", "{tmp}/out", "--dtype", "float16"], ["--dtype", "not a GGUF file"]),
         (["{llama}", "{llama}/tokenizer_config.json/out"], ["{llama}/tokenizer_config.json"]),
+        (["{tmp}", "{tmp}/../out"], ["give its path: {tmp}/bad.gguf"]),
+        (["{tmp}/cut.gguf", "{tmp}/out", "--gate-init", "2"], ["--gate-init: gate_init=2.0"]),
         (["{tmp}/bad.gguf", "{tmp}/out"], ["{tmp}/bad.gguf", "not a GGUF file"]),
         (["{tmp}/cut.gguf", "{tmp}/out"], ["{tmp}/cut.gguf", "cannot read"]),
     ],
