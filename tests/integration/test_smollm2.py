@@ -105,4 +105,4 @@ def test_the_readme_runs_as_written(
         ).stdout
         for program in programs
     )
-    assert "Paris" in answer
+    assert "The capital of France is Paris." in answer
