@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from math import prod
@@ -21,7 +20,7 @@ from modeling_gated.configuration import GatedLlamaConfig, open_gate
 from .checkpoint import Checkpoint, Shard, open_checkpoint
 from .errors import ConversionError
 from .gguf import dequantize_gguf
-from .output import check_output, replacing
+from .output import check_output, replacing, scratch_directory
 from .placement import Place, place_file
 from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_tensor
 from .writer import FLOATING_DTYPES, write_safetensors
@@ -93,10 +92,9 @@ def convert_checkpoint(
 
     try:
         if is_gguf:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as dequantized:
+            with scratch_directory(output) as dequantized:
                 dequantize_gguf(source, dequantized, dtype or torch.bfloat16)
-                checkpoint = open_checkpoint(Path(dequantized))
+                checkpoint = open_checkpoint(dequantized)
                 config = _gated_config(checkpoint, gate_options)
                 # The dequantized shards go, and with them whatever the result shares.
                 written, shared = sum(_write(checkpoint, config, output, place, progress)), 0
@@ -174,7 +172,8 @@ def _write(
         config.save_pretrained(staging)
 
         total = sum(shard.file_bytes for shard in checkpoint.shards)
-        with tqdm(total=total, desc="Placing shards", unit="B", unit_scale=True, disable=_hidden(progress)) as bar:
+        hidden = None if progress else True  # None: tqdm hides the bar where there is no terminal
+        with tqdm(total=total, desc="Placing shards", unit="B", unit_scale=True, disable=hidden) as bar:
             for name, shard in placements.items():
                 if place_file(shard.path, staging / name, place, bar.update):
                     shared += shard.file_bytes
@@ -198,7 +197,3 @@ def _index(
         metadata["total_parameters"] += parameters
     weight_map = {tensor: name for name, shard in placements.items() for tensor in shard.tensors}
     return {"metadata": metadata, "weight_map": weight_map | dict.fromkeys(gates, gate_name)}
-
-
-def _hidden(progress: bool) -> bool | None:
-    return None if progress else True  # None: tqdm hides the bar where there is no terminal

@@ -1,11 +1,11 @@
 """The directory of a result: what may be replaced, and how a new one appears only when it is complete."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from modeling_gated.configuration import SOURCE_FAMILIES, GatedLlamaConfig
 
@@ -34,20 +34,38 @@ def _is_checkpoint(directory: Path) -> bool:
 
 
 @contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """A new directory beside `output` that takes its name on success, and is removed on failure."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    staging.mkdir()
+def scratch_directory(output: Path) -> Iterator[Path]:
+    """A new hidden directory beside `output`, removed at the end; on failure, parents made for it are removed too."""
+    missing = [folder for folder in output.parents if not folder.exists()]
+    # A name of its own, which no earlier run that was killed can have left behind.
+    scratch = output.with_name(f".{output.name}.{uuid4().hex}")
     try:
-        yield staging
-        if output.exists():
-            replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
-            output.rename(replaced)
-            staging.rename(output)
-            shutil.rmtree(replaced)
-        else:
-            staging.rename(output)
+        try:
+            scratch.mkdir(parents=True)
+        except OSError as error:
+            raise ConversionError(f"{output}: cannot be made: {error.strerror}") from error
+        yield scratch
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
         raise
+    shutil.rmtree(scratch)
+
+
+@contextmanager
+def replacing(output: Path) -> Iterator[Path]:
+    """A new directory that takes the name `output` on success. On failure it is removed, and what was there stays."""
+    with scratch_directory(output) as scratch:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()
+        yield new
+        try:
+            if output.exists():
+                output.rename(old)
+            new.rename(output)
+        except BaseException:
+            if old.exists() and not output.exists():
+                old.rename(output)
+            raise

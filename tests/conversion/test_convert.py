@@ -2,12 +2,17 @@
 
 import json
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_gated.configuration import open_gate
 from modeling_gated.conversion import ConversionError, convert, convert_checkpoint
@@ -203,11 +208,48 @@ def test_a_failure_leaves_nothing_and_what_was_there(
     assert {path.name for path in tmp_path.iterdir()} == {"llama", "gated"}
 
 
-def test_the_tokenizer_loads_from_the_result_without_a_question(llama: Path, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
+def test_a_failure_at_the_very_end_puts_back_what_was_there(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "gated"
+    convert_checkpoint(llama, output)
+    before = files(tmp_path)
+    rename = Path.rename
 
+    def fail(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            assert not output.exists()
+            raise OSError(5, "Input/output error", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(ConversionError, match="Input/output error"):
+        convert_checkpoint(llama, output, granularity="elementwise", overwrite=True)
+    assert files(tmp_path) == before
+    assert json.loads((output / "config.json").read_text())["gate_granularity"] == "headwise"
+
+
+def test_what_the_message_about_pickles_says_works(llama: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    save_tokenizer(llama)
+    torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(ConversionError, match="never loaded here; rewrite them with: python ") as raised:
+        convert_checkpoint(llama, tmp_path / "gated")
+    _, *arguments = shlex.split(str(raised.value).partition("rewrite them with: ")[2])
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    convert_checkpoint(f"{llama}-safetensors", tmp_path / "gated")
+    with torch.no_grad():
+        logits = [AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (llama, tmp_path / "gated")]
+    assert torch.equal(*logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "gated")("a")["input_ids"] == [0]
+
+
+def save_tokenizer(directory: Path) -> None:
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(llama)
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
+
+
+def test_the_tokenizer_loads_from_the_result_without_a_question(llama: Path, tmp_path: Path) -> None:
+    save_tokenizer(llama)
     convert_checkpoint(llama, tmp_path / "gated")
     assert AutoTokenizer.from_pretrained(tmp_path / "gated")("a")["input_ids"] == [0]
