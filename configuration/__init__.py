@@ -1,6 +1,6 @@
 """Configuration of GatedLlama."""
 
-from .configuration_gated_llama import SOURCE_FAMILIES, GatedLlamaConfig, open_gate
+from .configuration_gated_llama import SOURCE_FAMILIES, GatedLlamaConfig, check_source_family, open_gate
 
 
-__all__ = ["SOURCE_FAMILIES", "GatedLlamaConfig", "open_gate"]
+__all__ = ["SOURCE_FAMILIES", "GatedLlamaConfig", "check_source_family", "open_gate"]

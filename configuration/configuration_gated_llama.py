@@ -40,6 +40,14 @@ SOURCE_FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+def check_source_family(model_type: object) -> None:
+    """Raise ValueError unless `model_type`, as it stands in a config.json, is one of `SOURCE_FAMILIES`."""
+    if model_type == GatedLlamaConfig.model_type:
+        raise ValueError(f"model_type={model_type!r} is already gated")
+    if not isinstance(model_type, str) or model_type not in SOURCE_FAMILIES:
+        raise ValueError(f"model_type={model_type!r} is not supported; supported are {', '.join(SOURCE_FAMILIES)}")
+
+
 @strict
 class GatedLlamaConfig(LlamaConfig):
     r"""
@@ -156,10 +164,7 @@ class GatedLlamaConfig(LlamaConfig):
             ValueError: if `config.model_type` is of another family, or `config` overrides fields layer by layer.
         """
         family = config.model_type
-        if family == cls.model_type:
-            raise ValueError(f"model_type={family!r} is already gated")
-        if family not in SOURCE_FAMILIES:
-            raise ValueError(f"model_type={family!r} is not supported; supported are {', '.join(SOURCE_FAMILIES)}")
+        check_source_family(family)
         if config.is_heterogeneous:
             raise ValueError("per_layer_config: models whose layers differ in shape are not supported")
 
@@ -187,12 +192,11 @@ class GatedLlamaConfig(LlamaConfig):
         # Not LlamaConfig's: it ties hidden_size to the heads, which an explicit head_dim sets free.
         PreTrainedConfig.validate_architecture(self)
         self._validate_sizes()
-        for name in ("num_key_value_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE turns channels in pairs")
-        heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        heads, key_value_heads, head_dim = self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        if key_value_heads is None or key_value_heads < 1:
+            raise ValueError(f"num_key_value_heads={key_value_heads} must be at least 1")
+        if head_dim is None or head_dim < 2 or head_dim % 2:
+            raise ValueError(f"head_dim={head_dim} must be even and at least 2: RoPE turns channels in pairs")
         if heads % key_value_heads:
             raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}")
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 
-from modeling_gated.configuration import SOURCE_FAMILIES
+from modeling_gated.configuration import check_source_family
 
 from .errors import ConversionError
 
@@ -102,8 +102,8 @@ def _why_no_weights(directory: Path) -> str:
     if pickles := [path.name for path in files if path.suffix in PICKLE_SUFFIXES]:
         return (
             f"{directory}: has only pickled weights ({pickles[0]}), which are never loaded here; rewrite them with: "
-            f'python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\""
+            f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            f"[c.from_pretrained('{directory}').save_pretrained('{directory}-safetensors') for c in (M, T)]\""
         )
     if gguf := [path for path in files if path.suffix.lower() == ".gguf"]:
         return f"{directory}: has no safetensors weights; to convert the GGUF file, give its path: {gguf[0]}"
@@ -125,13 +125,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_config(directory: Path) -> PreTrainedConfig:
     path = directory / CONFIG_NAME
     raw = _read_json(path)
-    family = raw.get("model_type")
-    if family == "gated_llama":
-        raise ConversionError(f"{path}: model_type='gated_llama' is already gated")
-    if family not in SOURCE_FAMILIES:
-        raise ConversionError(
-            f"{path}: model_type={family!r} is not supported; supported: {', '.join(SOURCE_FAMILIES)}"
-        )
+    try:
+        check_source_family(raw.get("model_type"))
+    except ValueError as error:
+        raise ConversionError(f"{path}: {error}") from None
     if raw.get("quantization_config") is not None:
         raise ConversionError(f"{path}: quantization_config: quantized checkpoints are not supported yet")
     try:

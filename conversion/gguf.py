@@ -1,13 +1,15 @@
 """GGUF files: dequantized by Transformers into an ordinary checkpoint."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from modeling_gated.configuration import SOURCE_FAMILIES
+from modeling_gated.configuration import check_source_family
 
 from .errors import ConversionError
 
@@ -33,23 +35,28 @@ def dequantize_gguf(source: str | os.PathLike, output: str | os.PathLike, dtype:
         "gguf_file": source.name,
         "local_files_only": True,
     }
-    try:
+    with _reading(source):
         config = transformers.AutoConfig.from_pretrained(**where)
-        if config.model_type not in SOURCE_FAMILIES:
-            supported = ", ".join(SOURCE_FAMILIES)
-            raise ConversionError(
-                f"{source}: architecture {config.model_type!r} is not supported; supported: {supported}"
-            )
+    try:
+        check_source_family(config.model_type)
+    except ValueError as error:
+        raise ConversionError(f"{source}: {error}") from None
+    with _reading(source):
         # From 5.17 on Transformers keeps the weights packed unless told otherwise.
         if hasattr(transformers, "GgufConfig"):
             where["quantization_config"] = transformers.GgufConfig(gguf_file=source.name, dequantize=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    except ConversionError:
-        raise
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Make what goes wrong while Transformers reads `source` a ConversionError."""
+    try:
+        yield
     except ImportError as error:
         raise ConversionError(f"{source}: reading GGUF needs the gguf package (pip install gguf): {error}") from None
     except Exception as error:  # Transformers' reader has no error of its own for a damaged file
         raise ConversionError(f"{source}: Transformers cannot read it: {error or type(error).__name__}") from None
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)

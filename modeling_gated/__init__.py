@@ -14,7 +14,7 @@ if not (Path(__path__[0]) / "configuration").is_dir():
     __path__.append(str(Path(__path__[0]).parent))
 
 # The gated-llama command needs neither torch nor the model to answer --help, so it imports what it needs itself.
-if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").stem != "gated-llama":
+if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name not in ("gated-llama", "gated-llama.exe"):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .configuration import GatedLlamaConfig

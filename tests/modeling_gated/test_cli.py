@@ -39,6 +39,13 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
         assert "gated" in result.stdout
 
 
+def test_a_script_of_the_command_s_name_is_not_taken_for_it(tmp_path: Path) -> None:
+    script = tmp_path / "gated-llama.py"
+    script.write_text("import modeling_gated, transformers; transformers.AutoConfig.for_model('gated_llama')")
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_command_converts(llama: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
     """In a process of its own, where the package has not registered anything yet."""
     command = [Path(sys.executable).with_name("gated-llama"), "convert", llama, tmp_path / "gated"]
@@ -106,6 +113,7 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "config a list": (lambda path: (path / "config.json").write_text("[]"), ["config.json", "not a JSON object"]),
     "unsupported": (lambda path: config(path, model_type="gpt2"), ["config.json", "'gpt2'", "qwen3"]),
     "no model_type": (lambda path: edit_json(path / "config.json", lambda c: c.pop("model_type")), ["None"]),
+    "model_type a list": (lambda path: config(path, model_type=["llama"]), ["config.json", "['llama']"]),
     "already gated": (lambda path: config(path, model_type="gated_llama"), ["config.json", "already gated"]),
     "ministral": (
         lambda path: config(path, model_type="mistral", layer_types=["full_attention"] * 3),
@@ -178,6 +186,8 @@ def test_a_bad_source_gets_one_clear_line(sharded: Path, tmp_path: Path, case: s
         (["{tmp}/cut.gguf", "{tmp}/out", "--gate-init", "2"], ["--gate-init: gate_init=2.0"]),
         (["{tmp}/bad.gguf", "{tmp}/out"], ["{tmp}/bad.gguf", "not a GGUF file"]),
         (["{tmp}/cut.gguf", "{tmp}/out"], ["{tmp}/cut.gguf", "cannot read"]),
+        (["{tmp}/cut.gguf", "{tmp}/new/folder/out"], ["{tmp}/cut.gguf", "cannot read"]),
+        (["{llama}", "/dev/null/out"], ["/dev/null/out: cannot be made: Not a directory"]),
     ],
 )
 def test_bad_arguments_get_one_clear_line(llama: Path, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
