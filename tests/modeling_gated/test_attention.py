@@ -82,7 +82,7 @@ def test_attention_follows_the_equations(variant: str, implementation: str) -> N
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in attention.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
     seen = {}
 
@@ -96,9 +96,8 @@ def test_attention_follows_the_equations(variant: str, implementation: str) -> N
     weights = {name: tensor.double().numpy() for name, tensor in attention.state_dict().items()}
     for x, found in zip(seen["inputs"], seen["outputs"], strict=True):
         expected = gated_attention(x.double().numpy(), weights, config, config.sliding_window or 12)
-        size = np.abs(expected).max()
-        assert size > 1
-        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=5e-6 * size)
+        assert np.abs(expected).max() > 1
+        np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5)
 
 
 def test_the_gate_has_a_gradient_where_a_bfloat16_sigmoid_has_none() -> None:
