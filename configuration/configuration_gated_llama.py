@@ -25,11 +25,25 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import transformers
+from packaging.version import Version
+
+
+# Before more of Transformers is imported: an older one would fail for some name that it doesn't have.
+if Version(transformers.__version__) < Version("5.16.1"):
+    raise ImportError(f"GatedLlama needs transformers>=5.16.1, found {transformers.__version__}")
+
 import numpy as np
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
+from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
+
+logger = logging.get_logger(__name__)
+
+if Version(transformers.__version__).release[:2] > (5, 23):
+    logger.warning_once(f"GatedLlama was tested with transformers 5.16.1 to 5.23, found {transformers.__version__}")
 
 # What each source family leaves out of its config because its code fixes it.
 SOURCE_FAMILIES: dict[str, dict[str, Any]] = {
@@ -231,6 +245,9 @@ class GatedLlamaConfig(LlamaConfig):
             "AutoConfig": "modeling_gated_llama.GatedLlamaConfig",
             "AutoModel": "modeling_gated_llama.GatedLlamaModel",
             "AutoModelForCausalLM": "modeling_gated_llama.GatedLlamaForCausalLM",
+            "AutoModelForQuestionAnswering": "modeling_gated_llama.GatedLlamaForQuestionAnswering",
+            "AutoModelForSequenceClassification": "modeling_gated_llama.GatedLlamaForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_gated_llama.GatedLlamaForTokenClassification",
         }
         super().save_pretrained(save_directory)
         for name, source in _source_files():

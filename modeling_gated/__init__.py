@@ -1,7 +1,7 @@
 """
 Attention output gates (arXiv 2505.06708) for Llama-family models in Transformers.
 
-Importing this package makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know `gated_llama`.
+Importing this package makes Transformers' Auto classes know `gated_llama`, as a base model and with every head.
 """
 
 import sys
@@ -15,12 +15,26 @@ if not (Path(__path__[0]) / "configuration").is_dir():
 
 # The gated-llama command needs neither torch nor the model to answer --help, so it imports what it needs itself.
 if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name not in ("gated-llama", "gated-llama.exe"):
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from .configuration import GatedLlamaConfig
-    from .modeling_gated_llama import GatedLlamaForCausalLM, GatedLlamaModel, GatedLlamaPreTrainedModel
+    from .modeling_gated_llama import (
+        GatedLlamaForCausalLM,
+        GatedLlamaForQuestionAnswering,
+        GatedLlamaForSequenceClassification,
+        GatedLlamaForTokenClassification,
+        GatedLlamaModel,
+        GatedLlamaPreTrainedModel,
+    )
 
     AutoConfig.register("gated_llama", GatedLlamaConfig, exist_ok=True)
-    AutoModelForCausalLM.register(GatedLlamaConfig, GatedLlamaForCausalLM, exist_ok=True)
 
-    __all__ = ["GatedLlamaConfig", "GatedLlamaForCausalLM", "GatedLlamaModel", "GatedLlamaPreTrainedModel"]
+    __all__ = [
+        "GatedLlamaConfig",
+        "GatedLlamaForCausalLM",
+        "GatedLlamaForQuestionAnswering",
+        "GatedLlamaForSequenceClassification",
+        "GatedLlamaForTokenClassification",
+        "GatedLlamaModel",
+        "GatedLlamaPreTrainedModel",
+    ]

@@ -13,13 +13,33 @@
 # limitations under the License.
 """GatedLlama: Llama with attention output gates (arXiv 2505.06708), as the difference from Transformers' own."""
 
+from .configuration.configuration_gated_llama import GatedLlamaConfig, open_gate  # first: it checks versions
+
+
+# isort: split
+
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers import initialization as init
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -33,8 +53,6 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-
-from .configuration.configuration_gated_llama import GatedLlamaConfig, open_gate
 
 
 class GatedLlamaGate(nn.Linear):
@@ -174,12 +192,34 @@ class GatedLlamaForCausalLM(GatedLlamaPreTrainedModel, LlamaForCausalLM, Generat
         self.post_init()
 
 
-# Here and not in the package alone: code loaded with trust_remote_code builds its base model through AutoModel too.
+class GatedLlamaForSequenceClassification(GenericForSequenceClassification, GatedLlamaPreTrainedModel):
+    """The decoder with a linear head, `score`, on each sequence's last token that is not padding."""
+
+
+class GatedLlamaForTokenClassification(GenericForTokenClassification, GatedLlamaPreTrainedModel):
+    """The decoder with dropout and a linear head, `score`, on every token."""
+
+
+class GatedLlamaForQuestionAnswering(GenericForQuestionAnswering, GatedLlamaPreTrainedModel):
+    """The decoder with a linear head, `qa_outputs`, on every token: the logits of an answer's start and end."""
+
+
+# Here and not in the package alone: with code loaded by trust_remote_code, too, the last three build their decoder
+# through AutoModel.
 AutoModel.register(GatedLlamaConfig, GatedLlamaModel, exist_ok=True)
+AutoModelForCausalLM.register(GatedLlamaConfig, GatedLlamaForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(GatedLlamaConfig, GatedLlamaForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(GatedLlamaConfig, GatedLlamaForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(GatedLlamaConfig, GatedLlamaForQuestionAnswering, exist_ok=True)
+# Trainer's label smoothing shifts the labels of the models in this table alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
 
 
 __all__ = [
     "GatedLlamaForCausalLM",
+    "GatedLlamaForQuestionAnswering",
+    "GatedLlamaForSequenceClassification",
+    "GatedLlamaForTokenClassification",
     "GatedLlamaModel",
     "GatedLlamaPreTrainedModel",
 ]

@@ -73,8 +73,8 @@ def source_model(source_config: PreTrainedConfig) -> PreTrainedModel:
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
-    """Two sequences of 33 tokens: more than any sliding window here."""
-    return torch.randint(0, SIZES["vocab_size"], (2, 33), generator=torch.Generator().manual_seed(1))
+    """Two sequences of 33 tokens, none of them 0 (padding): more than any sliding window here."""
+    return torch.randint(1, SIZES["vocab_size"], (2, 33), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture

@@ -1,0 +1,65 @@
+"""Tiny gated models whose gates differ between tokens and heads, and what is left of a model without its attention."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "headwise": {},
+    "elementwise": {"gate_granularity": "elementwise"},
+    "sliding upper layers": {
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "QK-norm, tied": {"use_qk_norm": True, "tie_word_embeddings": True},
+}
+
+
+def gated_model(
+    variant: str = "headwise", model_class: type = GatedLlamaForCausalLM, **options: Any
+) -> PreTrainedModel:
+    """A model in evaluation mode with its gates off their start; `options` are fields of its config."""
+    torch.manual_seed(0)
+    model = model_class(GatedLlamaConfig(**SIZES | VARIANTS[variant] | options)).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for gate in gates(model):
+            for parameter in gate.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def gates(model: PreTrainedModel) -> list[nn.Linear]:
+    return [layer.self_attn.g_proj for layer in model.base_model.layers]
+
+
+def close_gates(model: PreTrainedModel) -> None:
+    """Set every gate to exactly 0, in place."""
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.weight.zero_()
+            gate.bias.fill_(-math.inf)
+
+
+@torch.no_grad()
+def without_attention(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """The last hidden states of [batch, seq] tokens when no attention block adds anything: what closed gates leave."""
+    hidden = model.base_model.embed_tokens(tokens)
+    for layer in model.base_model.layers:
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.base_model.norm(hidden)

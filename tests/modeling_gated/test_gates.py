@@ -1,0 +1,204 @@
+"""Gates start at the value that the config says, are never re-initialised, and are applied on every path."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gated_models import SIZES, VARIANTS, close_gates, gated_model, gates, without_attention
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel, cache_utils
+
+import modeling_gated
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from modeling_gated.configuration import open_gate
+
+
+HEADS = [
+    "GatedLlamaModel",
+    "GatedLlamaForCausalLM",
+    "GatedLlamaForSequenceClassification",
+    "GatedLlamaForTokenClassification",
+    "GatedLlamaForQuestionAnswering",
+]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
+def test_new_gates_start_open_and_all_else_as_in_llama(granularity: str, head: str) -> None:
+    config = GatedLlamaConfig(**SIZES, gate_granularity=granularity, gate_init=0.7)
+    model = getattr(modeling_gated, head)(config)
+    for gate in gates(model):
+        assert gate.weight.shape == (6 if granularity == "headwise" else 48, 48)
+        assert torch.all(gate.weight == 0)
+        assert torch.all(gate.bias == open_gate(0.7)[0])
+        assert torch.sigmoid(gate.bias).mean().item() == pytest.approx(0.7, abs=0.004)
+    assert model.base_model.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_gates_without_a_bias_start_near_one_half() -> None:
+    model = GatedLlamaForCausalLM(GatedLlamaConfig(**SIZES, gate_bias=False))
+    for gate in gates(model):
+        assert gate.bias is None
+        assert gate.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_loading_keeps_gates_and_opens_the_missing_ones_alone(variant: str, head: str, tmp_path: Path) -> None:
+    """A checkpoint of any head, of which some gates are gone."""
+    model = gated_model(variant, getattr(modeling_gated, head))
+    model.save_pretrained(tmp_path)
+    expected = model.state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    prefix = "" if head == "GatedLlamaModel" else "model."
+    missing = {
+        f"{prefix}layers.0.self_attn.g_proj.weight",
+        f"{prefix}layers.0.self_attn.g_proj.bias",
+        f"{prefix}layers.1.self_attn.g_proj.bias",
+    }
+    kept = {name: tensor for name, tensor in tensors.items() if name not in missing}
+    assert len(kept) == len(tensors) - 3
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == missing
+    for name, tensor in loaded.state_dict().items():
+        if name not in missing:
+            assert torch.equal(tensor, expected[name]), name
+    first, second, _ = gates(loaded)
+    assert torch.all(first.weight == 0)
+    for gate in (first, second):
+        assert torch.all(gate.bias == open_gate(0.85)[0])
+
+
+def test_a_checkpoint_of_the_decoder_alone_keeps_its_gates(tmp_path: Path) -> None:
+    """Loaded into a causal LM the head is new and the gates are the checkpoint's; and the other way round."""
+    model = gated_model()
+    model.model.save_pretrained(tmp_path / "decoder")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder", output_loading_info=True)
+    assert set(info["missing_keys"]) == {"lm_head.weight"}
+    model.save_pretrained(tmp_path / "causal")
+    decoder = modeling_gated.GatedLlamaModel.from_pretrained(tmp_path / "causal")
+    for expected, *found in zip(gates(model), gates(loaded), gates(decoder), strict=True):
+        for gate in found:
+            assert torch.equal(gate.weight, expected.weight)
+            assert torch.equal(gate.bias, expected.bias)
+
+
+# Every path below is run with the gates moved off their start and, on the very same object, with all gates closed. A
+# closed gate leaves of each block the MLP alone, so what remains is `without_attention`, exactly; where one layer or
+# one step dropped its gate, attention would show.
+
+
+def plain(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    return model(tokens).logits
+
+
+def compiled(backend: str) -> Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]:
+    def run(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+        torch.compiler.reset()
+        return torch.compile(model, backend=backend, fullgraph=True)(tokens).logits
+
+    return run
+
+
+def exported(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    program = torch.export.export(model, (tokens,), {"use_cache": False})
+    return program.module()(tokens, use_cache=False).logits
+
+
+def checkpointed(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    model.gradient_checkpointing_enable()
+    return model.train()(tokens).logits
+
+
+def cached(**options: Any) -> Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]:
+    """The logits of every step of a generation, the prompt's first, and of what it generated."""
+
+    def run(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+        options.update(do_sample=False, return_dict_in_generate=True, output_logits=True)
+        output = model.generate(tokens[:, :1], max_new_tokens=12, **options)
+        tokens[:, 1:13] = output.sequences[:, 1:]
+        return torch.stack(output.logits, 1)
+
+    return run
+
+
+QUANTO = {"backend": "quanto", "axis_key": 0, "axis_value": 0, "q_group_size": 8, "residual_length": 4}
+PATHS = {
+    "eager attention": ("eager", plain),
+    "sdpa": ("sdpa", plain),
+    "compiled": ("sdpa", compiled("aot_eager")),
+    "compiled eager attention": ("eager", compiled("aot_eager")),
+    "exported": ("sdpa", exported),
+    "gradient checkpointing": ("sdpa", checkpointed),
+    "dynamic cache": ("sdpa", cached(cache_implementation="dynamic")),
+    "dynamic cache, eager attention": ("eager", cached(cache_implementation="dynamic")),
+    "static cache": ("sdpa", cached(cache_implementation="static", disable_compile=True)),
+    "fp8 cache": ("sdpa", cached(cache_implementation="quantized", cache_config={"backend": "fp8"})),
+    "quanto cache": ("sdpa", cached(cache_implementation="quantized", cache_config=QUANTO)),
+    "no cache": ("sdpa", cached(use_cache=False)),
+}
+
+
+@pytest.mark.parametrize("path", list(PATHS))
+@pytest.mark.parametrize("variant", list(VARIANTS))
+def test_no_path_drops_a_gate(variant: str, path: str, tokens: torch.Tensor) -> None:
+    implementation, run = PATHS[path]
+    if path == "fp8 cache" and not hasattr(cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this version of Transformers has no fp8 cache")
+    if path == "quanto cache":
+        pytest.importorskip("optimum.quanto")
+    if path in ("fp8 cache", "quanto cache") and "sliding" in variant:
+        pytest.skip("Transformers has no quantised cache for sliding windows")
+    model = gated_model(variant)
+    model.set_attn_implementation(implementation)
+    tokens = tokens[:, :13]
+    for closed in (False, True):
+        if closed:
+            close_gates(model)
+        with torch.set_grad_enabled(path == "gradient checkpointing"):
+            found = run(model, tokens)
+        assert found.shape[1] >= 12
+        ungated = model.lm_head(without_attention(model, tokens[:, : found.shape[1]]))
+        difference = (found - ungated).abs().amax(-1)
+        if closed:
+            assert difference.max() < 1e-5
+        else:
+            assert difference.max() > 1e-3
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_no_head_drops_a_gate(head: str, tokens: torch.Tensor) -> None:
+    """With closed gates a token's output does not depend on the tokens before it; with the model's own it does."""
+    model = gated_model(model_class=getattr(modeling_gated, head), num_labels=3)
+    other = tokens.clone()
+    other[:, :-1] = tokens[:, :-1].flip(1)
+    for closed in (False, True):
+        if closed:
+            close_gates(model)
+        with torch.no_grad():
+            first, second = (model(inputs)[0] for inputs in (tokens, other))
+        if head != "GatedLlamaForSequenceClassification":
+            first, second = first[:, -1], second[:, -1]
+        assert torch.allclose(first, second, atol=1e-6) == closed
+
+
+def test_every_layer_is_gated(tokens: torch.Tensor) -> None:
+    """Closing the gates of one layer changes the logits, with and without a cache."""
+    model = gated_model()
+
+    def cached_logits() -> torch.Tensor:
+        cache = model(tokens[:, :20], use_cache=True).past_key_values
+        return model(tokens[:, 20:], past_key_values=cache).logits
+
+    with torch.no_grad():
+        before, before_cached = model(tokens).logits, cached_logits()
+        for gate in gates(model):
+            kept = gate.bias.clone()
+            gate.bias.fill_(-100.0)
+            assert (model(tokens).logits - before).abs().max() > 1e-4
+            assert (cached_logits() - before_cached).abs().max() > 1e-4
+            gate.bias.copy_(kept)
