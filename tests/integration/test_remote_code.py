@@ -2,101 +2,217 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transformers
+from gated_models import gated_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
+import modeling_gated
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.conversion import convert_checkpoint
 
 
 CODE_FILES = ("configuration_gated_llama.py", "modeling_gated_llama.py")
+HEADS = {
+    "Model": "AutoModel",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+}
+TOKENS = torch.arange(1, 41)[None]
 
-# argv: the directory to load, where to save the model again, where to write what was computed.
+# argv: a directory with others in it, each named for what wrote it and its head; where to save all models again and
+# what was computed with them.
 ISOLATED = """
 import sys
+from pathlib import Path
 sys.modules["modeling_gated"] = None  # any import of the package fails
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 
-source, again, results = sys.argv[1:]
-config = AutoConfig.from_pretrained(source, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
-assert type(model).__name__ == "GatedLlamaForCausalLM", type(model)
-assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-assert type(model.config).__module__.startswith("transformers_modules.")
-base = AutoModel.from_pretrained(source, trust_remote_code=True)
-assert type(base).__name__ == "GatedLlamaModel", type(base)
-assert type(AutoModelForCausalLM.from_config(config, trust_remote_code=True)).__name__ == "GatedLlamaForCausalLM"
-
-tokens = torch.arange(40)[None]
-with torch.no_grad():
-    logits = model(tokens).logits
-    assert torch.equal(model.lm_head(base(tokens).last_hidden_state), logits)
-generated = model.generate(tokens[:, :8], max_new_tokens=4, do_sample=False, eos_token_id=-1)
-torch.save({"logits": logits, "generated": generated}, results)
-
-model.save_pretrained(again)
-second = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
-with torch.no_grad():
-    assert torch.equal(second(tokens).logits, logits)
+source, again = map(Path, sys.argv[1:])
+tokens, results = torch.arange(1, 41)[None], {}
+for directory in sorted(source.iterdir()):
+    auto_class, has_weights = (directory / "how").read_text().split()
+    auto_class = getattr(transformers, auto_class)
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
+    if has_weights == "True":
+        model = auto_class.from_pretrained(directory, trust_remote_code=True)
+    else:
+        model = auto_class.from_config(config, trust_remote_code=True).eval()
+    for thing in (config, model, model.config):
+        assert type(thing).__module__.startswith("transformers_modules."), type(thing)
+    with torch.no_grad():
+        results[directory.name] = {"class": type(model).__name__, "output": model(tokens)[0]}
+        if hasattr(model, "lm_head"):
+            generated = model.generate(tokens[:, :8], max_new_tokens=4, do_sample=False, eos_token_id=None)
+            results[directory.name]["generated"] = generated
+    model.save_pretrained(again / directory.name)
+    (again / directory.name / "how").write_text(f"{auto_class.__name__} True")
+torch.save(results, again.with_suffix(".results"))
 assert "modeling_gated" not in {name for name, module in sys.modules.items() if module is not None}
 """
 
 
-def load_isolated(source: Path, again: Path) -> dict[str, torch.Tensor]:
-    """Load, use and save a directory in an interpreter without the package; return what it computed."""
-    results = again.with_suffix(".results")
-    environment = {
-        **os.environ,
-        "HF_HOME": str(again.with_suffix(".home")),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONSAFEPATH": "1",
-    }
-    finished = subprocess.run(
-        [sys.executable, "-c", ISOLATED, source, again, results],
-        env=environment,
-        cwd=again.parent,
+def isolated(*arguments: Path, code: str = ISOLATED) -> subprocess.CompletedProcess[str]:
+    """Run in an interpreter without the package, with an empty cache, offline and with nobody to answer prompts."""
+    home = {"HF_HOME": str(arguments[-1].with_suffix(".home")), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **home},
+        cwd=arguments[-1].parent,
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
     )
-    assert finished.returncode == 0, finished.stderr
-    return torch.load(results)
 
 
-@pytest.mark.parametrize("writer", ["convert", "save_pretrained"])
-def test_three_generations_without_the_package(llama: Path, tmp_path: Path, writer: str) -> None:
-    first = tmp_path / "first"
-    if writer == "convert":
-        convert_checkpoint(llama, first, granularity="elementwise")
-        model = AutoModelForCausalLM.from_pretrained(first)
-    else:
-        torch.manual_seed(0)
-        config = GatedLlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            sliding_window=4, use_qk_norm=True,
-        )  # fmt: skip
-        model = GatedLlamaForCausalLM(config).eval()
-        model.save_pretrained(first)
-    tokens = torch.arange(40)[None]
+def save_pretrained(model: PreTrainedModel, path: Path) -> None:
+    model.save_pretrained(path)
+
+
+def save_config(model: PreTrainedModel, path: Path) -> None:
+    model.config.save_pretrained(path)
+
+
+def save_trainer_checkpoint(model: PreTrainedModel, path: Path) -> None:
+    labels = {"labels": 1}
+    if "QuestionAnswering" in type(model).__name__:
+        labels = {"start_positions": 1, "end_positions": 2}
+    elif "Sequence" not in type(model).__name__:
+        labels = {"labels": [1] * 40}
+    arguments = TrainingArguments(path.parent, max_steps=1, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    Trainer(model, arguments, train_dataset=[{"input_ids": TOKENS[0].tolist(), **labels}] * 8).train()
+    (path.parent / "checkpoint-1").rename(path)
+
+
+def save_merged_adapter(model: PreTrainedModel, path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["g_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(model, config)
     with torch.no_grad():
-        expected = model(tokens).logits
-    generated = model.generate(tokens[:, :8], max_new_tokens=4, do_sample=False, eos_token_id=-1)
+        for name, parameter in tuned.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(0.5)
+    tuned.merge_and_unload().save_pretrained(path)
 
-    for source, again in ((first, tmp_path / "second"), (tmp_path / "second", tmp_path / "third")):
-        found = load_isolated(source, again)
-        assert torch.equal(found["logits"], expected)
-        assert torch.equal(found["generated"], generated)
-        for name in CODE_FILES:
-            assert (again / name).read_bytes() == (first / name).read_bytes()
-        auto_maps = [json.loads((path / "config.json").read_text())["auto_map"] for path in (source, again)]
-        assert auto_maps[0] == auto_maps[1]
-        assert {reference.split(".")[0] for reference in auto_maps[0].values()} == {"modeling_gated_llama"}
+
+def save_with_accelerate(model: PreTrainedModel, path: Path) -> None:
+    """Weights alone, and the code by what the README says to do about it."""
+    from accelerate import Accelerator
+
+    Accelerator(cpu=True).save_model(model, path)
+    model.config.save_pretrained(path)
+
+
+def save_shards_and_merge(model: PreTrainedModel, path: Path) -> None:
+    """As FSDP leaves a sharded state dict, and what the README says to do about it."""
+    from accelerate.utils import merge_fsdp_weights
+    from torch.distributed import checkpoint
+
+    shards = path.with_name(f"{path.name} shards") / "pytorch_model_fsdp_0"
+    checkpoint.save({"model": model.state_dict()}, checkpoint_id=shards, no_dist=True)
+    merge_fsdp_weights(shards, path)
+    shutil.rmtree(shards.parent)
+    model.config.save_pretrained(path)
+
+
+WRITERS: dict[str, Callable[[PreTrainedModel, Path], None]] = {
+    "model.save_pretrained": save_pretrained,
+    "config.save_pretrained": save_config,
+    "Trainer checkpoint": save_trainer_checkpoint,
+    "merged PEFT model": save_merged_adapter,
+    "accelerate's save_model": save_with_accelerate,
+    "merged shards": save_shards_and_merge,
+}
+WRITTEN = [(writer, head) for writer in WRITERS for head in HEADS if (writer, head) != ("Trainer checkpoint", "Model")]
+
+
+@pytest.fixture(scope="module")
+def generations(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Directories by every writer for every head, then twice loaded and saved again without the package."""
+    root = tmp_path_factory.mktemp("generations")
+    first = root / "first"
+    for writer, head in WRITTEN:
+        path = first / f"{writer}, {head}"
+        model = gated_model("elementwise", getattr(modeling_gated, f"GatedLlama{head}"), num_labels=3, use_qk_norm=True)
+        WRITERS[writer](model, path)
+        (path / "how").write_text(f"{HEADS[head]} {writer != 'config.save_pretrained'}")
+    source = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**TINY))
+    source.save_pretrained(root / "source")
+    convert_checkpoint(root / "source", first / "gated-llama convert, ForCausalLM")
+    (first / "gated-llama convert, ForCausalLM" / "how").write_text("AutoModelForCausalLM True")
+    for source_path, again in ((first, root / "second"), (root / "second", root / "third")):
+        finished = isolated(source_path, again)
+        assert finished.returncode == 0, finished.stderr
+    return [first, root / "second", root / "third"]
+
+
+TINY = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("writer", "head"), [*WRITTEN, ("gated-llama convert", "ForCausalLM")])
+def test_every_directory_carries_its_code(writer: str, head: str, generations: list[Path]) -> None:
+    """Loaded, saved and loaded again without the package: class, outputs, generated text and files are the same."""
+    name = f"{writer}, {head}"
+    first, second, third = (generation / name for generation in generations)
+    results = [torch.load(generation.with_suffix(".results"))[name] for generation in generations[1:]]
+    if writer != "config.save_pretrained":  # without weights every model is another
+        model = getattr(transformers, HEADS[head]).from_pretrained(first)
+        with torch.no_grad():
+            expected = {"class": type(model).__name__, "output": model(TOKENS)[0]}
+        results.append(expected)
+        if head == "ForCausalLM":
+            generated = model.generate(TOKENS[:, :8], max_new_tokens=4, do_sample=False, eos_token_id=None)
+            assert torch.equal(results[0]["generated"], generated)
+            assert torch.equal(results[1]["generated"], generated)
+    for result in results:
+        assert result["class"] == f"GatedLlama{head}"
+        if writer != "config.save_pretrained":
+            assert torch.equal(result["output"], results[-1]["output"])
+    for file in CODE_FILES:
+        assert (first / file).read_bytes() == (second / file).read_bytes() == (third / file).read_bytes()
+    auto_maps = [json.loads((path / "config.json").read_text())["auto_map"] for path in (first, second, third)]
+    assert auto_maps[0] == auto_maps[1] == auto_maps[2]
+    assert auto_maps[0].keys() == {"AutoConfig", *HEADS.values()}
+    assert {reference.split(".")[0] for reference in auto_maps[0].values()} == {"modeling_gated_llama"}
+
+
+ADAPTER = """
+import sys
+sys.modules["modeling_gated"] = None
+import torch
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(torch.arange(1, 41)[None]).logits, sys.argv[2])
+"""
+
+
+def test_an_adapter_finds_its_base_s_code(tmp_path: Path) -> None:
+    """It carries none itself: its base model does, and trust_remote_code is passed on to it."""
+    peft = pytest.importorskip("peft")
+    gated_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(base, config).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("*.py"))
+    finished = isolated(tmp_path / "adapter", tmp_path / "logits", code=ADAPTER)
+    assert finished.returncode == 0, finished.stderr
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits"), tuned(TOKENS).logits)
 
 
 def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
@@ -107,7 +223,7 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
         carried = (tmp_path / name).read_text().splitlines()
         own = (root / original / name).read_text().splitlines()
         changed = [line for line, before in zip(carried, own, strict=True) if line != before]
-        assert changed == (
+        assert [line.split("  #")[0] for line in changed] == (
             []
             if original == "configuration"
             else ["from .configuration_gated_llama import GatedLlamaConfig, open_gate"]
@@ -123,26 +239,45 @@ def test_local_code_goes_before_carried_code(llama: Path, tmp_path: Path) -> Non
         assert type(model) is GatedLlamaForCausalLM
 
 
-def test_pushing_a_config_uploads_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Config and code, and nothing else of ours; the model card is Transformers' doing and left out here."""
-    uploaded: list[set[str]] = []
-
-    def upload(self: object, working_dir: str, repo_id: str, files_timestamps: dict, **_: object) -> None:
-        assert repo_id == "user/gated"
-        uploaded.append(set(os.listdir(working_dir)) - files_timestamps.keys())
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, bytes]]:
+    """A hub that takes every commit; the files of each."""
+    commits: list[dict[str, bytes]] = []
 
     class Repo:
         repo_id = "user/gated"
+
+    def create_commit(self: object, repo_id: str, operations: list, **_: object) -> None:
+        assert repo_id == Repo.repo_id
+        commits.append({})
+        for operation in operations:
+            with operation.as_file() as file:
+                commits[-1][operation.path_in_repo] = file.read()
 
     class Card:
         def save(self, path: str) -> None:
             pass
 
     monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: Card())
-    monkeypatch.setattr(GatedLlamaConfig, "_upload_modified_files", upload)
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *_, **__: Card())
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: Repo)
-    config = GatedLlamaConfig(num_hidden_layers=1)
-    config.push_to_hub("user/gated")
-    config.save_pretrained(tmp_path / "gated", push_to_hub=True, repo_id="user/gated")
-    assert uploaded == [{"config.json", *CODE_FILES}] * 2
-    assert (tmp_path / "gated" / "config.json").is_file()
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", create_commit)
+    return commits
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained(push_to_hub=True)"])
+@pytest.mark.parametrize("what", ["config", "model"])
+def test_pushing_uploads_the_code(what: str, way: str, hub: list[dict[str, bytes]], tmp_path: Path) -> None:
+    model = gated_model()
+    thing = model.config if what == "config" else model
+    if way == "push_to_hub":
+        thing.push_to_hub("user/gated")
+    else:
+        thing.save_pretrained(tmp_path / "gated", push_to_hub=True, repo_id="user/gated")
+    weights = {"model.safetensors", "generation_config.json"} if what == "model" else set()
+    (commit,) = hub
+    assert commit.keys() == {"config.json", *CODE_FILES, *weights}
+    model.config.save_pretrained(tmp_path / "expected")
+    for name in CODE_FILES:
+        assert commit[name] == (tmp_path / "expected" / name).read_bytes()
+    assert "auto_map" in json.loads(commit["config.json"])

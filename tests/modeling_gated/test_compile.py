@@ -1,0 +1,84 @@
+"""torch.compile, torch.export and gradient checkpointing change nothing."""
+
+import shutil
+
+import pytest
+import torch
+from gated_models import VARIANTS, close_gates, gated_model, without_attention
+from transformers import PreTrainedModel
+
+
+@pytest.fixture(params=list(VARIANTS))
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    torch.compiler.reset()
+    return gated_model(request.param)
+
+
+def test_one_graph_forward_and_backward(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """fullgraph: without a break; and one graph serves other values of the gates."""
+    model.train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    gradients = []
+    for run in (model, compiled):
+        model.zero_grad()
+        output = run(tokens, labels=tokens, use_cache=False)
+        output.loss.backward()
+        gradients.append([output.logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+    close_gates(model)
+    found = compiled(tokens, labels=tokens, use_cache=False).logits
+    torch.testing.assert_close(found, model.lm_head(without_attention(model, tokens)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's default backend needs a C++ compiler")
+def test_the_default_backend(tokens: torch.Tensor) -> None:
+    """Inductor, with a cache, over lengths that change."""
+    torch.compiler.reset()
+    model = gated_model(
+        "sliding upper layers", num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]
+    )
+    compiled = torch.compile(model, fullgraph=True)
+    for closed in (False, True):
+        if closed:
+            close_gates(model)
+        with torch.no_grad():
+            expected = model.lm_head(without_attention(model, tokens)) if closed else model(tokens).logits
+            torch.testing.assert_close(compiled(tokens).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_export_is_the_model(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """One program for every batch size and length, which carries the gates as parameters."""
+    batch, length = torch.export.Dim("batch", min=2, max=8), torch.export.Dim("length", min=8, max=128)
+    program = torch.export.export(
+        model,
+        (),
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "use_cache": False},
+        dynamic_shapes={"input_ids": (batch, length), "attention_mask": (batch, length), "use_cache": None},
+        strict=False,
+    )
+    assert any("g_proj" in name for name in program.state_dict)
+    for inputs in (tokens, tokens[:, :17], tokens.repeat(2, 3)):
+        with torch.no_grad():
+            expected = model(inputs, use_cache=False).logits
+            found = program.module()(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(
+    model: PreTrainedModel, use_reentrant: bool, tokens: torch.Tensor
+) -> None:
+    gradients, calls = [], []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(checkpointing))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.train()
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    assert calls == [False, True, True]  # computed again on the way back
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=1e-7, msg=name)

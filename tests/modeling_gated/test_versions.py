@@ -1,0 +1,48 @@
+"""The version of Transformers is checked when the model is imported, from the package or from a checkpoint's code."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from modeling_gated import GatedLlamaConfig
+
+
+def start(version: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in an interpreter whose Transformers says that it is of this version."""
+    pretend = f"import transformers; transformers.__version__ = {version!r}\n"
+    return subprocess.run([sys.executable, "-c", pretend + code], capture_output=True, text=True)
+
+
+@pytest.fixture(params=["package", "carried"])
+def code(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "package":
+        return "import modeling_gated"
+    GatedLlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    load = f"transformers.AutoConfig.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)"
+    return f"import sys; sys.modules['modeling_gated'] = None\n{load}; {load}"
+
+
+def test_an_older_transformers_is_an_error(code: str) -> None:
+    finished = start("5.16.0", code)
+    assert finished.returncode == 1
+    assert finished.stderr.strip().endswith("ImportError: GatedLlama needs transformers>=5.16.1, found 5.16.0")
+
+
+@pytest.mark.parametrize(("version", "warnings"), [("5.23.9", 0), ("6.0.0.dev0", 1)])
+def test_a_newer_transformers_is_one_warning(version: str, warnings: int, code: str) -> None:
+    finished = start(version, code)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("GatedLlama was tested with transformers 5.16.1 to 5.23, found") == warnings
+    assert finished.stderr.count(version) == warnings
+
+
+def test_pip_and_readme_ask_for_the_same_versions() -> None:
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert "transformers>=5.16.1" in project["dependencies"]
+    assert "transformers==5.16.1" in (root / "tests" / "oldest.txt").read_text().split()
+    assert "transformers==5.23.0" in (root / "constraints.txt").read_text().split()
+    assert "5.16.1 and later and is tested with 5.16.1 and 5.23" in (root / "README.md").read_text()
