@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from gated_models import gated_model
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from gated_models import SIZES, gated_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 import modeling_gated
-from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from modeling_gated import GatedLlamaConfig
 from modeling_gated.conversion import convert_checkpoint
 
 
@@ -146,19 +146,13 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         model = gated_model("elementwise", getattr(modeling_gated, f"GatedLlama{head}"), num_labels=3, use_qk_norm=True)
         WRITERS[writer](model, path)
         (path / "how").write_text(f"{HEADS[head]} {writer != 'config.save_pretrained'}")
-    source = AutoModelForCausalLM.from_config(transformers.LlamaConfig(**TINY))
-    source.save_pretrained(root / "source")
+    AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).save_pretrained(root / "source")
     convert_checkpoint(root / "source", first / "gated-llama convert, ForCausalLM")
     (first / "gated-llama convert, ForCausalLM" / "how").write_text("AutoModelForCausalLM True")
     for source_path, again in ((first, root / "second"), (root / "second", root / "third")):
         finished = isolated(source_path, again)
         assert finished.returncode == 0, finished.stderr
     return [first, root / "second", root / "third"]
-
-
-TINY = {
-    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(("writer", "head"), [*WRITTEN, ("gated-llama convert", "ForCausalLM")])
@@ -232,11 +226,14 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
         assert not any("modeling_gated " in line or "modeling_gated." in line for line in imports)
 
 
-def test_local_code_goes_before_carried_code(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trust", [None, False, True])
+def test_local_code_goes_before_carried_code(trust: bool | None, llama: Path, tmp_path: Path) -> None:
+    """And nothing asks: there is nobody to answer, so a question would be an error."""
     convert_checkpoint(llama, tmp_path / "gated")
-    for trust in (None, False, True):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path / "gated", trust_remote_code=trust)
-        assert type(model) is GatedLlamaForCausalLM
+    assert type(AutoConfig.from_pretrained(tmp_path / "gated", trust_remote_code=trust)) is GatedLlamaConfig
+    for head, auto_class in HEADS.items():
+        model = getattr(transformers, auto_class).from_pretrained(tmp_path / "gated", trust_remote_code=trust)
+        assert type(model) is getattr(modeling_gated, f"GatedLlama{head}")
 
 
 @pytest.fixture
