@@ -1,4 +1,4 @@
-# Copyright 2026 The modeling-gated authors.
+# Copyright 2026 The GatedLlama authors.
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
 # you may not use this file except in compliance with the License.
@@ -13,7 +13,7 @@
 # limitations under the License.
 """Configuration of GatedLlama: Llama with attention output gates (arXiv 2505.06708).
 
-A saved config carries this file and the model's beside it, so it imports nothing but Transformers and NumPy.
+A saved config carries this file and the model's beside it, so it imports nothing that Transformers doesn't.
 """
 
 import importlib.util
@@ -100,7 +100,8 @@ class GatedLlamaConfig(LlamaConfig):
       Qwen3.
     - **sliding_window** (`int`, *optional*) -- Tokens that a sliding layer's queries see; at least 1.
     - **layer_types** (`list[str]`, *optional*) -- `"full_attention"` or `"sliding_attention"` per layer. If not
-      given, every layer slides when `sliding_window` is set, as in Mistral, and none otherwise.
+      given, every layer slides when `sliding_window` is set, as in Mistral, and none otherwise. Layers that are all
+      alike stay so when `num_hidden_layers` or `sliding_window` is changed later.
     - **attention_dropout** (`float`, defaults to 0.0) -- Dropout of the attention probabilities in training.
     - **rope_parameters** (`dict`, *optional*) -- RoPE in Transformers' form (`rope_type`, `rope_theta`, ...); a
       `rope_theta` of 10000 if not given.
@@ -121,8 +122,6 @@ class GatedLlamaConfig(LlamaConfig):
     A value of the wrong type, or outside its range, raises an error that names the field and the value.
 
     ```python
-    >>> from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
-
     >>> config = GatedLlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=2)
     >>> model = GatedLlamaForCausalLM(config)
     >>> model.model.layers[0].self_attn.g_proj.weight.shape
@@ -161,6 +160,16 @@ class GatedLlamaConfig(LlamaConfig):
             layer_type = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any):
+        super().__setattr__(name, value)
+        # As in Llama and Mistral, whose configs say nothing of single layers: from_pretrained(num_hidden_layers=2).
+        layer_types = self.layer_types or []
+        if name in ("num_hidden_layers", "sliding_window") and len(set(layer_types)) == 1:
+            layer_type = layer_types[0]
+            if name == "sliding_window":
+                layer_type = "full_attention" if value is None else "sliding_attention"
+            self.layer_types = [layer_type] * self.num_hidden_layers
 
     @classmethod
     def from_source_config(cls, config: PreTrainedConfig, **gate_options: Any) -> "GatedLlamaConfig":

@@ -61,9 +61,13 @@ def convert(
     ] = None,
 ) -> None:
     """Add open gates to a checkpoint: OUTPUT computes exactly what SOURCE does."""
-    import torch
+    try:
+        import torch
 
-    from modeling_gated.conversion import ConversionError, convert_checkpoint
+        from modeling_gated.conversion import ConversionError, convert_checkpoint
+    except ImportError as error:  # of a Transformers that is too old, for one
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
 
     try:
         done = convert_checkpoint(

@@ -1,4 +1,4 @@
-# Copyright 2026 The modeling-gated authors.
+# Copyright 2026 The GatedLlama authors.
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
 # you may not use this file except in compliance with the License.
@@ -154,6 +154,10 @@ class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
             init.constant_(module.bias, bias)
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing: the config's `save_pretrained` writes the code and `auto_map`, for every Auto class."""
 
 
 class GatedLlamaModel(GatedLlamaPreTrainedModel):

@@ -155,3 +155,26 @@ def test_the_default_opening_is_the_nearest_bfloat16() -> None:
 def test_an_opening_without_slope_is_refused(gate_init: float) -> None:
     with pytest.raises(ValueError, match="flat"):
         open_gate(gate_init)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_layers_that_are_all_alike_follow_their_number(window: int | None, tmp_path: Path) -> None:
+    """As in Llama and Mistral: a config or checkpoint is loaded with other values of the two fields."""
+    kind, other = ("full_attention", "sliding_attention") if window is None else ("sliding_attention", "full_attention")
+    GatedLlamaConfig(num_hidden_layers=3, sliding_window=window).save_pretrained(tmp_path)
+    for layers in (1, 5):
+        assert AutoConfig.from_pretrained(tmp_path, num_hidden_layers=layers).layer_types == [kind] * layers
+    changed = AutoConfig.from_pretrained(tmp_path, sliding_window=4 if window is None else None)
+    assert changed.layer_types == [other] * 3
+    changed.num_hidden_layers = 2
+    changed.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).layer_types == [other] * 2
+
+
+def test_layers_that_differ_stay_as_they_are_given() -> None:
+    mixed = ["full_attention", "sliding_attention"]
+    config = GatedLlamaConfig(num_hidden_layers=2, sliding_window=8, layer_types=list(mixed))
+    config.sliding_window = 4
+    assert config.layer_types == mixed
+    alike = GatedLlamaConfig(num_hidden_layers=2, sliding_window=8, layer_types=["full_attention"] * 2)
+    assert alike.layer_types == ["full_attention"] * 2

@@ -63,3 +63,12 @@ def without_attention(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Ten
     for layer in model.base_model.layers:
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return model.base_model.norm(hidden)
+
+
+def greedy_without_attention(model: PreTrainedModel, token: int, length: int) -> list[int]:
+    """What a model with closed gates generates after `token`: each time the best after the last token alone."""
+    generated = []
+    for _ in range(length):
+        hidden = without_attention(model, torch.tensor([[token]]))
+        generated.append(token := model.lm_head(hidden).argmax().item())
+    return generated

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import reference_flash_attn
 import torch
-from gated_models import VARIANTS, gated_model
+from gated_models import VARIANTS, close_gates, gated_model, without_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
@@ -120,6 +120,32 @@ def test_sequences_that_nothing_tells_apart_are_one(tokens: torch.Tensor) -> Non
     with torch.no_grad():
         separate = torch.cat([model(sequence[None]).logits for sequence in tokens], 1)
         assert (model(tokens.reshape(1, -1)).logits - separate).abs().max() > 1e-3
+
+
+def test_closed_gates_close_every_implementation(
+    model: PreTrainedModel, implementation: str, tokens: torch.Tensor
+) -> None:
+    """Plain, padded and packed input; what is left is what the blocks compute without their attention."""
+    mask = torch.ones_like(tokens)
+    mask[1, :7] = 0
+    positions = torch.cat([torch.arange(20), torch.arange(46)])[None]
+    inputs: list[dict[str, torch.Tensor]] = [
+        {"input_ids": tokens},
+        {"input_ids": tokens, "attention_mask": mask},
+        {"input_ids": tokens.reshape(1, -1), "position_ids": positions},
+    ]
+    switch(model, implementation)
+    with torch.no_grad():
+        for closed in (False, True):
+            if closed:
+                close_gates(model)
+            for options in inputs:
+                expected = model.lm_head(without_attention(model, options["input_ids"]))
+                difference = (model(**options, use_cache=False).logits - expected).abs()
+                if closed:
+                    assert difference.max() < 1e-5
+                else:
+                    assert difference.max() > 1e-3
 
 
 def test_attention_functions_get_what_they_need(tokens: torch.Tensor) -> None:

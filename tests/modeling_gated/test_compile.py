@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from gated_models import VARIANTS, close_gates, gated_model, without_attention
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 
 
 @pytest.fixture(params=list(VARIANTS))
@@ -46,6 +46,26 @@ def test_the_default_backend(tokens: torch.Tensor) -> None:
         with torch.no_grad():
             expected = model.lm_head(without_attention(model, tokens)) if closed else model(tokens).logits
             torch.testing.assert_close(compiled(tokens).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_compiled_generation_with_a_static_cache(model: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """What generate does by itself on a GPU: each step is one compiled graph."""
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    for closed in (False, True):
+        if closed:
+            close_gates(model)
+        expected = model.generate(tokens[:, :9], cache_implementation="dynamic", **options)
+        found = model.generate(tokens[:, :9], cache_implementation="static", compile_config=compiled, **options)
+        assert torch.equal(found, expected)
+    assert graphs
 
 
 def test_export_is_the_model(model: PreTrainedModel, tokens: torch.Tensor) -> None:

@@ -1,12 +1,21 @@
 """Gates start at the value that the config says, are never re-initialised, and are applied on every path."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gated_models import SIZES, VARIANTS, close_gates, gated_model, gates, without_attention
+from gated_models import (
+    SIZES,
+    VARIANTS,
+    close_gates,
+    gated_model,
+    gates,
+    greedy_without_attention,
+    without_attention,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, cache_utils
 
@@ -168,6 +177,55 @@ def test_no_path_drops_a_gate(variant: str, path: str, tokens: torch.Tensor) -> 
             assert difference.max() < 1e-5
         else:
             assert difference.max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", ["eager attention", "sdpa", "compiled", "dynamic cache", "static cache"])
+def test_no_path_drops_a_gate_in_half_precision(path: str, dtype: torch.dtype, tokens: torch.Tensor) -> None:
+    """Closed gates leave exactly the MLPs; others what the float32 model says, and not what it says without gates."""
+    implementation, run = PATHS[path]
+    model = gated_model("elementwise").to(dtype)
+    model.set_attn_implementation(implementation)
+    tokens = tokens[:, :13]
+    with torch.no_grad():
+        found = run(model, tokens)
+        length = found.shape[1]
+        reference = copy.deepcopy(model).float()
+        expected = reference(tokens[:, :length]).logits
+        for gate in gates(reference):  # a gate that is dropped is a gate of 1
+            gate.weight.zero_()
+            gate.bias.fill_(100.0)
+        dropped = reference(tokens[:, :length]).logits
+        assert (found - expected).abs().max() < 0.1 * (dropped - expected).abs().max()
+
+        close_gates(model)
+        found = run(model, tokens)
+        expected = model.lm_head(without_attention(model, tokens[:, :length]))
+        assert (found - expected).abs().max() < 0.01
+
+
+STRATEGIES = {
+    "sampling": {"do_sample": True, "top_k": 1},
+    "prompt in pieces": {"prefill_chunk_size": 4},
+    "assisted": {"assistant_model": "headwise"},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "beam search": {"num_beams": 2},
+}
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_no_strategy_drops_a_gate(strategy: str, tokens: torch.Tensor) -> None:
+    """With closed gates each token follows from the one before it alone."""
+    model, options = gated_model(), dict(STRATEGIES[strategy])
+    if "assistant_model" in options:
+        options["assistant_model"] = gated_model(num_hidden_layers=1)
+    options |= {"max_new_tokens": 10, "eos_token_id": None}
+    gated = model.generate(tokens[:1, :9], **options)[0, 9:].tolist()
+    close_gates(model)
+    found = model.generate(tokens[:1, :9], **options)[0, 9:].tolist()
+    assert found != gated
+    if strategy != "beam search":  # whose scores test_generation has
+        assert found == greedy_without_attention(model, tokens[0, 8].item(), 10)
 
 
 @pytest.mark.parametrize("head", HEADS)

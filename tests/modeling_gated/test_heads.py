@@ -1,5 +1,7 @@
 """Every head computes what Llama's does, and is found where Transformers' own models are found."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,45 @@ def test_save_and_load_keep_the_function(head: str, tmp_path: Path, tokens: torc
     assert type(loaded) is type(model)
     with torch.no_grad():
         assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+
+
+def test_loading_in_another_dtype(head: str, tmp_path: Path, tokens: torch.Tensor) -> None:
+    """Gates are cast like all else, and the dtype asked for is the one that is saved."""
+    model = gated_model("elementwise", getattr(modeling_gated, f"GatedLlama{head}"), num_labels=3)
+    model.save_pretrained(tmp_path / "float32")
+    auto_class = getattr(transformers, HEADS[head][0])
+    for dtype in (torch.bfloat16, torch.float16):
+        loaded = auto_class.from_pretrained(tmp_path / "float32", dtype=dtype)
+        expected = copy.deepcopy(model).to(dtype)
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(loaded.get_parameter(name), parameter), name
+        loaded.save_pretrained(tmp_path / "half")
+        again = auto_class.from_pretrained(tmp_path / "half")
+        assert again.dtype == dtype
+        with torch.no_grad():
+            assert torch.equal(again(tokens)[0], loaded(tokens)[0])
+            assert torch.allclose(loaded(tokens)[0].float(), model(tokens)[0], atol=0.1)
+
+
+@pytest.mark.parametrize("problem", ["regression", "single_label_classification", "multi_label_classification"])
+def test_classification_problems(problem: str, tmp_path: Path, tokens: torch.Tensor) -> None:
+    """Labels have names, are of the problem's type, and survive saving."""
+    config = LlamaConfig(**SIZES, id2label={0: "low", 1: "high"}, problem_type=problem)
+    labels = torch.tensor([0, 1]) if problem.startswith("single") else torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    llama, gated = pair("ForSequenceClassification", config)
+    with torch.no_grad():
+        assert torch.equal(gated(tokens, labels=labels).loss, llama(tokens, labels=labels).loss)
+    gated.save_pretrained(tmp_path)
+    saved = AutoConfig.from_pretrained(tmp_path)
+    assert (saved.id2label, saved.num_labels, saved.problem_type) == ({0: "low", 1: "high"}, 2, problem)
+
+
+def test_copies_and_pickles_are_the_model(head: str, tokens: torch.Tensor) -> None:
+    model = gated_model("elementwise", getattr(modeling_gated, f"GatedLlama{head}"), num_labels=3)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert again.config.to_dict() == model.config.to_dict()
+        with torch.no_grad():
+            assert torch.equal(again(tokens)[0], model(tokens)[0])
 
 
 @pytest.mark.parametrize("tied", [False, True])

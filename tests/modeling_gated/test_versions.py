@@ -1,19 +1,22 @@
 """The version of Transformers is checked when the model is imported, from the package or from a checkpoint's code."""
 
+import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import transformers
 
 from modeling_gated import GatedLlamaConfig
 
 
-def start(version: str, code: str) -> subprocess.CompletedProcess[str]:
+def start(version: str, code: str, home: Path) -> subprocess.CompletedProcess[str]:
     """Run code in an interpreter whose Transformers says that it is of this version."""
     pretend = f"import transformers; transformers.__version__ = {version!r}\n"
-    return subprocess.run([sys.executable, "-c", pretend + code], capture_output=True, text=True)
+    environment = {**os.environ, "HF_HOME": str(home)}
+    return subprocess.run([sys.executable, "-c", pretend + code], capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(params=["package", "carried"])
@@ -25,18 +28,30 @@ def code(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"import sys; sys.modules['modeling_gated'] = None\n{load}; {load}"
 
 
-def test_an_older_transformers_is_an_error(code: str) -> None:
-    finished = start("5.16.0", code)
+def test_an_older_transformers_is_an_error(code: str, tmp_path: Path) -> None:
+    finished = start("5.16.0", code, tmp_path / "home")
     assert finished.returncode == 1
     assert finished.stderr.strip().endswith("ImportError: GatedLlama needs transformers>=5.16.1, found 5.16.0")
 
 
 @pytest.mark.parametrize(("version", "warnings"), [("5.23.9", 0), ("6.0.0.dev0", 1)])
-def test_a_newer_transformers_is_one_warning(version: str, warnings: int, code: str) -> None:
-    finished = start(version, code)
+def test_a_newer_transformers_is_one_warning(version: str, warnings: int, code: str, tmp_path: Path) -> None:
+    finished = start(version, code, tmp_path / "home")
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.count("GatedLlama was tested with transformers 5.16.1 to 5.23, found") == warnings
     assert finished.stderr.count(version) == warnings
+
+
+def test_the_command_says_so_in_one_line(tmp_path: Path) -> None:
+    command = "import sys; sys.argv = ['gated-llama', 'convert', 'a', 'b']; from modeling_gated.cli import app; app()"
+    finished = start("5.16.0", command, tmp_path / "home")
+    assert finished.returncode == 1
+    assert finished.stderr == "error: GatedLlama needs transformers>=5.16.1, found 5.16.0\n"
+
+
+def test_this_run_has_the_transformers_that_was_asked_for() -> None:
+    """`make test-oldest` puts another version before the environment's own."""
+    assert transformers.__version__ == os.environ.get("TESTED_TRANSFORMERS", transformers.__version__)
 
 
 def test_pip_and_readme_ask_for_the_same_versions() -> None:
