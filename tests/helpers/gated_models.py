@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import QuantizedLayer
 
+import modeling_gated
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 
 
@@ -28,6 +30,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "QK-norm, tied": {"use_qk_norm": True, "tie_word_embeddings": True},
 }
+
+
+# What each class's name ends in, and its Auto class.
+HEADS = {
+    "Model": "AutoModel",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+}
+
+
+def gated_class(head: str) -> type[PreTrainedModel]:
+    return getattr(modeling_gated, f"GatedLlama{head}")
 
 
 def gated_model(
@@ -72,3 +88,19 @@ def greedy_without_attention(model: PreTrainedModel, token: int, length: int) ->
         hidden = without_attention(model, torch.tensor([[token]]))
         generated.append(token := model.lm_head(hidden).argmax().item())
     return generated
+
+
+class Int8Layer(QuantizedLayer):
+    """Transformers' quantised cache with a rounding to 8 bits that needs no other library."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = tensor.abs().amax(-1, keepdim=True) / 127
+        return (tensor / scale).round().to(torch.int8), scale
+
+    def _dequantize(self, q_tensor: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return q_tensor[0] * q_tensor[1]
+
+
+def int8_cache(model: PreTrainedModel) -> Cache:
+    """A cache that keeps the last 4 tokens whole."""
+    return Cache(layers=[Int8Layer(residual_length=4) for _ in model.base_model.layers])

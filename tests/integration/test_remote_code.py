@@ -12,22 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from gated_models import SIZES, gated_model
+from gated_models import HEADS, SIZES, gated_class, gated_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-import modeling_gated
-from modeling_gated import GatedLlamaConfig
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.conversion import convert_checkpoint
 
 
 CODE_FILES = ("configuration_gated_llama.py", "modeling_gated_llama.py")
-HEADS = {
-    "Model": "AutoModel",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-}
 TOKENS = torch.arange(1, 41)[None]
 
 # argv: a directory with others in it, each named for what wrote it and its head; where to save all models again and
@@ -144,7 +136,7 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     first = root / "first"
     for writer, head in WRITTEN:
         path = first / f"{writer}, {head}"
-        model = gated_model("elementwise", getattr(modeling_gated, f"GatedLlama{head}"), num_labels=3, use_qk_norm=True)
+        model = gated_model("elementwise", gated_class(head), num_labels=3, use_qk_norm=True)
         WRITERS[writer](model, path)
         (path / "how").write_text(f"{HEADS[head]} {writer != 'config.save_pretrained'}")
     AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).save_pretrained(root / "source")
@@ -233,12 +225,12 @@ def test_local_code_goes_before_carried_code(trust: bool | None, llama: Path, tm
     assert type(AutoConfig.from_pretrained(tmp_path / "gated", trust_remote_code=trust)) is GatedLlamaConfig
     for head, auto_class in HEADS.items():
         model = getattr(transformers, auto_class).from_pretrained(tmp_path / "gated", trust_remote_code=trust)
-        assert type(model) is getattr(modeling_gated, f"GatedLlama{head}")
+        assert type(model) is gated_class(head)
 
 
 def test_registering_for_an_auto_class_changes_nothing(tmp_path: Path) -> None:
     """Transformers' guide to custom models says to do it, and loading carried code does it; here it is not needed."""
-    modeling_gated.GatedLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    GatedLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
     GatedLlamaConfig.register_for_auto_class()
     model = gated_model()
     model.save_pretrained(tmp_path / "model")

@@ -34,7 +34,7 @@ def test_one_graph_forward_and_backward(model: PreTrainedModel, tokens: torch.Te
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's default backend needs a C++ compiler")
 def test_the_default_backend(tokens: torch.Tensor) -> None:
-    """Inductor, with a cache, over lengths that change."""
+    """Inductor, with the cache that the model makes."""
     torch.compiler.reset()
     model = gated_model(
         "sliding upper layers", num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"]

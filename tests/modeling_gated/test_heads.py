@@ -7,20 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from gated_models import SIZES, gated_model
+from gated_models import HEADS, SIZES, gated_class, gated_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-import modeling_gated
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 
 
-# Head, Auto class, and how its loss is asked for.
-HEADS = {
-    "Model": ("AutoModel", {}),
-    "ForCausalLM": ("AutoModelForCausalLM", {"labels": (2, 33)}),
-    "ForSequenceClassification": ("AutoModelForSequenceClassification", {"labels": (2,)}),
-    "ForTokenClassification": ("AutoModelForTokenClassification", {"labels": (2, 33)}),
-    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", {"start_positions": (2,), "end_positions": (2,)}),
+# How each head's loss is asked for: names and shapes.
+LABELS: dict[str, dict[str, tuple[int, ...]]] = {
+    "Model": {},
+    "ForCausalLM": {"labels": (2, 33)},
+    "ForSequenceClassification": {"labels": (2,)},
+    "ForTokenClassification": {"labels": (2, 33)},
+    "ForQuestionAnswering": {"start_positions": (2,), "end_positions": (2,)},
 }
 
 
@@ -33,7 +32,7 @@ def pair(head: str, config: LlamaConfig) -> tuple[PreTrainedModel, PreTrainedMod
     """Llama with this head, and the gated model of the same weights with gates that are the identity."""
     torch.manual_seed(0)
     llama = getattr(transformers, f"Llama{head}")(config).eval()
-    gated = getattr(modeling_gated, f"GatedLlama{head}")(GatedLlamaConfig.from_source_config(config)).eval()
+    gated = gated_class(head)(GatedLlamaConfig.from_source_config(config)).eval()
     # Llama's question answering calls its decoder "transformer".
     weights = {name.replace("transformer.", "model."): tensor for name, tensor in llama.state_dict().items()}
     missing, unexpected = gated.load_state_dict(weights, strict=False)
@@ -45,8 +44,8 @@ def pair(head: str, config: LlamaConfig) -> tuple[PreTrainedModel, PreTrainedMod
 def test_auto_classes_know_the_model(head: str) -> None:
     config = AutoConfig.for_model("gated_llama", **SIZES)
     assert type(config) is GatedLlamaConfig
-    auto_class = getattr(transformers, HEADS[head][0])
-    assert type(auto_class.from_config(config)) is getattr(modeling_gated, f"GatedLlama{head}")
+    auto_class = getattr(transformers, HEADS[head])
+    assert type(auto_class.from_config(config)) is gated_class(head)
 
 
 def test_every_head_computes_what_llama_s_does(head: str, tokens: torch.Tensor) -> None:
@@ -54,7 +53,7 @@ def test_every_head_computes_what_llama_s_does(head: str, tokens: torch.Tensor) 
     llama, gated = pair(head, LlamaConfig(**SIZES, num_labels=3))
     mask = torch.ones_like(tokens)
     mask[1, 20:] = 0
-    shapes = HEADS[head][1]
+    shapes = LABELS[head]
     labels = {name: torch.arange(torch.Size(shape).numel()).reshape(shape) % 3 for name, shape in shapes.items()}
     for options in ({}, labels, {"output_hidden_states": True}, {"output_attentions": True}, {"return_dict": False}):
         if "output_attentions" in options:
@@ -74,7 +73,7 @@ def test_every_head_computes_what_llama_s_does(head: str, tokens: torch.Tensor) 
 
 
 def test_embeddings_in_place_of_tokens(head: str, tokens: torch.Tensor) -> None:
-    model = gated_model(model_class=getattr(modeling_gated, f"GatedLlama{head}"))
+    model = gated_model(model_class=gated_class(head))
     with torch.no_grad():
         expected = model(tokens)[0]
         found = model(inputs_embeds=model.get_input_embeddings()(tokens))[0]
@@ -106,9 +105,9 @@ def test_logits_to_keep(tokens: torch.Tensor) -> None:
 
 
 def test_save_and_load_keep_the_function(head: str, tmp_path: Path, tokens: torch.Tensor) -> None:
-    model = gated_model("elementwise", getattr(modeling_gated, f"GatedLlama{head}"), num_labels=3)
+    model = gated_model("elementwise", gated_class(head), num_labels=3)
     model.save_pretrained(tmp_path)
-    loaded = getattr(transformers, HEADS[head][0]).from_pretrained(tmp_path)
+    loaded = getattr(transformers, HEADS[head]).from_pretrained(tmp_path)
     assert type(loaded) is type(model)
     with torch.no_grad():
         assert torch.equal(loaded(tokens)[0], model(tokens)[0])
@@ -116,9 +115,9 @@ def test_save_and_load_keep_the_function(head: str, tmp_path: Path, tokens: torc
 
 def test_loading_in_another_dtype(head: str, tmp_path: Path, tokens: torch.Tensor) -> None:
     """Gates are cast like all else, and the dtype asked for is the one that is saved."""
-    model = gated_model("elementwise", getattr(modeling_gated, f"GatedLlama{head}"), num_labels=3)
+    model = gated_model("elementwise", gated_class(head), num_labels=3)
     model.save_pretrained(tmp_path / "float32")
-    auto_class = getattr(transformers, HEADS[head][0])
+    auto_class = getattr(transformers, HEADS[head])
     for dtype in (torch.bfloat16, torch.float16):
         loaded = auto_class.from_pretrained(tmp_path / "float32", dtype=dtype)
         expected = copy.deepcopy(model).to(dtype)
@@ -146,7 +145,7 @@ def test_classification_problems(problem: str, tmp_path: Path, tokens: torch.Ten
 
 
 def test_copies_and_pickles_are_the_model(head: str, tokens: torch.Tensor) -> None:
-    model = gated_model("elementwise", getattr(modeling_gated, f"GatedLlama{head}"), num_labels=3)
+    model = gated_model("elementwise", gated_class(head), num_labels=3)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert again.config.to_dict() == model.config.to_dict()
         with torch.no_grad():
@@ -164,7 +163,7 @@ def test_heads_start_from_a_causal_language_model(head: str, tmp_path: Path) -> 
     """The checkpoint's decoder, gates and all; only the new head's parameters are missing from it."""
     model = gated_model()
     model.save_pretrained(tmp_path)
-    loaded, info = getattr(transformers, HEADS[head][0]).from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = getattr(transformers, HEADS[head]).from_pretrained(tmp_path, output_loading_info=True)
     new = {"ForSequenceClassification": {"score.weight"}, "ForTokenClassification": {"score.weight", "score.bias"}}
     new["ForQuestionAnswering"] = {"qa_outputs.weight", "qa_outputs.bias"}
     assert set(info["missing_keys"]) == new.get(head, set())
