@@ -49,9 +49,27 @@ if Version(transformers.__version__).release[:2] > (5, 23):
 SOURCE_FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"attention_bias": False, "mlp_bias": False},
-    "qwen2": {"attention_bias": True, "mlp_bias": False},
+    "ministral": {"attention_bias": False, "mlp_bias": False},
+    "qwen2": {"attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
     "qwen3": {"use_qk_norm": True, "mlp_bias": False},
+    "cwm": {"attention_bias": False},
+    "internlm3": {},
+    "iquestcoder": {},
+    "seed_oss": {},
 }
+# Fields of source families that say nothing about the gated model: they are said in other fields, hold only for
+# training (residual_dropout), or describe a q_proj with gates in it, which serving engines would then expect.
+_OTHER_FIELDS = [
+    "use_sliding_window",
+    "max_window_layers",
+    "attention_out_bias",
+    "qkv_bias",
+    "residual_dropout",
+    "clip_qkv",
+    "attn_output_gate",
+    "headwise_attn_output_gate",
+    "elementwise_attn_output_gate",
+]
 
 
 def check_source_family(model_type: object) -> None:
@@ -177,8 +195,8 @@ class GatedLlamaConfig(LlamaConfig):
         The config of the gated model that has the architecture, and from its start the function, of `config`'s.
 
         Args:
-            config ([`LlamaConfig`], [`MistralConfig`], [`Qwen2Config`] or [`Qwen3Config`]):
-                The ungated model's config. It is not changed.
+            config ([`PreTrainedConfig`]):
+                The ungated model's config, of one of `SOURCE_FAMILIES`. It is not changed.
             gate_options:
                 Fields of the gate, such as `gate_granularity` and `gate_init`. `gate_scale` is 1 / sigmoid(b) unless
                 given here.
@@ -195,12 +213,11 @@ class GatedLlamaConfig(LlamaConfig):
         # A field that the family's config lacks is one that its model doesn't read, whatever a config.json says. Only
         # head_dim is read all the same, by Qwen2.
         unread = {own.name for own in fields(cls)} - {read.name for read in fields(config)} - {"head_dim"}
-        # Qwen's last two fields say which layers slide; `layer_types`, always present there, says it directly.
-        unread |= {"model_type", "architectures", "auto_map", "transformers_version"}
-        unread |= {"use_sliding_window", "max_window_layers"}
+        unread |= {"model_type", "architectures", "auto_map", "transformers_version", *_OTHER_FIELDS}
+        output_bias = values.get("attention_out_bias") if family == "seed_oss" else None
         values = {name: value for name, value in values.items() if name not in unread}
         values |= SOURCE_FAMILIES[family]
-        values["attention_output_bias"] = values["attention_bias"] and family != "qwen2"
+        values.setdefault("attention_output_bias", values["attention_bias"] if output_bias is None else output_bias)
         if gate_options.get("gate_bias", True):
             values["gate_scale"] = open_gate(gate_options.get("gate_init", cls.gate_init))[1]
         return cls(**values | gate_options)

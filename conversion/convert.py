@@ -1,36 +1,46 @@
-"""Conversion of an ungated checkpoint into a gated one that starts as the same function."""
+"""Conversion of a checkpoint into a gated one: of an ungated one, into one that starts as the same function."""
 
 import json
 import os
+import shlex
 import shutil
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from rich.filesize import decimal
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 
-from .checkpoint import Checkpoint, Shard, open_checkpoint
+from .card import model_card
+from .checkpoint import open_checkpoint
 from .errors import ConversionError
-from .gguf import dequantize_gguf
-from .output import check_output, replacing, scratch_directory
-from .placement import Place, place_file
-from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_tensor
-from .writer import FLOATING_DTYPES, write_safetensors
+from .files import errors_naming, sha256, sync
+from .gguf import dequantize_gguf, gguf_headers
+from .manifest import FileRecord, Manifest, as_text, record
+from .output import check_output, clear_leftovers, replacing, scratch_directory
+from .placement import Place, Placement, can_reflink, place_file
+from .plan import CARD_NAME, OWN_FILES, Plan, make_plan
+from .safetensors_file import write_safetensors
+from .sources import Source, find_source
+
+
+Granularity = Literal["headwise", "elementwise"]
 
 
 @dataclass(frozen=True)
 class Conversion:
     """
     What a conversion made: the directory and its config, the parameters of the source and of the gates, the bytes
-    of weights that were written and those shared with the source (by reflink or link), and the seconds it took.
+    of weights that were written and those shared with the source (by reflink or link), the tensors of the source that
+    the model does not read, and the seconds it took.
     """
 
     output: Path
@@ -39,6 +49,7 @@ class Conversion:
     gate_parameters: int
     written_bytes: int
     shared_bytes: int
+    unread: tuple[str, ...]
     seconds: float
 
 
@@ -46,154 +57,222 @@ def convert_checkpoint(
     source: str | os.PathLike,
     output: str | os.PathLike,
     *,
-    granularity: Literal["headwise", "elementwise"] = "headwise",
-    gate_init: float = 0.85,
+    granularity: Granularity | None = None,
+    gate_init: float | None = None,
     place: Place = "auto",
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
     progress: bool = False,
 ) -> Conversion:
     """
     Write a gated checkpoint that computes exactly what `source` does.
 
     The source's tensors are neither loaded nor changed: its shards become shards of the result, and the open gates
-    one shard more. The result appears under its name only when it is complete.
+    one shard more. If the source has gates already, as rows of `q_proj`, they are taken out of it instead. The result
+    appears under its name only when it is complete and on disk.
 
     Args:
-        source: a directory with a Llama, Mistral, Qwen2 or Qwen3 checkpoint in safetensors, one safetensors file
-            with its `config.json` beside it, or a GGUF file, which is dequantized first.
+        source: a directory with a checkpoint in safetensors, one safetensors file with its `config.json` beside it, a
+            GGUF file, which is dequantized first, or a model on the Hugging Face hub, which is downloaded.
         output: the directory to make.
-        granularity: one gate per head (`"headwise"`) or per channel (`"elementwise"`).
-        gate_init: the opening sigmoid(b) that the gates start from, strictly between 0 and 1.
+        granularity: one gate per head (`"headwise"`, the default) or per channel (`"elementwise"`).
+        gate_init: the opening sigmoid(b) that the gates start from, strictly between 0 and 1; 0.85 if not given.
         place: how the source's shards get into the result. `"reflink"` shares their blocks until one side is
             written to, `"auto"` does so where the filesystem can and else copies, `"copy"` copies. `"link"` makes
             hard links: whoever later writes into a shard in place changes the source too.
         overwrite: replace `output` if it is an empty directory or a checkpoint.
         dtype: dtype of the dequantized tensors of a GGUF file, bfloat16 if not given.
+        revision: the branch, tag or commit of a model on the hub.
         progress: show a progress bar, on a terminal.
 
     Raises:
         ConversionError: if the source cannot be converted or the output not be written. Nothing is left behind.
     """
     started = time.perf_counter()
-    # The source keeps its name: in the hub's cache, files are links to blobs whose names say nothing.
-    source, output = Path(source).absolute(), Path(output).resolve()
-    if not source.exists():
-        raise ConversionError(f"{source}: no such file or directory; a model on the hub has to be downloaded first")
-    check_output(source, output, overwrite)
-    is_gguf = source.suffix.lower() == ".gguf"
-    if dtype is not None and not is_gguf:
-        raise ConversionError(f"--dtype {dtype}: {source} is not a GGUF file, so its tensors keep their dtype")
-    try:
-        open_gate(gate_init)
-    except ValueError as error:
-        raise ConversionError(f"--gate-init: {error}") from None
-    gate_options = {"gate_granularity": granularity, "gate_init": gate_init}
-
-    try:
-        if is_gguf:
+    given = {"granularity": granularity, "gate_init": gate_init, "place": place, "dtype": dtype, "revision": revision}
+    command = _command(source, output, given, overwrite)
+    with errors_naming(output):
+        output = Path(output).resolve()
+        found = find_source(os.fspath(source), revision)
+        clear_leftovers(output)
+        check_output(found.path, output, overwrite)
+        gate_options = _check_options(found, granularity, gate_init, place, dtype)
+        if found.is_gguf:
+            make_plan(found, gguf_headers(found.path, dtype or torch.bfloat16), gate_options)
             with scratch_directory(output) as dequantized:
-                dequantize_gguf(source, dequantized, dtype or torch.bfloat16)
-                checkpoint = open_checkpoint(dequantized)
-                config = _gated_config(checkpoint, gate_options)
-                # The dequantized shards go, and with them whatever the result shares.
-                written, shared = sum(_write(checkpoint, config, output, place, progress)), 0
+                dequantize_gguf(found.path, dequantized, dtype or torch.bfloat16, progress=progress)
+                plan = make_plan(found, open_checkpoint(dequantized), gate_options)
+                written, shared = _write(plan, output, "move", command, progress)
         else:
-            checkpoint = open_checkpoint(source)
-            config = _gated_config(checkpoint, gate_options)
-            written, shared = _write(checkpoint, config, output, place, progress)
-    except OSError as error:
-        raise ConversionError(f"{error.filename or output}: {error.strerror or error}") from error
-    except SafetensorError as error:  # how saving the dequantized model says that the disk is full
-        raise ConversionError(f"{output}: {error}") from error
+            plan = make_plan(found, open_checkpoint(found.path), gate_options)
+            written, shared = _write(plan, output, place, command, progress)
     return Conversion(
         output=output,
-        config=config,
-        base_parameters=sum(prod(shape) for _, shape in base_tensor_shapes(config)),
-        gate_parameters=sum(prod(shape) for _, shape in gate_tensor_shapes(config)),
+        config=plan.architecture.config,
+        base_parameters=plan.base_parameters,
+        gate_parameters=plan.gate_parameters,
         written_bytes=written,
         shared_bytes=shared,
+        unread=plan.architecture.unread,
         seconds=time.perf_counter() - started,
     )
 
 
-def _gated_config(checkpoint: Checkpoint, gate_options: dict[str, Any]) -> GatedLlamaConfig:
-    """The result's config, checked against the source's tensors."""
-    try:
-        config = GatedLlamaConfig.from_source_config(checkpoint.config, **gate_options)
-    except (ValueError, StrictDataclassError) as error:
-        raise ConversionError(f"{checkpoint.directory / 'config.json'}: {error}") from None
-    tensors = {name: (shard, *found) for shard in checkpoint.shards for name, found in shard.tensors.items()}
-    for name, shape in base_tensor_shapes(config):
-        if name not in tensors:
-            raise ConversionError(f"{checkpoint.directory}: config.json asks for {name}, which is in no shard")
-        shard, _, found = tensors[name]
-        if found != shape:
-            raise ConversionError(f"{shard.path}: {name} has shape {list(found)}, config.json asks for {list(shape)}")
-    for name, _ in gate_tensor_shapes(config):
-        if name in tensors:
-            raise ConversionError(f"{tensors[name][0].path}: {name} is a gate, so the checkpoint is already gated")
-    config.architectures = ["GatedLlamaForCausalLM"]
-    config.dtype = _stored_dtype(checkpoint)
-    return config
+def plan_conversion(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    granularity: Granularity | None = None,
+    gate_init: float | None = None,
+    place: Place = "auto",
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> Plan:
+    """
+    What `convert_checkpoint` would write with the same arguments, which are checked as there. Nothing is written.
+
+    Of a GGUF file only the header is read, so that the plan knows one base shard, of about its size.
+
+    Raises:
+        ConversionError: if the conversion cannot be done.
+    """
+    with errors_naming(output):
+        output = Path(output).resolve()
+        found = find_source(os.fspath(source), revision)
+        check_output(found.path, output, overwrite)
+        gate_options = _check_options(found, granularity, gate_init, place, dtype)
+        if found.is_gguf:
+            return make_plan(found, gguf_headers(found.path, dtype or torch.bfloat16), gate_options)
+        return make_plan(found, open_checkpoint(found.path), gate_options)
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype in which Transformers loads the checkpoint: its config's, else that of its first floating tensor."""
-    stored = checkpoint.config.dtype
-    if stored is None:
-        codes = (code for code, _ in checkpoint.shards[0].tensors.values() if code in FLOATING_DTYPES)
-        stored = FLOATING_DTYPES.get(next(codes, ""))
-    if isinstance(stored, torch.dtype) and stored in FLOATING_DTYPES.values():
-        return stored
-    raise ConversionError(f"{checkpoint.directory}: dtype {stored} is not among {', '.join(FLOATING_DTYPES)}")
-
-
-def _write(
-    checkpoint: Checkpoint, config: GatedLlamaConfig, output: Path, place: Place, progress: bool
-) -> tuple[int, int]:
-    """Write the result to `output`; return the bytes of weights written, and those shared with the source."""
-    gates, dtype = dict(gate_tensor_shapes(config)), _stored_dtype(checkpoint)
-    count = len(checkpoint.shards) + 1
-    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
-    *shard_names, gate_name = names
-    placements = dict(zip(shard_names, checkpoint.shards, strict=True))
-    written, shared = sum(map(prod, gates.values())) * dtype.itemsize, 0
-
-    with replacing(output) as staging:
-        write_safetensors(
-            staging / gate_name, gates, dtype, lambda name: open_gate_tensor(config, name, gates[name], dtype)
-        )
-        index = _index(placements, checkpoint.index_metadata, gate_name, gates, dtype)
-        (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        for path in checkpoint.side_files():
-            (staging / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.directory / path, staging / path)
-        config.save_pretrained(staging)
-
-        total = sum(shard.file_bytes for shard in checkpoint.shards)
-        hidden = None if progress else True  # None: tqdm hides the bar where there is no terminal
-        with tqdm(total=total, desc="Placing shards", unit="B", unit_scale=True, disable=hidden) as bar:
-            for name, shard in placements.items():
-                if place_file(shard.path, staging / name, place, bar.update):
-                    shared += shard.file_bytes
-                else:
-                    written += shard.file_bytes
-    return written, shared
-
-
-def _index(
-    placements: dict[str, Shard],
-    metadata: dict[str, Any],
-    gate_name: str,
-    gates: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
+def _check_options(
+    source: Source, granularity: str | None, gate_init: float | None, place: str, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """The result's index: the source's, under the shards' new names, and the gates."""
-    parameters = sum(map(prod, gates.values()))
-    data_bytes = sum(shard.data_bytes for shard in placements.values())
-    metadata = metadata | {"total_size": data_bytes + parameters * dtype.itemsize}
-    if isinstance(metadata.get("total_parameters"), int):
-        metadata["total_parameters"] += parameters
-    weight_map = {tensor: name for name, shard in placements.items() for tensor in shard.tensors}
-    return {"metadata": metadata, "weight_map": weight_map | dict.fromkeys(gates, gate_name)}
+    """The gate's fields that were given; ConversionError if an option cannot be."""
+    if source.is_gguf and place in ("reflink", "link"):
+        raise ConversionError(f"--place {place}: {source.path} is dequantized, so there is nothing to share")
+    if dtype is not None and not source.is_gguf:
+        raise ConversionError(f"--dtype {dtype}: {source.path} is not a GGUF file, so its tensors keep their dtype")
+    if gate_init is not None:
+        try:
+            open_gate(gate_init)
+        except ValueError as error:
+            raise ConversionError(f"--gate-init: {error}") from None
+    given = {"gate_granularity": granularity, "gate_init": gate_init}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _command(source: str | os.PathLike, output: str | os.PathLike, given: dict[str, Any], overwrite: bool) -> str:
+    """The command line that does what the call does."""
+    words = ["gated-llama", "convert", os.fspath(source), os.fspath(output)]
+    for name, value in given.items():
+        if value is not None and (name, value) != ("place", "auto"):
+            words += [f"--{name.replace('_', '-')}", str(value).removeprefix("torch.")]
+    return shlex.join(words + ["--overwrite"] * overwrite)
+
+
+def _write(plan: Plan, output: Path, place: Placement, command: str, progress: bool) -> tuple[int, int]:
+    """Write the result to `output`; return the bytes of weights written, and those shared with the source."""
+    with replacing(output) as staging:
+        _check_space(plan, staging, place)
+        records, shared = _write_weights(plan, staging, place, progress)
+        _write_side_files(plan, staging)
+        (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(plan.index(), indent=2, sort_keys=True) + "\n")
+        plan.architecture.config.save_pretrained(staging)
+        (staging / CARD_NAME).write_text(model_card(plan, output, command), encoding="utf-8")
+        for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+            name = path.relative_to(staging).as_posix()
+            if name not in records:
+                records[name] = record(path, source=name if name in plan.side_files else None)
+                sync(path)
+        _manifest(plan, command, records).write(staging)
+    total = plan.new_bytes + sum(shard.file_bytes for shard in plan.placed.values())
+    return total - shared, shared
+
+
+def _check_space(plan: Plan, staging: Path, place: Placement) -> None:
+    """Raise ConversionError if the files to write do not fit on the disk."""
+    placed = list(plan.placed.values())
+    needed = plan.new_bytes + sum(os.path.getsize(plan.checkpoint.directory / name) for name in plan.side_files)
+    is_shared = place in ("link", "move") or (place != "copy" and bool(placed) and can_reflink(placed[0].path, staging))
+    if not is_shared:
+        needed += sum(shard.file_bytes for shard in placed)
+    free = shutil.disk_usage(staging).free
+    if needed > free:
+        raise ConversionError(f"{staging.parent.parent}: {decimal(needed)} are needed, {decimal(free)} are free")
+
+
+def _write_weights(plan: Plan, staging: Path, place: Placement, progress: bool) -> tuple[dict[str, FileRecord], int]:
+    """Write all shards, each forced to disk and hashed; return their records and the bytes shared with the source."""
+    stop = threading.Event()
+    hidden = None if progress else True  # None: tqdm hides the bar where there is no terminal
+    placed = plan.placed
+    read = 0 if place == "link" else sum(shard.file_bytes for shard in placed.values())
+    total = read + sum(shard.file_bytes for shard in placed.values())
+
+    with tqdm(total=total, desc="Placing and hashing", unit="B", unit_scale=True, disable=hidden) as bar:
+
+        def advance(count: int) -> None:
+            bar.update(count)
+            if stop.is_set():
+                raise InterruptedError
+
+        def one(name: str) -> tuple[FileRecord, int]:
+            path = staging / name
+            if name not in placed:
+                tensors = plan.gates if name == plan.gate_shard else plan.rewritten[name]
+                digest = write_safetensors(path, tensors, {"format": "pt"})
+                sync(path)
+                return FileRecord(path.stat().st_size, digest), 0
+            return _place(placed[name].path, path, place, advance, placed[name].name)
+
+        names = [*plan.shards, plan.gate_shard]
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            try:
+                results = list(pool.map(one, names))
+            except BaseException:
+                stop.set()  # a copy that runs ends at its next part
+                pool.shutdown(cancel_futures=True)
+                raise
+    return {name: found for name, (found, _) in zip(names, results, strict=True)}, sum(size for _, size in results)
+
+
+def _place(
+    source: Path, target: Path, place: Placement, advance: Callable[[int], None], name: str
+) -> tuple[FileRecord, int]:
+    """Place a shard; return its record, with the source's name of it, and the bytes that it shares."""
+    is_shared = place_file(source, target, place, advance)
+    status = target.stat()
+    if (
+        place == "link"
+    ):  # is the source's own file: neither read, which would take as long as a copy, nor forced to disk
+        return FileRecord(status.st_size, None, status.st_mtime_ns, source=name), status.st_size
+    sync(target)
+    found = FileRecord(status.st_size, sha256(target, advance), source=name)
+    return found, status.st_size if is_shared else 0
+
+
+def _write_side_files(plan: Plan, staging: Path) -> None:
+    for name in plan.side_files:
+        target = staging / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(plan.checkpoint.directory / name, target)
+
+
+def _manifest(plan: Plan, command: str, records: dict[str, FileRecord]) -> Manifest:
+    source, directory = plan.source, plan.checkpoint.directory
+    origin: dict[str, Any] = {"name": source.name, "repo_id": source.repo_id, "revision": source.revision}
+    origin["format"] = "gguf" if source.is_gguf else "safetensors" if plan.architecture.fused is None else "fused"
+    if source.is_gguf:
+        origin["sha256"] = sha256(source.path)
+    replaced = {name: directory / name for name in OWN_FILES}
+    return Manifest(
+        command=command,
+        source=origin,
+        gates={name: value for name, value in plan.architecture.config.to_dict().items() if name.startswith("gate_")},
+        files=records,
+        replaced={name: as_text(path.read_bytes()) for name, path in replaced.items() if path.is_file()},
+    )

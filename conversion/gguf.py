@@ -3,45 +3,67 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
+from transformers import PreTrainedConfig
 
-from modeling_gated.configuration import check_source_family
+from modeling_gated.configuration import GatedLlamaConfig, check_source_family
 
+from .checkpoint import Checkpoint
 from .errors import ConversionError
+from .files import opened
+from .safetensors_file import FLOATING_DTYPES, Shard, Tensor
+from .tensors import base_tensor_shapes
 
 
-def dequantize_gguf(source: str | os.PathLike, output: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> None:
+def gguf_headers(source: Path, dtype: torch.dtype) -> Checkpoint:
+    """
+    What `dequantize_gguf` will write, as far as the header of the file says: the config, and one shard of about the
+    size of all that it splits.
+
+    Raises:
+        ConversionError: if the file is damaged, or of an architecture that cannot be converted.
+    """
+    config = _read_config(source)
+    with _reading(source):
+        shapes = dict(base_tensor_shapes(GatedLlamaConfig.from_source_config(config)))
+    code = next(code for code, known in FLOATING_DTYPES.items() if known == dtype)
+    tensors = {name: Tensor(code, shape, offset=0, size=prod(shape) * dtype.itemsize) for name, shape in shapes.items()}
+    size = sum(tensor.size for tensor in tensors.values())
+    raw = {name: value for name, value in config.to_dict().items() if value is not None}
+    raw["dtype"] = str(dtype).removeprefix("torch.")
+    # A file's name in the place of a directory's: there are no side files.
+    return Checkpoint(source, raw, (Shard(source.name, source, tensors, {}, size),), {})
+
+
+def dequantize_gguf(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    progress: bool = False,
+) -> None:
     """
     Write a GGUF file's model, dequantized, and its tokenizer as an ordinary safetensors checkpoint.
 
     Args:
-        source: the GGUF file, of a Llama, Mistral, Qwen2 or Qwen3 model.
+        source: the GGUF file, of a model of a supported family.
         output: the directory to write to; it is made if missing.
         dtype: dtype of the written tensors.
+        progress: say on a terminal that it is at work; it takes half a minute for 135M parameters.
 
     Raises:
         ConversionError: if the file is damaged, or of an architecture that cannot be converted.
     """
     source = Path(source)
-    with open(source, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ConversionError(f"{source}: not a GGUF file")
-    where: dict[str, Any] = {
-        "pretrained_model_name_or_path": source.parent,
-        "gguf_file": source.name,
-        "local_files_only": True,
-    }
-    with _reading(source):
-        config = transformers.AutoConfig.from_pretrained(**where)
-    try:
-        check_source_family(config.model_type)
-    except ValueError as error:
-        raise ConversionError(f"{source}: {error}") from None
-    with _reading(source):
+    _read_config(source)
+    where = _where(source)
+    with _reading(source), Console(stderr=True, quiet=not progress).status(f"Dequantizing {source.name}"):
         # From 5.17 on Transformers keeps the weights packed unless told otherwise.
         if hasattr(transformers, "GgufConfig"):
             where["quantization_config"] = transformers.GgufConfig(gguf_file=source.name, dequantize=True)
@@ -49,6 +71,23 @@ def dequantize_gguf(source: str | os.PathLike, output: str | os.PathLike, dtype:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+
+
+def _where(source: Path) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name, "local_files_only": True}
+
+
+def _read_config(source: Path) -> PreTrainedConfig:
+    with opened(source) as file:
+        if file.read(4) != b"GGUF":
+            raise ConversionError(f"{source}: not a GGUF file")
+    with _reading(source):
+        config = transformers.AutoConfig.from_pretrained(**_where(source))
+    try:
+        check_source_family(config.model_type)
+    except ValueError as error:
+        raise ConversionError(f"{source}: {error}") from None
+    return config
 
 
 @contextmanager
@@ -59,4 +98,5 @@ def _reading(source: Path) -> Iterator[None]:
     except ImportError as error:
         raise ConversionError(f"{source}: reading GGUF needs the gguf package (pip install gguf): {error}") from None
     except Exception as error:  # Transformers' reader has no error of its own for a damaged file
-        raise ConversionError(f"{source}: Transformers cannot read it: {error or type(error).__name__}") from None
+        reason = str(error) or type(error).__name__
+        raise ConversionError(f"{source}: not a complete GGUF file that Transformers can read: {reason}") from None

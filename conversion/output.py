@@ -1,15 +1,21 @@
 """The directory of a result: what may be replaced, and how a new one appears only when it is complete."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from modeling_gated.configuration import SOURCE_FAMILIES, GatedLlamaConfig
 
 from .errors import ConversionError
+from .files import sync
+
+
+_LOCK = "lock"
 
 
 def check_output(source: Path, output: Path, overwrite: bool) -> None:
@@ -17,7 +23,7 @@ def check_output(source: Path, output: Path, overwrite: bool) -> None:
     source = source.resolve()
     if source == output or source in output.parents or output in source.parents:
         raise ConversionError(f"{output}: the output and the source {source} must not contain each other")
-    if not output.exists():
+    if not os.path.lexists(output):
         return
     if not overwrite:
         raise ConversionError(f"{output}: already exists; --overwrite replaces it")
@@ -33,6 +39,40 @@ def _is_checkpoint(directory: Path) -> bool:
     return model_type in (GatedLlamaConfig.model_type, *SOURCE_FAMILIES)
 
 
+def clear_leftovers(output: Path) -> None:
+    """
+    Remove what runs for this output left behind when they were killed; what still runs is left alone.
+
+    A run that was killed between taking away the old result and putting the new one in its place left the old one
+    under a hidden name; it is put back.
+    """
+    pattern = re.compile(re.escape(f".{output.name}.") + "[0-9a-f]{32}")
+    try:
+        found = [path for path in output.parent.iterdir() if pattern.fullmatch(path.name)]
+    except OSError:  # no such directory yet
+        return
+    for scratch in found:
+        with suppress(OSError), _locked(scratch):
+            if (scratch / "old").exists() and not os.path.lexists(output):
+                (scratch / "old").rename(output)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _locked(scratch: Path) -> Iterator[None]:
+    """Hold the lock of a scratch directory, which the system frees when its holder ends. BlockingIOError if held."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows: there, leftovers stay, as nothing tells whether their run still lives
+        raise OSError("no locks") from None
+    descriptor = os.open(scratch / _LOCK, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def scratch_directory(output: Path) -> Iterator[Path]:
     """A new hidden directory beside `output`, removed at the end; on failure, parents made for it are removed too."""
@@ -44,23 +84,30 @@ def scratch_directory(output: Path) -> Iterator[Path]:
             scratch.mkdir(parents=True)
         except OSError as error:
             raise ConversionError(f"{output}: cannot be made: {error.strerror}") from error
-        yield scratch
+        with nullcontext() if os.name == "nt" else _locked(scratch):
+            yield scratch
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         with suppress(OSError):
             for folder in missing:
                 folder.rmdir()
         raise
-    shutil.rmtree(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
 def replacing(output: Path) -> Iterator[Path]:
-    """A new directory that takes the name `output` on success. On failure it is removed, and what was there stays."""
+    """
+    A new directory that takes the name `output` on success. On failure it is removed, and what was there stays.
+
+    The caller has to `sync` the files it writes; the directories and the change of names are synced here.
+    """
     with scratch_directory(output) as scratch:
         new, old = scratch / "new", scratch / "old"
         new.mkdir()
         yield new
+        for folder, _, _ in os.walk(new):
+            sync(Path(folder))
         try:
             if output.exists():
                 output.rename(old)
@@ -69,3 +116,4 @@ def replacing(output: Path) -> Iterator[Path]:
             if old.exists() and not output.exists():
                 old.rename(output)
             raise
+        sync(output.parent)

@@ -11,12 +11,21 @@ from .errors import ConversionError
 
 
 Place = Literal["auto", "reflink", "link", "copy"]
+Placement = Place | Literal["move"]
 
 _FICLONE = 0x40049409  # from linux/fs.h
 _CHUNK = 64 * 2**20
 
 
-def place_file(source: Path, target: Path, place: Place, advance: Callable[[int], object]) -> bool:
+def can_reflink(source: Path, directory: Path) -> bool:
+    """Whether a file in `directory` can share its blocks with `source`; tried with a file that is removed again."""
+    probe = directory / "reflink"
+    shares = _reflink(source, probe)
+    probe.unlink(missing_ok=True)
+    return shares
+
+
+def place_file(source: Path, target: Path, place: Placement, advance: Callable[[int], object]) -> bool:
     """
     Make `target` a file with `source`'s bytes.
 
@@ -24,7 +33,8 @@ def place_file(source: Path, target: Path, place: Place, advance: Callable[[int]
         source: a regular file; links are resolved by the caller.
         target: a path that doesn't exist yet.
         place: `"reflink"` shares the blocks until one of the files is written to, `"link"` makes both names one
-            file, `"copy"` copies, `"auto"` reflinks where the filesystem can and else copies.
+            file, `"copy"` copies, `"auto"` reflinks where the filesystem can and else copies. `"move"` takes the
+            source away, which must be on the same filesystem.
         advance: called with the number of bytes after each part.
 
     Returns:
@@ -33,6 +43,10 @@ def place_file(source: Path, target: Path, place: Place, advance: Callable[[int]
     Raises:
         ConversionError: if the filesystem cannot reflink or link here.
     """
+    if place == "move":
+        os.replace(source, target)
+        advance(target.stat().st_size)
+        return False
     if place == "link":
         try:
             os.link(source, target)

@@ -7,6 +7,14 @@ import torch
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 
 
+# The modules that quantization may replace, by the ends of their names.
+LINEARS = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+    "lm_head",
+)
+
+
 def base_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """
     Name and shape of every tensor but the gates': what the ungated source has to hold.
@@ -46,8 +54,8 @@ def base_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[in
 
 def gate_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """
-    Name and shape of every gate tensor: per layer a weight [gates, hidden_size] and a bias [gates], where gates is
-    `num_attention_heads`, elementwise times `head_dim`.
+    Name and shape of every gate tensor: per layer a weight [gates, hidden_size] and, with `gate_bias`, a bias
+    [gates], where gates is `num_attention_heads`, elementwise times `head_dim`.
     """
     gates = config.num_attention_heads
     if config.gate_granularity == "elementwise":
@@ -56,11 +64,10 @@ def gate_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[in
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.self_attn.g_proj"
         yield f"{prefix}.weight", (gates, config.hidden_size)
-        yield f"{prefix}.bias", (gates,)
+        if config.gate_bias:
+            yield f"{prefix}.bias", (gates,)
 
 
-def open_gate_tensor(
-    config: GatedLlamaConfig, name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor | None:
-    """The value with which a gate tensor starts, open: a bias of logit(`gate_init`); None, for zeros, of a weight."""
-    return torch.full(shape, open_gate(config.gate_init)[0], dtype=dtype) if name.endswith(".bias") else None
+def open_gate_tensor(name: str, shape: tuple[int, ...], gate_init: float, dtype: torch.dtype) -> torch.Tensor:
+    """The value with which a gate tensor starts, open: zeros for a weight, logit(`gate_init`) for a bias."""
+    return torch.full(shape, open_gate(gate_init)[0] if name.endswith(".bias") else 0.0, dtype=dtype)

@@ -1,5 +1,8 @@
 """The gated-llama command. Torch and Transformers are imported by the subcommands that need them."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -7,7 +10,9 @@ import typer
 
 
 if TYPE_CHECKING:
-    from modeling_gated.conversion import Conversion
+    from modeling_gated.configuration import GatedLlamaConfig
+    from modeling_gated.conversion import Conversion, Plan
+    from modeling_gated.conversion.safetensors_file import NewTensor
 
 
 app = typer.Typer(
@@ -33,68 +38,162 @@ def main(
     pass
 
 
+Place = Annotated[
+    Literal["auto", "reflink", "link", "copy"],
+    typer.Option(
+        help="How shards get into OUTPUT: sharing blocks (reflink), as hard links (link: instant, but writing into one "
+        "later changes the other too) or as copies. auto: reflink where the filesystem can, else copy."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is a checkpoint.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A checkpoint: a directory, a safetensors or GGUF file, or the id of a model on the Hugging Face hub.",
+    ),
+]
+
+
+@contextmanager
+def one_clear_line() -> Iterator[None]:
+    """End with one line where the user can mend something, and where the user ends it."""
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        # ImportError: of a Transformers that is too old, for one. Of ValueErrors, ConversionError alone is expected.
+        if isinstance(error, ValueError) and type(error).__name__ != "ConversionError":
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("error: interrupted; nothing was left behind", err=True)
+        raise typer.Exit(130) from None
+
+
 @app.command()
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE",
-            help="A Llama, Mistral, Qwen2 or Qwen3 checkpoint: a directory, a safetensors or GGUF file.",
-        ),
-    ],
+    source: Source,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
     granularity: Annotated[
-        Literal["headwise", "elementwise"], typer.Option(help="One gate per head, or per channel of each head.")
-    ] = "headwise",
-    gate_init: Annotated[float, typer.Option(help="The opening that gates start from, between 0 and 1.")] = 0.85,
-    place: Annotated[
-        Literal["auto", "reflink", "link", "copy"],
+        Literal["headwise", "elementwise"] | None,
         typer.Option(
-            help="How the source's shards get into OUTPUT: sharing blocks (reflink), as hard links (link: writing into "
-            "one later changes SOURCE too) or as copies. auto: reflink where the filesystem can, else copy."
+            help="One gate per head, or per channel of each head. A source with gates of its own keeps them.",
+            show_default="headwise",
         ),
-    ] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is a checkpoint.")] = False,
+    ] = None,
+    gate_init: Annotated[
+        float | None, typer.Option(help="The opening that gates start from, between 0 and 1.", show_default="0.85")
+    ] = None,
+    place: Place = "auto",
+    overwrite: Overwrite = False,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Dtype of a GGUF file's dequantized tensors; bfloat16 if not given."),
+        typer.Option(help="Dtype of a GGUF file's dequantized tensors.", show_default="bfloat16"),
     ] = None,
+    revision: Revision = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False,
 ) -> None:
     """Add open gates to a checkpoint: OUTPUT computes exactly what SOURCE does."""
-    try:
+    with one_clear_line():
         import torch
 
-        from modeling_gated.conversion import ConversionError, convert_checkpoint
-    except ImportError as error:  # of a Transformers that is too old, for one
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        from modeling_gated.conversion import convert_checkpoint, plan_conversion
 
-    try:
-        done = convert_checkpoint(
-            source,
-            output,
-            granularity=granularity,
-            gate_init=gate_init,
-            place=place,
-            overwrite=overwrite,
-            dtype=getattr(torch, dtype) if dtype is not None else None,
-            progress=True,
-        )
-    except ConversionError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        options = {
+            "granularity": granularity,
+            "gate_init": gate_init,
+            "place": place,
+            "overwrite": overwrite,
+            "dtype": getattr(torch, dtype) if dtype is not None else None,
+            "revision": revision,
+        }
+        if dry_run:
+            _print_plan(plan_conversion(source, output, **options))
+        else:
+            _print_summary(convert_checkpoint(source, output, **options, progress=True))
 
-    _print_summary(done)
+
+@app.command()
+def verify(
+    source: Source,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The gated checkpoint made from it.")],
+    text: Annotated[
+        str | None, typer.Option(help="A text file to compare logits on.", show_default="Python's language reference")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens of it.")] = 512,
+    revision: Revision = None,
+) -> None:
+    """
+    Compare OUTPUT with SOURCE: the bytes of the base tensors, then both models' logits, one layer in memory at a time.
+
+    The exit code is 0 if they are the same function, else 1. OUTPUT's model card and manifest record the result.
+    """
+    with one_clear_line():
+        from modeling_gated.conversion import verify_checkpoint
+
+        found = verify_checkpoint(source, output, text=text, tokens=tokens, revision=revision, progress=True)
+    lines = {label.replace("_", " "): value for label, value in found.summary().items()}
+    _print_lines(lines | {"recorded": "in the model card and the manifest" if found.recorded else "no"})
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ungate(
+    gated: Annotated[str, typer.Argument(metavar="GATED", help="A checkpoint that gated-llama convert made.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
+    place: Place = "auto",
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+) -> None:
+    """Restore the source's files, byte for byte, if the gates are still what conversion wrote."""
+    with one_clear_line():
+        from modeling_gated.conversion import ungate_checkpoint
+
+        done = ungate_checkpoint(gated, output, place=place, overwrite=overwrite, revision=revision, progress=True)
+    _print_lines({"files restored": f"{len(done.files)}", "result": done.output})
+
+
+def _print_plan(plan: "Plan") -> None:
+    from rich.filesize import decimal
+
+    config = plan.architecture.config
+    _print_lines(
+        {
+            "source": f"{plan.source.path}" + (f" ({plan.source.revision})" if plan.source.revision else ""),
+            "model": f"{plan.checkpoint.raw_config['model_type']}, {plan.base_parameters:,} parameters",
+            "gates": _gates(config),
+            "tensors to add": f"{len(plan.gates)}, {plan.gate_parameters:,} parameters",
+        }
+    )
+    for name, shape in _kinds(plan.gates).items():
+        typer.echo(f"  {name} {shape}")
+    typer.echo("files")
+    for name, size, origin in plan.files():
+        typer.echo(f"  {name:36} {decimal(size) if size is not None else '':>9}  {origin}")
+    _print_unread(plan.architecture.unread)
+    typer.echo("nothing was written (--dry-run)")
+
+
+def _kinds(gates: dict[str, "NewTensor"]) -> dict[str, list[int]]:
+    """The gate tensors, one line for all layers."""
+    return {re.sub(r"layers\.\d+", "layers.*", name): list(tensor.shape) for name, tensor in gates.items()}
+
+
+def _gates(config: "GatedLlamaConfig") -> str:
+    opening = f", opening {config.gate_init}" if config.gate_bias and config.gate_scale != 1 else ", the source's own"
+    return f"{config.gate_granularity} in {config.num_hidden_layers} layers{opening}"
 
 
 def _print_summary(done: "Conversion") -> None:
     from rich.filesize import decimal
 
-    config = done.config
     share = 100 * done.gate_parameters / done.base_parameters
     lines = {
-        "gates": f"{config.gate_granularity} in {config.num_hidden_layers} layers, opening {config.gate_init}",
-        "parameters added": f"{done.gate_parameters:,} ({share:.2g} % of {done.base_parameters:,})",
+        "gates": _gates(done.config),
+        "gate parameters": f"{done.gate_parameters:,} ({share:.2g} % of {done.base_parameters:,})",
         "weights written": decimal(done.written_bytes),
         "weights shared": f"{decimal(done.shared_bytes)} with the source",
         "seconds": f"{done.seconds:.1f}",
@@ -102,5 +201,16 @@ def _print_summary(done: "Conversion") -> None:
     }
     if not done.shared_bytes:
         del lines["weights shared"]
+    _print_lines(lines)
+    _print_unread(done.unread)
+
+
+def _print_unread(unread: tuple[str, ...]) -> None:
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        typer.echo(f"note: the model does not read {', '.join(unread[:3])}{more}, which the source holds", err=True)
+
+
+def _print_lines(lines: dict[str, object]) -> None:
     for label, value in lines.items():
         typer.echo(f"{label:18}{value}")

@@ -1,62 +1,11 @@
-"""Tiny ungated models of each family, with every parameter random, biases and norms too."""
+"""Tiny ungated models and checkpoints of them."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
-
-
-# 9 heads of 8 channels as in SmolLM2 in small: a number of gates that no vector unit divides.
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 72,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 256,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-SOURCES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama, tied": lambda: LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "llama, biases, llama3 rope": lambda: LlamaConfig(
-        **SIZES, attention_bias=True, mlp_bias=True, rope_parameters=dict(LLAMA3_ROPE)
-    ),
-    "mistral, sliding window": lambda: MistralConfig(**SIZES, sliding_window=8, head_dim=16),
-    "mistral, full attention": lambda: MistralConfig(**SIZES, sliding_window=None),
-    "qwen2, upper layers sliding": lambda: Qwen2Config(
-        **SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1
-    ),
-    "qwen2, tied": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "qwen3, biases": lambda: Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
-    "qwen3, tied": lambda: Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True),
-}
-
-
-def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Fill every parameter, those that start at 0 or 1 too, with numbers that show in the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name else 0.0
-            parameter.copy_(mean + 0.2 * torch.randn(parameter.shape, generator=generator))
+from source_models import SIZES, SOURCES, randomize
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
 @pytest.fixture(params=list(SOURCES))

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from modeling_gated import GatedLlamaConfig
 from modeling_gated.configuration import open_gate
@@ -86,9 +86,6 @@ def test_save_and_load_keep_every_field(tmp_path: Path) -> None:
     assert "attn_output_gate" not in json.loads((tmp_path / "config.json").read_text())
 
 
-BIASES = {"llama": (False, False), "mistral": (False, False), "qwen2": (True, False), "qwen3": (False, False)}
-
-
 def test_from_source_config_keeps_what_the_source_says(source_config: PreTrainedConfig) -> None:
     before = source_config.to_dict()
     config = GatedLlamaConfig.from_source_config(source_config, gate_granularity="elementwise")
@@ -101,15 +98,20 @@ def test_from_source_config_keeps_what_the_source_says(source_config: PreTrained
         "attention_bias",
         "use_sliding_window",
         "max_window_layers",
+        "attention_out_bias",
+        "residual_dropout",
+        "clip_qkv",
     }
     for name, value in before.items():
         if name not in new and not name.startswith("_"):
             assert getattr(config, name) == value, name
-    attention, output = BIASES[source_config.model_type]
-    if source_config.model_type in ("llama", "qwen3"):
-        attention = output = source_config.attention_bias
-    assert (config.attention_bias, config.attention_output_bias) == (attention, output)
-    assert config.use_qk_norm == (source_config.model_type == "qwen3")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(source_config)
+    attention = model.model.layers[0].self_attn
+    assert config.attention_bias == (attention.q_proj.bias is not None)
+    assert config.attention_output_bias == (attention.o_proj.bias is not None)
+    assert config.mlp_bias == (model.model.layers[0].mlp.down_proj.bias is not None)
+    assert config.use_qk_norm == hasattr(attention, "q_norm")
     sliding = [kind == "sliding_attention" for kind in config.layer_types]
     if source_config.model_type == "mistral":
         assert sliding == [source_config.sliding_window is not None] * 3
@@ -118,6 +120,11 @@ def test_from_source_config_keeps_what_the_source_says(source_config: PreTrained
     assert config.gate_granularity == "elementwise"
     assert config.gate_scale == open_gate(0.85)[1]
     assert config.model_type == "gated_llama"
+
+
+@pytest.mark.parametrize("field", ["attn_output_gate", "headwise_attn_output_gate", "elementwise_attn_output_gate"])
+def test_what_engines_read_as_a_double_q_proj_is_not_carried_over(field: str) -> None:
+    assert field not in GatedLlamaConfig.from_source_config(Qwen3Config(**{field: True})).to_dict()
 
 
 def test_other_families_are_refused_by_name() -> None:

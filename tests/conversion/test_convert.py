@@ -80,8 +80,10 @@ def test_side_files_come_along_byte_for_byte_and_weights_of_others_do_not(llama:
         (llama / name).write_bytes(content)
     convert_checkpoint(llama, tmp_path / "gated")
     written = {
+        "README.md",
         "config.json",
         "configuration_gated_llama.py",
+        "gated_llama_manifest.json",
         "modeling_gated_llama.py",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",

@@ -1,0 +1,203 @@
+"""What model a checkpoint holds: its config.json, checked against its headers, as the config of the gated model."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from modeling_gated.configuration import GatedLlamaConfig, check_source_family
+
+from .checkpoint import Checkpoint
+from .errors import ConversionError
+from .fused import AUTHORS_FLAGS, FusedGates, fused_gates, is_fused, is_qwen3_next, ungated_config
+from .quantization import exclude_gates
+from .safetensors_file import FLOATING_DTYPES
+from .tensors import LINEARS, base_tensor_shapes, gate_tensor_shapes
+
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_DTYPES.values()}
+_SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+_MAX_SIZE = 2**31  # no size is larger; a few of them make Transformers' configs build a list as long
+# What Transformers leaves unread in a checkpoint without a word.
+_UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """
+    What a source is made of: the config of the ungated decoder, of Transformers' own class; the config of the gated
+    model; the dtype that it loads in, which is the gates'; and, if the source has gates, how they lie in its `q_proj`.
+
+    `unread` names the tensors of the source that the model does not read.
+    """
+
+    source_config: PreTrainedConfig
+    config: GatedLlamaConfig
+    dtype: torch.dtype
+    fused: FusedGates | None
+    unread: tuple[str, ...]
+
+
+@contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Make what Transformers' configs raise a ConversionError that begins with `where`."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except StrictDataclassError as error:
+        raise ConversionError(f"{where}: {error.__cause__ or error}") from None
+    except Exception as error:  # whatever they make of a damaged config, it names the field
+        raise ConversionError(f"{where}: {error or type(error).__name__}") from None
+
+
+def read_architecture(checkpoint: Checkpoint, gate_options: dict[str, Any]) -> Architecture:
+    """
+    Find out what an ungated checkpoint, or one with fused gates, holds.
+
+    Args:
+        checkpoint: the source.
+        gate_options: `gate_granularity` and `gate_init`, as far as the user gave them.
+
+    Raises:
+        ConversionError: if it is of an architecture that cannot be converted, or its tensors don't fit its config.
+    """
+    raw = checkpoint.raw_config
+    with naming(checkpoint.config_path):
+        if raw.get("model_type") == "mistral" and "layer_types" in raw:  # as AutoConfig takes it
+            raw = raw | {"model_type": "ministral"}
+        if not is_qwen3_next(raw):
+            check_source_family(raw.get("model_type"))
+        if raw["model_type"] not in CONFIG_MAPPING:
+            raise ValueError(
+                f"model_type={raw['model_type']!r} is not known to Transformers {transformers.__version__}"
+            )
+        _check_raw(raw, checkpoint.layers())
+        quantization = exclude_gates(raw["quantization_config"]) if raw.get("quantization_config") else None
+        if is_fused(raw):
+            if quantization is not None:
+                raise ValueError("quantization_config: quantized checkpoints with fused gates are not supported")
+            source_config = ungated_config(raw)
+            fused = fused_gates(raw, source_config)
+            gate_options = _options_of_fused(raw, source_config, fused, gate_options)
+        else:
+            source_config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+            fused = None
+        config = GatedLlamaConfig.from_source_config(source_config, **gate_options)
+        if quantization is not None:
+            config.quantization_config = quantization
+    tensors = checkpoint.tensors()
+    read = _check_base_tensors(checkpoint, config, fused)
+    unread = tuple(name for name in tensors if name not in read and not _UNREAD.fullmatch(name))
+    if gates := [name for name, _ in gate_tensor_shapes(config) if name in tensors]:
+        raise ConversionError(f"{tensors[gates[0]][0].path}: {gates[0]} is a gate, so the checkpoint is already gated")
+    config.architectures = ["GatedLlamaForCausalLM"]
+    config.dtype = dtype = _stored_dtype(checkpoint)
+    return Architecture(source_config, config, dtype, fused, unread)
+
+
+def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
+    """
+    The config of a gated checkpoint, checked against its tensors.
+
+    Raises:
+        ConversionError: if it is not a gated checkpoint, or its tensors don't fit its config.
+    """
+    raw = checkpoint.raw_config
+    with naming(checkpoint.config_path):
+        if raw.get("model_type") != GatedLlamaConfig.model_type:
+            raise ValueError(f"model_type={raw.get('model_type')!r} is not {GatedLlamaConfig.model_type}")
+        _check_raw(raw, checkpoint.layers())
+        config = GatedLlamaConfig.from_dict(raw)
+    _check_base_tensors(checkpoint, config)
+    return config
+
+
+def _check_raw(raw: dict[str, Any], layers: int) -> None:
+    """Raise ValueError for what must not reach Transformers' configs, which trust their input."""
+    for name in _SIZES.split():
+        value = raw.get(name)
+        if type(value) is int and not 1 <= value < _MAX_SIZE:
+            raise ValueError(f"{name}={value} must be at least 1 and less than {_MAX_SIZE}")
+    count = raw.get("num_hidden_layers")
+    if type(count) is int and count > layers:
+        raise ValueError(f"num_hidden_layers={count}, but the shards hold {layers} layers (no model.layers.{layers}.)")
+    if (labels := raw.get("num_labels")) is not None and not (type(labels) is int and 0 <= labels <= 10**6):
+        raise ValueError(f"num_labels={labels!r} is no number of labels")
+    for name in ("dtype", "torch_dtype"):
+        if (value := raw.get(name)) is not None and (
+            not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES
+        ):
+            raise ValueError(f"{name}={value!r} is not among {', '.join(DTYPES)}")
+    for name in ("per_layer_config", "configuration_files"):
+        if raw.get(name):
+            raise ValueError(f"{name} is not supported")
+
+
+def _options_of_fused(
+    raw: dict[str, Any], config: PreTrainedConfig, fused: FusedGates, gate_options: dict[str, Any]
+) -> dict[str, Any]:
+    """The gate's fields for imported gates, which are the source's own."""
+    for option, value in gate_options.items():
+        if (option, value) != ("gate_granularity", fused.granularity):
+            raise ValueError(f"has {fused.granularity} gates of its own, so {option}={value!r} does not apply")
+    options = {"gate_granularity": fused.granularity, "gate_bias": config.attention_bias, "gate_scale": 1.0}
+    if any(flag in raw for flag in AUTHORS_FLAGS.values()):
+        options["use_qk_norm"] = raw.get("use_qk_norm", True)
+    return options
+
+
+def _check_base_tensors(checkpoint: Checkpoint, config: GatedLlamaConfig, fused: FusedGates | None = None) -> set[str]:
+    """The names of the base tensors. ConversionError unless the checkpoint has all that the config asks for."""
+    tensors = checkpoint.tensors()
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    read: set[str] = set()
+    for name, shape in base_tensor_shapes(config):
+        module, _, kind = name.rpartition(".")
+        if is_quantized and module.endswith(LINEARS):
+            parts = [tensor for tensor in tensors if tensor.startswith(f"{module}.")]
+            if kind == "weight" and not parts:
+                raise ConversionError(f"{checkpoint.directory}: config.json asks for {module}, which is in no shard")
+            read.update(parts)
+            continue
+        if name not in tensors:
+            raise ConversionError(f"{checkpoint.directory}: config.json asks for {name}, which is in no shard")
+        shard, found = tensors[name]
+        if fused is not None and ".self_attn.q_proj." in name:
+            shape = (fused.rows, *shape[1:])
+        if found.shape != shape:
+            raise ConversionError(
+                f"{shard.path}: {name} has shape {list(found.shape)}, config.json asks for {list(shape)}"
+            )
+        if found.dtype not in FLOATING_DTYPES and not is_quantized:
+            raise ConversionError(f"{shard.path}: {name} is {found.dtype}, not among {', '.join(FLOATING_DTYPES)}")
+        read.add(name)
+    return read
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """
+    The dtype in which Transformers loads the checkpoint: its config's, else that of its first floating tensor.
+
+    Of a quantised checkpoint it is the embeddings', as some schemes load what is not quantised just as it is stored.
+    """
+    if checkpoint.raw_config.get("quantization_config"):
+        shard, tensor = checkpoint.tensors()["model.embed_tokens.weight"]
+        if tensor.dtype not in FLOATING_DTYPES:
+            raise ConversionError(f"{shard.path}: model.embed_tokens.weight is {tensor.dtype}, so it is quantised too")
+        return FLOATING_DTYPES[tensor.dtype]
+    stored = checkpoint.raw_config.get("dtype") or checkpoint.raw_config.get("torch_dtype")
+    if stored is not None:
+        return DTYPES[stored.removeprefix("torch.")]
+    codes = (tensor.dtype for tensor in checkpoint.shards[0].tensors.values())
+    code = next((code for code in codes if code in FLOATING_DTYPES), None)
+    if code is None:
+        raise ConversionError(f"{checkpoint.directory}: no tensor is among {', '.join(FLOATING_DTYPES)}")
+    return FLOATING_DTYPES[code]

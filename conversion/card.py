@@ -1,0 +1,102 @@
+"""The model card of a converted checkpoint: base model, revision, command, gates, and what verification found."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .files import opened
+from .plan import Plan
+
+
+_BEGIN, _END = "<!-- gated-llama verify: begin -->", "<!-- gated-llama verify: end -->"
+_KEPT_METADATA = ("license", "license_name", "license_link", "language")
+_FRONT_MATTER_BYTES = 2**16
+
+
+def model_card(plan: Plan, output: Path, command: str) -> str:
+    """The text of README.md, with the metadata that the hub reads."""
+    config, source = plan.architecture.config, plan.source
+    kept = _metadata(plan.checkpoint.directory / "README.md")
+    data = ModelCardData(
+        base_model=source.name,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gated-attention", "gated_llama"],
+        **kept,
+    )
+    imported = plan.architecture.fused is not None
+    rows = {
+        "base model": source.name,
+        "revision": source.revision or "not known (a local path)",
+        "command": f"`{command}`",
+        "gates": f"{config.gate_granularity}, {config.num_hidden_layers} layers, {plan.gate_parameters:,} parameters",
+    }
+    if not imported:
+        rows |= {"gate_init": config.gate_init, "gate_scale": config.gate_scale}
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
+    if imported:
+        promise = "The gates are the base model's own, taken out of its `q_proj`; no number was changed."
+    else:
+        promise = (
+            "Gates were added to the base model, open and scaled so that each is exactly 1: the model computes what "
+            "the base model does until they are trained. The base model's tensors are unchanged."
+        )
+    return f"""---
+{data.to_yaml()}
+---
+
+# {_cell(output.name)}
+
+[{_cell(source.name)}] with attention output gates ([arXiv 2505.06708](https://arxiv.org/abs/2505.06708)). {promise}
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "..."  # this directory, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)  # or import modeling_gated before
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+```
+
+## Verification
+
+{_BEGIN}
+Not run yet: `gated-llama verify SOURCE OUTPUT`.
+{_END}
+
+SHA-256 of every file: `gated_llama_manifest.json`.{"" if imported else " Back to the source: `gated-llama ungate`."}
+"""
+
+
+def with_verification(card: str, found: dict[str, Any]) -> str:
+    """A model card with the result of a verification in place of the last one's; unchanged without such a place."""
+    rows = "\n".join(f"| {_cell(name.replace('_', ' '))} | {_cell(value)} |" for name, value in found.items())
+    section = f"{_BEGIN}\n| | |\n| --- | --- |\n{rows}\n{_END}"
+    return re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", lambda _: section, card, count=1, flags=re.DOTALL)
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    """License and language of the source's card, as far as it has them and they are plain words."""
+    try:
+        with opened(path) as file:
+            start = file.read(_FRONT_MATTER_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
+        front = re.match(r"---\n.*?\n---\n", start, re.DOTALL)
+        data = ModelCard(front[0], ignore_metadata_errors=True).data.to_dict() if front else {}
+    except Exception:  # no card, or one that YAML cannot read: then there is nothing to keep
+        return {}
+    kept = {name: data[name] for name in _KEPT_METADATA if name in data}
+    return {
+        name: value
+        for name, value in kept.items()
+        if all(isinstance(word, str) and len(word) < 200 for word in (value if isinstance(value, list) else [value]))
+    }
+
+
+def _cell(value: object) -> str:
+    """A value that stays within a cell of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")

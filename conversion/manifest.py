@@ -1,0 +1,114 @@
+"""
+`gated_llama_manifest.json`: where a converted checkpoint comes from, the SHA-256 of each of its files, and what of the
+source its own files took the place of, so that the source can be given back.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from .errors import ConversionError
+from .files import read_json, resolve, sha256, sync
+from .plan import MANIFEST_NAME
+
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """
+    A file of a converted checkpoint.
+
+    `sha256` is None for a hard-linked shard, which conversion does not read; then `mtime_ns`, the file's time stamp,
+    says whether it was written to since. `source` is the source's name of the file, if it came from there.
+    """
+
+    size: int
+    sha256: str | None
+    mtime_ns: int | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """
+    The content of `gated_llama_manifest.json`.
+
+    `source` says where the base tensors come from: `name`, `repo_id`, `revision`, `format` (safetensors, gguf or
+    fused) and for a GGUF file its `sha256`. `gates` holds the gate's fields of the config. `files` maps names to
+    records, `replaced` the names of the source's files that own ones replaced to their text. `verification` is what
+    `gated-llama verify` found last, if it ran.
+    """
+
+    command: str
+    source: dict[str, Any]
+    gates: dict[str, Any]
+    files: dict[str, FileRecord]
+    replaced: dict[str, str]
+    verification: dict[str, Any] | None = None
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest into a directory, in one step."""
+        files = {
+            name: {key: value for key, value in asdict(record).items() if value is not None or key == "sha256"}
+            for name, record in sorted(self.files.items())
+        }
+        content = {"format": _FORMAT, "created_by": f"modeling-gated {version('modeling-gated')}"}
+        content |= {name: value for name, value in vars(self).items() if name != "files"} | {"files": files}
+        replace_file(directory / MANIFEST_NAME, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """
+    The manifest of a directory; None if it has none.
+
+    Raises:
+        ConversionError: if it is damaged.
+    """
+    path = directory / MANIFEST_NAME
+    if not os.path.lexists(path):
+        return None
+    content = read_json(resolve(directory, MANIFEST_NAME))
+    if content.get("format") != _FORMAT:
+        raise ConversionError(f"{path}: format {content.get('format')!r} is not {_FORMAT}")
+    try:
+        files = {name: FileRecord(**record) for name, record in content["files"].items()}
+        fields = {name: content[name] for name in ("command", "source", "gates", "replaced", "verification")}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConversionError(f"{path}: not a manifest of gated-llama: {error}") from None
+    for name, kind in {"command": str, "source": dict, "gates": dict, "replaced": dict}.items():
+        if not isinstance(fields[name], kind):
+            raise ConversionError(f"{path}: {name} is {fields[name]!r}")
+    return Manifest(files=files, **fields)
+
+
+def as_text(content: bytes) -> str:
+    """Any bytes as a JSON string, from which `as_bytes` makes them again."""
+    return content.decode("utf-8", "surrogateescape")
+
+
+def as_bytes(text: str) -> bytes:
+    """The bytes from which `as_text` made a string."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def record(path: Path, source: str | None = None) -> FileRecord:
+    """The record of a file, which is read for its hash."""
+    return FileRecord(path.stat().st_size, sha256(path), source=source)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Give a file new content in one step: whoever opens it finds the old or the new."""
+    new = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        new.write_bytes(content)
+        sync(new)
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise

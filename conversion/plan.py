@@ -1,0 +1,161 @@
+"""What a conversion is going to write: every file of the result, where its bytes come from, and how many they are."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from .architecture import Architecture, read_architecture
+from .checkpoint import Checkpoint
+from .safetensors_file import FLOATING_DTYPES, NewTensor, Shard, new_tensor
+from .sources import Source
+from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_tensor
+
+
+CARD_NAME = "README.md"
+MANIFEST_NAME = "gated_llama_manifest.json"
+# Files that conversion writes itself; the source's of the same name are kept, as text, in the manifest.
+OWN_FILES = (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    CARD_NAME,
+    MANIFEST_NAME,
+    "configuration_gated_llama.py",
+    "modeling_gated_llama.py",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    A conversion that has been checked and can be carried out.
+
+    `shards` maps each of the result's base shards to the source's; those in `rewritten` get new tensors, all others
+    are placed as they are. `gates` are the tensors of one shard more, `gate_shard`. `side_files` are names of the
+    source's files that come along byte for byte.
+    """
+
+    source: Source
+    checkpoint: Checkpoint
+    architecture: Architecture
+    shards: dict[str, Shard]
+    rewritten: dict[str, dict[str, NewTensor]]
+    gate_shard: str
+    gates: dict[str, NewTensor]
+    side_files: tuple[str, ...]
+
+    @property
+    def base_parameters(self) -> int:
+        """Parameters of the ungated model."""
+        return sum(prod(shape) for _, shape in base_tensor_shapes(self.architecture.config))
+
+    @property
+    def gate_parameters(self) -> int:
+        """Parameters of the gates."""
+        return sum(prod(tensor.shape) for tensor in self.gates.values())
+
+    @property
+    def placed(self) -> dict[str, Shard]:
+        """The shards that are placed as they are."""
+        return {name: shard for name, shard in self.shards.items() if name not in self.rewritten}
+
+    @property
+    def new_bytes(self) -> int:
+        """Bytes of tensors that are written, whichever way the placed shards get there."""
+        tensors = [*self.gates.values(), *(new for shard in self.rewritten.values() for new in shard.values())]
+        return sum(tensor.size for tensor in tensors)
+
+    def files(self) -> Iterator[tuple[str, int | None, str]]:
+        """Name, bytes and origin of each file; the bytes are None where they depend on what is written."""
+        for name, shard in self.shards.items():
+            new = self.rewritten.get(name)
+            size = shard.file_bytes if new is None else sum(tensor.size for tensor in new.values())
+            yield name, size, f"{shard.name}, byte for byte" if new is None else f"{shard.name}, its gates taken out"
+        yield self.gate_shard, sum(tensor.size for tensor in self.gates.values()), f"{len(self.gates)} gate tensors"
+        for name in OWN_FILES:
+            yield name, None, "new"
+        for name in self.side_files:
+            yield name, os.path.getsize(self.checkpoint.directory / name), "from the source, byte for byte"
+
+    def index(self) -> dict[str, Any]:
+        """The result's index: the source's, under the shards' new names, and the gates."""
+        weight_map = {tensor: name for name, shard in self.shards.items() for tensor in shard.tensors}
+        metadata = dict(self.checkpoint.index_metadata)
+        metadata["total_size"] = self.new_bytes + sum(shard.data_bytes for shard in self.placed.values())
+        if isinstance(metadata.get("total_parameters"), int) and self.architecture.fused is None:
+            metadata["total_parameters"] += self.gate_parameters
+        return {"metadata": metadata, "weight_map": weight_map | dict.fromkeys(self.gates, self.gate_shard)}
+
+
+def make_plan(source: Source, checkpoint: Checkpoint, gate_options: dict[str, Any]) -> Plan:
+    """
+    Check a source and plan its conversion.
+
+    Raises:
+        ConversionError: if it cannot be converted.
+    """
+    architecture = read_architecture(checkpoint, gate_options)
+    count = len(checkpoint.shards) + 1
+    *names, gate_shard = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    shards = dict(zip(names, checkpoint.shards, strict=True))
+    if architecture.fused is None:
+        config, rewritten = architecture.config, {}
+        gates = {}
+        for name, shape in gate_tensor_shapes(config):
+            make = _opening(name, shape, config.gate_init, architecture.dtype)
+            gates[name] = new_tensor(shape, architecture.dtype, make)
+    else:
+        rewritten, gates = _take_apart(shards, architecture)
+    side_files = tuple(name for name in checkpoint.side_files() if name not in OWN_FILES)
+    return Plan(source, checkpoint, architecture, shards, rewritten, gate_shard, gates, side_files)
+
+
+def _opening(name: str, shape: tuple[int, ...], gate_init: float, dtype: torch.dtype):
+    """What makes an open gate's tensor, or None for a weight, which is zero."""
+    return (lambda: open_gate_tensor(name, shape, gate_init, dtype)) if name.endswith(".bias") else None
+
+
+def _take_apart(
+    shards: dict[str, Shard], architecture: Architecture
+) -> tuple[dict[str, dict[str, NewTensor]], dict[str, NewTensor]]:
+    """The new tensors of the shards that hold fused gates, and the gates."""
+    fused, config = architecture.fused, architecture.config
+    assert fused is not None
+    rewritten, gates = {}, {}
+    attention = [f"model.layers.{layer}.self_attn" for layer in range(config.num_hidden_layers)]
+    q_proj = {
+        f"{prefix}.q_proj.{kind}": f"{prefix}.g_proj.{kind}" for prefix in attention for kind in ("weight", "bias")
+    }
+    for new_name, shard in shards.items():
+        tensors, is_changed = {}, False
+        for name, tensor in shard.tensors.items():
+            if name in q_proj:
+                tensors[name], gates[q_proj[name]] = fused.split(shard, name)
+            elif fused.norms_from_zero and name.endswith("norm.weight"):
+                tensors[name] = _norm_from_one(shard, name)
+            else:
+                tensors[name] = NewTensor(tensor.dtype, tensor.shape, tensor.size, _bytes_of(shard, name))
+                continue
+            is_changed = True
+        if is_changed:
+            rewritten[new_name] = tensors
+    return rewritten, {name: gates[name] for name, _ in gate_tensor_shapes(config)}
+
+
+def _bytes_of(shard: Shard, name: str):
+    return lambda: shard.chunks(name)
+
+
+def norm_from_one(shard: Shard, name: str) -> torch.Tensor:
+    """The float32 weight 1 + w, as Llama has it, of a norm whose weight w Qwen3-Next counts from zero."""
+    content = bytearray(b"".join(shard.chunks(name)))
+    return 1.0 + torch.frombuffer(content, dtype=FLOATING_DTYPES[shard.tensors[name].dtype]).float()
+
+
+def _norm_from_one(shard: Shard, name: str) -> NewTensor:
+    # Float32 whatever the checkpoint's dtype: 1 + w does not fit into w's bfloat16.
+    return new_tensor(shard.tensors[name].shape, torch.float32, lambda: norm_from_one(shard, name))

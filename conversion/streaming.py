@@ -1,0 +1,109 @@
+"""Running a checkpoint's model one layer at a time, so that memory holds a layer and not the model."""
+
+from collections.abc import Iterator
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .checkpoint import Checkpoint
+from .errors import ConversionError
+
+
+_HEAD_ROWS = 8192
+
+
+class StreamedModel:
+    """
+    A causal language model of Transformers' or ours whose decoder layers are read when they run and dropped after.
+
+    Args:
+        model: the model, on the meta device, with a decoder `model.model` that has `layers`, `norm` and `rotary_emb`,
+            as Llama has.
+        checkpoint: what its weights are read from.
+        dtype: the dtype to compute in.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype):
+        self.decoder, self.config, self.dtype = model.model, model.config, dtype
+        self.tensors = checkpoint.tensors()
+        self.directory = checkpoint.directory
+        self._load(self.decoder.norm, "model.norm")
+        self.decoder.rotary_emb = type(self.decoder.rotary_emb)(self.config)  # its frequencies are in no checkpoint
+        self.decoder.embed_tokens = nn.Identity()
+        for number, layer in enumerate(self.decoder.layers):
+            layer.register_forward_pre_hook(lambda layer, _, number=number: self._load(layer, f"model.layers.{number}"))
+            layer.register_forward_hook(_drop)
+        self.decoder.eval()
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The hidden states [seq, hidden_size], in `dtype`, before the head, for token ids [seq] of one sequence."""
+        return self.decoder(inputs_embeds=self._embed(tokens)[None], use_cache=False).last_hidden_state[0]
+
+    @torch.no_grad()
+    def logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Float32 logits [seq, rows] for hidden states [seq, hidden_size], some thousands of the vocabulary at a time."""
+        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        for start in range(0, self.config.vocab_size, _HEAD_ROWS):
+            yield F.linear(hidden_states, self._rows(name, start, start + _HEAD_ROWS)).float()
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        used, where = tokens.unique(return_inverse=True)
+        rows = [self._rows("model.embed_tokens.weight", token, token + 1) for token in used.tolist()]
+        return torch.cat(rows)[where]
+
+    def _rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        with safe_open(self._shard(name), framework="pt") as file:
+            return file.get_slice(name)[start:end].to(self.dtype)
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        values = {}
+        for name in module.state_dict():
+            path = self._shard(f"{prefix}.{name}")
+            with safe_open(path, framework="pt") as file:
+                values[name] = file.get_tensor(f"{prefix}.{name}").to(self.dtype)
+        module.load_state_dict(values, assign=True)
+
+    def _shard(self, name: str):
+        if name not in self.tensors:
+            raise ConversionError(f"{self.directory}: {name} is in no shard")
+        return self.tensors[name][0].path
+
+
+def _drop(layer: nn.Module, *_: object) -> None:
+    layer.to("meta")
+
+
+class Comparison:
+    """
+    Two models' logits over the same tokens, by what a reader asks of them.
+
+    `max_difference` is the largest |Δ| of two logits, `max_logit` the first model's largest magnitude, `kl_divergence`
+    the mean over tokens of KL(first ‖ second) in nats, `top1_agreement` the share of tokens whose likeliest
+    continuation is the same.
+    """
+
+    def __init__(self, first: StreamedModel, second: StreamedModel, tokens: torch.Tensor):
+        hidden = first.hidden_states(tokens), second.hidden_states(tokens)
+        self.max_difference = self.max_logit = self.kl_divergence = 0.0
+        log_sums = [torch.full((len(tokens),), -torch.inf) for _ in hidden]
+        best = [(torch.full((len(tokens),), -torch.inf), torch.zeros(len(tokens), dtype=torch.long)) for _ in hidden]
+        start = 0
+        for pair in zip(first.logits(hidden[0]), second.logits(hidden[1]), strict=True):
+            difference = (pair[0] - pair[1]).abs().max().item()
+            self.max_difference = max(self.max_difference, difference) if difference == difference else torch.nan
+            self.max_logit = max(self.max_logit, pair[0].abs().max().item())
+            for which, logits in enumerate(pair):
+                log_sums[which] = torch.logaddexp(log_sums[which], logits.logsumexp(-1))
+                value, index = logits.max(-1)
+                known, where = best[which]
+                best[which] = torch.maximum(known, value), torch.where(value > known, index + start, where)
+            start += pair[0].shape[-1]
+        self.top1_agreement = (best[0][1] == best[1][1]).float().mean().item()
+        if self.max_difference:
+            for one, other in zip(first.logits(hidden[0]), second.logits(hidden[1]), strict=True):
+                log_p, log_q = one - log_sums[0][:, None], other - log_sums[1][:, None]
+                self.kl_divergence += (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()

@@ -1,0 +1,122 @@
+"""The way back: from a converted checkpoint to the bytes of its source."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from tqdm.auto import tqdm
+
+from .architecture import read_gated_config
+from .checkpoint import WEIGHT_SUFFIXES, open_checkpoint
+from .errors import ConversionError
+from .files import errors_naming, resolve, sha256, sync
+from .gates import changed_gate_layers, ranges
+from .manifest import FileRecord, Manifest, as_bytes, read_manifest
+from .output import check_output, clear_leftovers, replacing
+from .placement import Place, place_file
+from .plan import MANIFEST_NAME
+from .sources import find_source
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What `ungate_checkpoint` restored: the directory, and the names of its files."""
+
+    output: Path
+    files: tuple[str, ...]
+
+
+def ungate_checkpoint(
+    gated: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    place: Place = "auto",
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: bool = False,
+) -> Restoration:
+    """
+    Restore the files that a checkpoint was converted from, byte for byte, if its gates are still what conversion
+    wrote. Of a GGUF source that is the dequantized checkpoint.
+
+    Each restored file is compared with the SHA-256 that conversion recorded; a shard that conversion hard-linked has
+    none unless `gated-llama verify` recorded it since, and is compared by its size and time stamp.
+
+    Args:
+        gated: the converted checkpoint, a directory or a model on the hub.
+        output: the directory to make.
+        place: how the shards get there, as in `convert_checkpoint`.
+        overwrite: replace `output` if it is an empty directory or a checkpoint.
+        revision: the branch, tag or commit of a model on the hub.
+        progress: show a progress bar, on a terminal.
+
+    Raises:
+        ConversionError: if a gate or a file was changed, or the checkpoint does not say what it was made from.
+            Nothing is left behind.
+    """
+    with errors_naming(output):
+        output = Path(output).resolve()
+        directory = find_source(os.fspath(gated), revision).path
+        clear_leftovers(output)
+        check_output(directory, output, overwrite)
+        checkpoint = open_checkpoint(directory)
+        config = read_gated_config(checkpoint)
+        manifest = read_manifest(checkpoint.directory)
+        if manifest is not None and manifest.source.get("format") == "fused":
+            raise ConversionError(f"{directory}: its gates come from the source, so there is no ungated source")
+        if changed := changed_gate_layers(checkpoint, config):
+            raise ConversionError(
+                f"{directory}: the gates of layers {ranges(changed)} are not what conversion wrote, so the source "
+                "would be another function"
+            )
+        if manifest is None:
+            raise ConversionError(
+                f"{directory}: has no {MANIFEST_NAME}, which conversion writes and a later save does not; ungate the "
+                "directory that gated-llama convert made"
+            )
+        return _restore(manifest, checkpoint.directory, output, place, progress)
+
+
+def _restore(manifest: Manifest, directory: Path, output: Path, place: Place, progress: bool) -> Restoration:
+    files = {name: found for name, found in manifest.files.items() if found.source is not None}
+    targets = [
+        _relative(directory, name) for name in (*(str(found.source) for found in files.values()), *manifest.replaced)
+    ]
+    if len(set(targets)) != len(targets):
+        raise ConversionError(f"{directory / MANIFEST_NAME}: two files come from one")
+    total = 2 * sum(found.size for found in files.values())
+    with replacing(output) as staging:
+        with tqdm(total=total, desc="Restoring", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+            for name, found in files.items():
+                target = staging / str(found.source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                is_weights = target.suffix in WEIGHT_SUFFIXES
+                path = resolve(directory, name)
+                _check_stamp(path, found)
+                place_file(path, target, place if is_weights else "copy", bar.update)
+                if found.sha256 is not None and sha256(target, bar.update) != found.sha256:
+                    raise ConversionError(f"{directory / name}: is not what conversion wrote (another SHA-256)")
+                if place != "link" or not is_weights:
+                    sync(target)
+        for name, text in manifest.replaced.items():
+            (staging / name).write_bytes(as_bytes(text))
+            sync(staging / name)
+    return Restoration(output, tuple(sorted(str(target) for target in targets)))
+
+
+def _check_stamp(path: Path, found: FileRecord) -> None:
+    status = path.stat()
+    if status.st_size != found.size:
+        raise ConversionError(f"{path}: is not what conversion wrote ({status.st_size} bytes, not {found.size})")
+    if found.sha256 is None and status.st_mtime_ns != found.mtime_ns:
+        raise ConversionError(
+            f"{path}: was hard-linked, not hashed, and has another time stamp since; gated-llama verify, with the "
+            "source, tells whether its content is the same"
+        )
+
+
+def _relative(directory: Path, name: str) -> PurePosixPath:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        raise ConversionError(f"{directory / MANIFEST_NAME}: {name!r} is not a file of a checkpoint")
+    return path
