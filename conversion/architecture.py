@@ -26,7 +26,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_DTYPES.
 _SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
 _MAX_SIZE = 2**31  # no size is larger; a few of them make Transformers' configs build a list as long
 # What Transformers leaves unread in a checkpoint without a word.
-_UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
+UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def read_architecture(checkpoint: Checkpoint, gate_options: dict[str, Any]) -> A
             config.quantization_config = quantization
     tensors = checkpoint.tensors()
     read = _check_base_tensors(checkpoint, config, fused)
-    unread = tuple(name for name in tensors if name not in read and not _UNREAD.fullmatch(name))
+    unread = tuple(name for name in tensors if name not in read and not UNREAD.fullmatch(name))
     if gates := [name for name, _ in gate_tensor_shapes(config) if name in tensors]:
         raise ConversionError(f"{tensors[gates[0]][0].path}: {gates[0]} is a gate, so the checkpoint is already gated")
     config.architectures = ["GatedLlamaForCausalLM"]

@@ -177,7 +177,7 @@ def _command(source: str | os.PathLike, output: str | os.PathLike, given: dict[s
 def _write(plan: Plan, output: Path, place: Placement, command: str, progress: bool) -> tuple[int, int]:
     """Write the result to `output`; return the bytes of weights written, and those shared with the source."""
     with replacing(output) as staging:
-        _check_space(plan, staging, place)
+        _check_space(plan, staging, output, place)
         records, shared = _write_weights(plan, staging, place, progress)
         _write_side_files(plan, staging)
         (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(plan.index(), indent=2, sort_keys=True) + "\n")
@@ -193,7 +193,7 @@ def _write(plan: Plan, output: Path, place: Placement, command: str, progress: b
     return total - shared, shared
 
 
-def _check_space(plan: Plan, staging: Path, place: Placement) -> None:
+def _check_space(plan: Plan, staging: Path, output: Path, place: Placement) -> None:
     """Raise ConversionError if the files to write do not fit on the disk."""
     placed = list(plan.placed.values())
     needed = plan.new_bytes + sum(os.path.getsize(plan.checkpoint.directory / name) for name in plan.side_files)
@@ -202,7 +202,7 @@ def _check_space(plan: Plan, staging: Path, place: Placement) -> None:
         needed += sum(shard.file_bytes for shard in placed)
     free = shutil.disk_usage(staging).free
     if needed > free:
-        raise ConversionError(f"{staging.parent.parent}: {decimal(needed)} are needed, {decimal(free)} are free")
+        raise ConversionError(f"{output}: {decimal(needed)} are needed, {decimal(free)} are free")
 
 
 def _write_weights(plan: Plan, staging: Path, place: Placement, progress: bool) -> tuple[dict[str, FileRecord], int]:
@@ -259,7 +259,7 @@ def _write_side_files(plan: Plan, staging: Path) -> None:
     for name in plan.side_files:
         target = staging / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(plan.checkpoint.directory / name, target)
+        shutil.copy(plan.checkpoint.directory / name, target)
 
 
 def _manifest(plan: Plan, command: str, records: dict[str, FileRecord]) -> Manifest:

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
 from .errors import ConversionError
 from .files import read_json, resolve, sha256, sync
 from .plan import MANIFEST_NAME
@@ -19,7 +22,8 @@ from .plan import MANIFEST_NAME
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class FileRecord:
     """
     A file of a converted checkpoint.
@@ -34,7 +38,8 @@ class FileRecord:
     source: str | None = None
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class Manifest:
     """
     The content of `gated_llama_manifest.json`.
@@ -79,12 +84,9 @@ def read_manifest(directory: Path) -> Manifest | None:
     try:
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         fields = {name: content[name] for name in ("command", "source", "gates", "replaced", "verification")}
-    except (AttributeError, KeyError, TypeError) as error:
+        return Manifest(files=files, **fields)
+    except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConversionError(f"{path}: not a manifest of gated-llama: {error}") from None
-    for name, kind in {"command": str, "source": dict, "gates": dict, "replaced": dict}.items():
-        if not isinstance(fields[name], kind):
-            raise ConversionError(f"{path}: {name} is {fields[name]!r}")
-    return Manifest(files=files, **fields)
 
 
 def as_text(content: bytes) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,10 @@ def place_file(source: Path, target: Path, place: Placement, advance: Callable[[
         if place == "reflink":
             raise ConversionError(f"--place reflink: {source} cannot be reflinked to where the output lies")
         _copy(source, target, advance)
+        shutil.copymode(source, target)  # what others may not read, they may not read in the result
         return False
+    else:
+        shutil.copymode(source, target)
     advance(target.stat().st_size)
     return True
 

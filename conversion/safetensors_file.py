@@ -63,13 +63,15 @@ def read_shard(path: Path, name: str) -> Shard:
         ConversionError: if the file is not a complete, well-formed safetensors file.
     """
     try:
-        with safe_open(path, framework="np"):  # the library checks the format: offsets, overlaps, sizes, dtypes
-            pass
         with opened(path) as file:
+            with safe_open(path, framework="np"):  # the library checks the format: offsets, overlaps, sizes, dtypes
+                pass
             length = int.from_bytes(file.read(8), "little")
             header = parse_json(path, file.read(min(length, MAX_HEADER_BYTES)))  # here, that no name is there twice
             file_bytes = file.seek(0, 2)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
         raise ConversionError(f"{path}: not a complete safetensors file: {error}") from None
     metadata = header.pop("__metadata__", {})
     tensors = {}

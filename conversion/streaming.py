@@ -45,7 +45,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Float32 logits [seq, rows] for hidden states [seq, hidden_size], some thousands of the vocabulary at a time."""
+        """Float32 logits [seq, rows] for hidden states [seq, hidden_size], some thousands of rows at a time."""
         name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         for start in range(0, self.config.vocab_size, _HEAD_ROWS):
             yield F.linear(hidden_states, self._rows(name, start, start + _HEAD_ROWS)).float()

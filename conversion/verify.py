@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from modeling_gated.configuration import GatedLlamaConfig
 from modeling_gated.modeling_gated_llama import GatedLlamaForCausalLM
 
-from .architecture import Architecture, read_architecture, read_gated_config
+from .architecture import UNREAD, Architecture, read_architecture, read_gated_config
 from .card import with_verification
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConversionError
@@ -31,6 +31,7 @@ from .manifest import read_manifest, record, replace_file
 from .plan import CARD_NAME, norm_from_one
 from .sources import Source, find_source
 from .streaming import Comparison, StreamedModel
+from .tensors import base_tensor_shapes, gate_tensor_shapes
 
 
 # Imported gates multiply in float32; their source in its own dtype. So both are run in float32, where sums may be
@@ -63,8 +64,11 @@ class Verification:
 
     def summary(self) -> dict[str, str]:
         """The findings in words, for a terminal or a model card."""
-        equal = self.tensors - len(self.differing)
-        found = {"verdict": self.verdict, "base_tensors": f"{equal:,} of {self.tensors:,} have the source's bytes"}
+        if self.differing:
+            tensors = f"{len(self.differing):,} differ; the source has {self.tensors:,}"
+        else:
+            tensors = f"all {self.tensors:,} have the source's bytes"
+        found = {"verdict": self.verdict, "base_tensors": tensors}
         if self.differing:
             found["differing"] = ", ".join(self.differing[:5]) + (", ..." if len(self.differing) > 5 else "")
         if self.changed_gates:
@@ -133,6 +137,12 @@ def _compare(
 ) -> Verification:
     config = read_gated_config(gated)
     architecture = read_architecture(source, {})
+    # Some tensors alone, such as biases, may come and go: then they differ, which the comparison tells.
+    shapes = [dict(base_tensor_shapes(both)) for both in (config, architecture.config)]
+    if any(shapes[0].get(name, shape) != shape for name, shape in shapes[1].items()) or (
+        config.num_hidden_layers != architecture.config.num_hidden_layers
+    ):
+        raise ConversionError(f"{gated.directory}: has other tensors or shapes than {source.directory}")
     names, differing = _differing_tensors(source, gated, architecture, progress)
     imported = architecture.fused is not None
     changed = () if imported else tuple(changed_gate_layers(gated, config))
@@ -165,21 +175,24 @@ def _differing_tensors(
     source: Checkpoint, gated: Checkpoint, architecture: Architecture, progress: bool
 ) -> tuple[int, tuple[str, ...]]:
     """The number of the source's tensors, and those that the gated checkpoint does not hold byte for byte."""
-    names = sorted(source.tensors())
+    mine, others = source.tensors(), gated.tensors()
+    names = sorted(name for name in mine if name in others or not UNREAD.fullmatch(name))
+    own = {name for name, _ in gate_tensor_shapes(architecture.config)}
+    extra = [name for name in others if name not in mine and name not in own and not UNREAD.fullmatch(name)]
     total = sum(shard.data_bytes for shard in source.shards)
     bar = tqdm(total=total, desc="Hashing", unit="B", unit_scale=True, disable=None if progress else True)
 
     def differs(name: str) -> bool:
         try:
-            mine, other = _digests(name, source, gated, architecture)
+            one, other = _digests(name, source, gated, architecture)
         except KeyError:  # the gated checkpoint lacks the tensor
             return True
-        bar.update(source.tensors()[name][1].size)
-        return mine != other
+        bar.update(mine[name][1].size)
+        return one != other
 
     with bar, ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         flags = list(pool.map(differs, names))
-    return len(names), tuple(name for name, flag in zip(names, flags, strict=True) if flag)
+    return len(names), tuple(name for name, flag in zip(names, flags, strict=True) if flag) + tuple(extra)
 
 
 def _digests(name: str, source: Checkpoint, gated: Checkpoint, architecture: Architecture) -> tuple[Any, Any]:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from word_tokenizer import save_word_tokenizer
 
 from modeling_gated.configuration import open_gate
 from modeling_gated.conversion import ConversionError, convert, convert_checkpoint
@@ -158,6 +158,17 @@ def test_places(llama: Path, tmp_path: Path) -> None:
         assert (tmp_path / "reflinked" / shard).read_bytes() == source.read_bytes()
 
 
+def test_files_stay_as_private_as_they_were(llama: Path, tmp_path: Path) -> None:
+    modes = {"model.safetensors": 0o600, "tokenizer_config.json": 0o640}
+    for name, mode in modes.items():
+        (llama / name).chmod(mode)
+    for place in ("copy", "auto", "link"):
+        convert_checkpoint(llama, tmp_path / place, place=place)
+        shard = tmp_path / place / "model-00001-of-00002.safetensors"
+        assert shard.stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / place / "tokenizer_config.json").stat().st_mode & 0o777 == 0o640
+
+
 def test_an_existing_output_is_replaced_only_when_asked(llama: Path, tmp_path: Path) -> None:
     output = tmp_path / "gated"
     convert_checkpoint(llama, output)
@@ -232,7 +243,7 @@ def test_a_failure_at_the_very_end_puts_back_what_was_there(
 
 
 def test_what_the_message_about_pickles_says_works(llama: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
-    save_tokenizer(llama)
+    save_word_tokenizer(llama)
     torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
     (llama / "model.safetensors").unlink()
     with pytest.raises(ConversionError, match="never loaded here; rewrite them with: python ") as raised:
@@ -246,12 +257,7 @@ def test_what_the_message_about_pickles_says_works(llama: Path, tmp_path: Path, 
     assert AutoTokenizer.from_pretrained(tmp_path / "gated")("a")["input_ids"] == [0]
 
 
-def save_tokenizer(directory: Path) -> None:
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(directory)
-
-
 def test_the_tokenizer_loads_from_the_result_without_a_question(llama: Path, tmp_path: Path) -> None:
-    save_tokenizer(llama)
+    save_word_tokenizer(llama)
     convert_checkpoint(llama, tmp_path / "gated")
     assert AutoTokenizer.from_pretrained(tmp_path / "gated")("a")["input_ids"] == [0]

@@ -1,0 +1,171 @@
+"""The way back: the source's bytes, or a refusal that names what changed."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from modeling_gated import GatedLlamaForCausalLM
+from modeling_gated.conversion import ConversionError, convert_checkpoint, ungate_checkpoint, verify_checkpoint
+
+
+def contents(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("place", ["copy", "link", "auto"])
+@pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
+def test_the_source_comes_back_byte_for_byte(sharded: Path, tmp_path: Path, place: str, granularity: str) -> None:
+    (sharded / "README.md").write_bytes(b"---\r\nlicense: mit\r\n---\r\n\xff\xfe not UTF-8 \x00")
+    (sharded / "modeling_gated_llama.py").write_text("# by another hand")
+    (sharded / "gated_llama_manifest.json").write_text("[]")
+    (sharded / "notes").mkdir()
+    (sharded / "notes" / "a.txt").write_text("a")
+    (sharded / ".gitattributes").write_text("* text")
+    config = sharded / "config.json"
+    config.write_text(config.read_text().replace("  ", "\t"))  # not as Transformers would write it
+    before = contents(sharded)
+    convert_checkpoint(sharded, tmp_path / "gated", place=place, granularity=granularity)
+    gated = contents(tmp_path / "gated")
+    done = ungate_checkpoint(tmp_path / "gated", tmp_path / "back", place=place)
+    assert contents(tmp_path / "back") == before == contents(sharded)
+    assert set(done.files) == before.keys()
+    assert contents(tmp_path / "gated") == gated
+
+
+def change_gate(directory: Path, name: str, index: tuple[int, ...] = (2,)) -> None:
+    shard = max(directory.glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors[name][index] += 0.5
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+def test_changed_gates_are_named_by_their_layers(llama: Path, tmp_path: Path) -> None:
+    convert_checkpoint(llama, tmp_path / "gated")
+    change_gate(tmp_path / "gated", "model.layers.0.self_attn.g_proj.bias")
+    change_gate(tmp_path / "gated", "model.layers.2.self_attn.g_proj.weight", (3, 5))
+    with pytest.raises(ConversionError, match="gates of layers 0, 2 are not what conversion wrote"):
+        ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
+    change_gate(tmp_path / "gated", "model.layers.1.self_attn.g_proj.bias")
+    with pytest.raises(ConversionError, match="gates of layers 0-2 are not"):
+        ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_model_that_was_trained_and_saved_is_refused_too(llama: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    convert_checkpoint(llama, tmp_path / "gated")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gated")
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ConversionError, match=r"saved: has no gated_llama_manifest\.json"):
+        ungate_checkpoint(tmp_path / "saved", tmp_path / "back")
+    gate = model.model.layers[1].self_attn.g_proj
+    optimizer = torch.optim.SGD(gate.parameters(), lr=1.0)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    for directory in (tmp_path / "saved", tmp_path / "gated"):
+        model.save_pretrained(directory)
+        with pytest.raises(ConversionError, match="gates of layers 1 are not what conversion wrote"):
+            ungate_checkpoint(directory, tmp_path / "back")
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def manifest(directory: Path, change: Callable[[dict], object]) -> None:
+    path = directory / "gated_llama_manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+SHARD = "model-00001-of-00002.safetensors"
+SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "base tensor": (lambda path: flip(path / SHARD), rf"{SHARD}: is not what conversion wrote \(another SHA-256\)"),
+    "side file": (lambda path: grow(path / "tokenizer_config.json"), r"tokenizer_config\.json: is not what"),
+    "side file gone": (lambda path: (path / "tokenizer_config.json").unlink(), r"tokenizer_config\.json: no such file"),
+    "not gated": (lambda path: (path / "config.json").write_text('{"model_type": "llama"}'), "'llama' is not gated"),
+    "no manifest": (lambda path: (path / "gated_llama_manifest.json").unlink(), "has no gated_llama_manifest"),
+    "manifest not JSON": (lambda path: (path / "gated_llama_manifest.json").write_text("{"), "not valid JSON"),
+    "manifest of another": (
+        lambda path: (path / "gated_llama_manifest.json").write_text('{"format": 7}'),
+        r"manifest\.json: format 7 is not 1",
+    ),
+    "manifest without files": (
+        lambda path: manifest(path, lambda content: content.pop("files")),
+        r"manifest\.json: not a manifest of gated-llama",
+    ),
+    "manifest leads out": (
+        lambda path: manifest(path, lambda content: content["files"][SHARD].update(source="../../out.safetensors")),
+        r"manifest\.json: '\.\./\.\./out\.safetensors' is not a file of a checkpoint",
+    ),
+    "manifest writes out": (
+        lambda path: manifest(path, lambda content: content["replaced"].update({"/tmp/out": "x"})),
+        r"manifest\.json: '/tmp/out' is not a file of a checkpoint",
+    ),
+    "manifest reads from elsewhere": (
+        lambda path: manifest(path, lambda content: content["files"].update({"/etc/passwd": content["files"][SHARD]})),
+        r"two files come from one|leads to /etc/passwd",
+    ),
+    "manifest of numbers": (
+        lambda path: manifest(path, lambda content: content["files"][SHARD].update(source=3, size="x")),
+        r"manifest\.json: not a manifest of gated-llama",
+    ),
+    "manifest with a number for a text": (
+        lambda path: manifest(path, lambda content: content["replaced"].update({"config.json": 3})),
+        r"manifest\.json: not a manifest of gated-llama",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(SPOILED))
+def test_what_changed_otherwise_is_named(llama: Path, tmp_path: Path, case: str) -> None:
+    spoil, message = SPOILED[case]
+    convert_checkpoint(llama, tmp_path / "gated", place="copy")
+    spoil(tmp_path / "gated")
+    before = contents(tmp_path)
+    with pytest.raises(ConversionError, match=message):
+        ungate_checkpoint(tmp_path / "gated", tmp_path / "new" / "back")
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_linked_shard_is_known_by_its_time_stamp_until_it_is_verified(llama: Path, tmp_path: Path) -> None:
+    convert_checkpoint(llama, tmp_path / "gated", place="link")
+    before = contents(llama)
+    (tmp_path / "gated" / SHARD).touch()
+    with pytest.raises(ConversionError, match="was hard-linked, not hashed, and has another time stamp"):
+        ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
+    verify_checkpoint(llama, tmp_path / "gated")
+    ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
+    assert contents(tmp_path / "back") == before
+    flip(llama / "model.safetensors")  # and with it the shard
+    with pytest.raises(ConversionError, match="another SHA-256"):
+        ungate_checkpoint(tmp_path / "gated", tmp_path / "again")
+
+
+def test_a_checkpoint_whose_gates_are_missing_is_ungated(llama: Path, tmp_path: Path) -> None:
+    """They are open when it is loaded."""
+    convert_checkpoint(llama, tmp_path / "gated")
+    index = tmp_path / "gated" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {name: file for name, file in content["weight_map"].items() if "g_proj" not in name}
+    index.write_text(json.dumps(content))
+    ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(llama)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "gated")) is GatedLlamaForCausalLM

@@ -1,0 +1,241 @@
+"""Verification: what passes, what does not, what it prints, records and needs."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from word_tokenizer import save_word_tokenizer
+
+from modeling_gated import GatedLlamaForCausalLM
+from modeling_gated.conversion import ConversionError, convert_checkpoint, verify, verify_checkpoint
+from modeling_gated.conversion.checkpoint import open_checkpoint
+from modeling_gated.conversion.streaming import Comparison, StreamedModel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_conversion_passes(source_model: PreTrainedModel, tmp_path: Path, dtype: torch.dtype) -> None:
+    source_model.to(dtype).save_pretrained(tmp_path / "source", max_shard_size="60KB")
+    convert_checkpoint(tmp_path / "source", tmp_path / "gated")
+    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated", tokens=50)
+    assert found.passed and found.verdict.startswith("identical")
+    assert (found.max_difference, found.kl_divergence, found.top1_agreement, found.tokens) == (0, 0, 1, 50)
+    assert found.tensors == len(open_checkpoint(tmp_path / "source").tensors())
+
+
+def test_the_streamed_models_give_the_models_logits(
+    source_model: PreTrainedModel, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """Against Transformers' own loading and forward, for the source's class and ours."""
+    source_model.save_pretrained(tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "gated")
+    change(tmp_path / "gated", "model.layers.1.self_attn.g_proj.weight")
+    for path in (tmp_path / "source", tmp_path / "gated"):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        with torch.device("meta"):
+            empty = type(model)(model.config)
+        streamed = StreamedModel(empty, open_checkpoint(path), torch.float32)
+        with torch.no_grad():
+            expected = model(tokens[:1]).logits[0]
+        found = torch.cat(list(streamed.logits(streamed.hidden_states(tokens[0]))), -1)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert all(parameter.is_meta for parameter in streamed.decoder.layers.parameters())
+
+
+def test_the_figures_are_those_of_the_definitions(llama: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
+    convert_checkpoint(llama, tmp_path / "gated")
+    change(tmp_path / "gated", "model.layers.1.self_attn.g_proj.weight")
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (llama, tmp_path / "gated")]
+    streamed = []
+    for path, model in zip((llama, tmp_path / "gated"), models, strict=True):
+        with torch.device("meta"):
+            empty = type(model)(model.config)
+        streamed.append(StreamedModel(empty, open_checkpoint(path), torch.float32))
+    with torch.no_grad():
+        one, other = (model(tokens[:1]).logits[0].double() for model in models)
+    found = Comparison(*streamed, tokens[0])
+    assert found.max_difference == pytest.approx((one - other).abs().max().item(), rel=1e-4)
+    assert found.max_difference > 0.01
+    p, q = one.log_softmax(-1), other.log_softmax(-1)
+    assert found.kl_divergence == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    agreement = (one.argmax(-1) == other.argmax(-1)).double().mean().item()
+    assert found.top1_agreement == pytest.approx(agreement)
+    assert agreement < 1
+
+
+def change(directory: Path, name: str) -> None:
+    """Add noise to a tensor of a checkpoint."""
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    shard = directory / index["weight_map"][name]
+    tensors = load_file(shard)
+    tensors[name] += torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(0)).to(tensors[name])
+    save_file(tensors, shard, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("model.layers.1.self_attn.g_proj.bias", ("gates", "changed since conversion in layers 1")),
+        ("model.layers.2.mlp.up_proj.weight", ("differing", "model.layers.2.mlp.up_proj.weight")),
+    ],
+)
+def test_a_change_fails_and_is_named(llama: Path, tmp_path: Path, name: str, line: tuple[str, str]) -> None:
+    convert_checkpoint(llama, tmp_path / "gated", place="copy")
+    change(tmp_path / "gated", name)
+    found = verify_checkpoint(llama, tmp_path / "gated")
+    assert not found.passed and found.verdict == "different"
+    assert found.max_difference is not None and found.max_difference > 0
+    assert found.summary()[line[0]] == line[1]
+
+
+def test_a_change_that_logits_do_not_show_fails_too(llama: Path, tmp_path: Path) -> None:
+    """An embedding that no token of the text uses."""
+    save_word_tokenizer(llama)
+    convert_checkpoint(llama, tmp_path / "gated", place="copy")
+    shard = tmp_path / "gated" / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    tensors["model.layers.0.input_layernorm.weight"].view(torch.int32)[0] ^= 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    found = verify_checkpoint(llama, tmp_path / "gated", tokens=3)
+    assert not found.passed and found.differing == ("model.layers.0.input_layernorm.weight",)
+
+
+def test_another_layout_of_the_same_tensors_passes(sharded: Path, tmp_path: Path) -> None:
+    """Saved again, in other shards."""
+    convert_checkpoint(sharded, tmp_path / "gated")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "gated").save_pretrained(tmp_path / "again")
+    found = verify_checkpoint(sharded, tmp_path / "again")
+    assert found.passed and not found.recorded
+
+
+def test_another_model_is_not_taken_for_the_source(llama: Path, sharded: Path, tmp_path: Path) -> None:
+    convert_checkpoint(sharded, tmp_path / "gated")
+    found = verify_checkpoint(llama, tmp_path / "gated")
+    assert not found.passed
+    assert "model.layers.2.mlp.down_proj.weight" in found.differing
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ConversionError, match=r"gated: has other tensors or shapes than .*llama"):
+        verify_checkpoint(llama, tmp_path / "gated")
+
+
+def test_tensors_that_only_the_gated_checkpoint_has_are_seen(sharded: Path, llama: Path, tmp_path: Path) -> None:
+    convert_checkpoint(llama, tmp_path / "gated", place="copy")
+    shard = tmp_path / "gated" / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard) | {"model.layers.0.self_attn.q_proj.bias": torch.ones(72)}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    index = tmp_path / "gated" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.layers.0.self_attn.q_proj.bias"] = shard.name
+    index.write_text(json.dumps(content))
+    found = verify_checkpoint(llama, tmp_path / "gated")
+    assert not found.passed and found.differing == ("model.layers.0.self_attn.q_proj.bias",)
+
+
+def test_the_card_and_the_manifest_record_the_last_result(llama: Path, tmp_path: Path) -> None:
+    gated = tmp_path / "gated"
+    convert_checkpoint(llama, gated, place="link")
+    assert "Not run yet" in (gated / "README.md").read_text()
+    for expected in ("identical: the same function, bit for bit", "different"):
+        found = verify_checkpoint(llama, gated)
+        assert found.recorded and found.verdict == expected
+        card = (gated / "README.md").read_text()
+        assert f"| verdict | {expected} |" in card and "Not run yet" not in card
+        assert card.count("| verdict |") == 1
+        manifest = json.loads((gated / "gated_llama_manifest.json").read_text())
+        assert manifest["verification"]["verdict"] == expected
+        for name, record in manifest["files"].items():  # the linked shard's too, and the new card's
+            if expected.startswith("identical") or name != "model-00002-of-00002.safetensors":
+                assert record["sha256"] == hashlib.sha256((gated / name).read_bytes()).hexdigest(), name
+        change(gated, "model.layers.0.self_attn.g_proj.weight")
+
+
+def test_real_text_by_default_or_a_file(llama: Path, tmp_path: Path) -> None:
+    save_word_tokenizer(llama)
+    convert_checkpoint(llama, tmp_path / "gated")
+    found = verify_checkpoint(llama, tmp_path / "gated", tokens=40)
+    assert found.passed and (found.tokens, found.text) == (40, "Python's language reference")
+    (tmp_path / "words.txt").write_text("a b b a")
+    found = verify_checkpoint(llama, tmp_path / "gated", text=tmp_path / "words.txt")
+    assert found.passed and (found.tokens, found.text) == (4, "words.txt")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("no tokenizer", r"tokenizer\.json: no such file, so .*words\.txt cannot be tokenized"),
+        ("bad tokenizer", r"tokenizer\.json: "),
+        ("no text", r"words\.txt: No such file"),
+        ("empty text", r"words\.txt gives no tokens"),
+        ("large tokens", r"gives no tokens within the vocabulary of 96"),
+        ("not gated", r"config\.json: model_type='llama' is not gated_llama"),
+        ("source is gated", r"config\.json: model_type='gated_llama' is already gated"),
+    ],
+)
+def test_what_cannot_be_verified_is_one_error(llama: Path, tmp_path: Path, spoil: str, message: str) -> None:
+    save_word_tokenizer(llama, first=95 if spoil == "large tokens" else 0)
+    (tmp_path / "words.txt").write_text("" if spoil == "empty text" else "a b b a")
+    convert_checkpoint(llama, tmp_path / "gated")
+    source, gated = llama, tmp_path / "gated"
+    if spoil == "no tokenizer":
+        (llama / "tokenizer.json").unlink()
+    elif spoil == "bad tokenizer":
+        (llama / "tokenizer.json").write_text("{")
+    elif spoil == "no text":
+        (tmp_path / "words.txt").unlink()
+    elif spoil == "not gated":
+        gated = llama
+    elif spoil == "source is gated":
+        source = gated
+    with pytest.raises(ConversionError, match=message):
+        verify_checkpoint(source, gated, text=tmp_path / "words.txt")
+
+
+def test_nan_does_not_pass(llama: Path, tmp_path: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    convert_checkpoint(llama, tmp_path / "gated")
+    found = verify_checkpoint(llama, tmp_path / "gated")
+    assert not found.passed and not found.differing
+
+
+def test_at_most_one_layer_is_in_memory(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert_checkpoint(sharded, tmp_path / "gated")
+    most = 0
+    load = StreamedModel._load
+
+    def spy(model: StreamedModel, module: torch.nn.Module, prefix: str) -> None:
+        nonlocal most
+        load(model, module, prefix)
+        if prefix.startswith("model.layers"):
+            present = [layer for layer in model.decoder.layers if not next(layer.parameters()).is_meta]
+            most = max(most, len(present))
+
+    monkeypatch.setattr(StreamedModel, "_load", spy)
+    assert verify_checkpoint(sharded, tmp_path / "gated").passed
+    assert most == 1
+
+
+def test_what_it_compares_is_the_package_s_model(llama: Path, tmp_path: Path) -> None:
+    """The code that a checkpoint carries is not run."""
+    convert_checkpoint(llama, tmp_path / "gated")
+    (tmp_path / "gated" / "modeling_gated_llama.py").write_text("raise SystemExit('ran')")
+    assert verify_checkpoint(llama, tmp_path / "gated").passed
+    assert GatedLlamaForCausalLM.__module__ == "modeling_gated.modeling_gated_llama"
+
+
+def test_a_read_only_result_is_verified_but_not_recorded(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    convert_checkpoint(llama, tmp_path / "gated")
+    monkeypatch.setattr(verify, "replace_file", refuse)
+    found = verify_checkpoint(llama, tmp_path / "gated")
+    assert found.passed and not found.recorded
