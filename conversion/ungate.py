@@ -116,7 +116,10 @@ def _check_stamp(path: Path, found: FileRecord) -> None:
 
 
 def _relative(directory: Path, name: str) -> PurePosixPath:
+    """A name that the manifest gives a file, as a path that leads nowhere else and that a filesystem can hold."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+    parts = [part.encode("utf-8", "replace") for part in path.parts]
+    is_name = name.isprintable() and parts and all(len(part) <= 255 for part in parts)
+    if path.is_absolute() or ".." in path.parts or not is_name:
         raise ConversionError(f"{directory / MANIFEST_NAME}: {name!r} is not a file of a checkpoint")
     return path

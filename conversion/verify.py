@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from modeling_gated.configuration import GatedLlamaConfig
 from modeling_gated.modeling_gated_llama import GatedLlamaForCausalLM
 
-from .architecture import UNREAD, Architecture, read_architecture, read_gated_config
+from .architecture import UNREAD, Architecture, naming, read_architecture, read_gated_config
 from .card import with_verification
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConversionError
@@ -236,8 +236,9 @@ def _compare_logits(
     source_config = architecture.source_config
     if is_qwen3_next(source.raw_config):  # not the Qwen3 that stands for it
         source_config = CONFIG_MAPPING["qwen3_next"].from_dict(source.raw_config)
-    with torch.device("meta"):
+    with torch.device("meta"), naming(source.config_path):
         ungated = AutoModelForCausalLM.from_config(source_config, dtype=dtype)
+    with torch.device("meta"), naming(gated.config_path):
         model = GatedLlamaForCausalLM._from_config(config, dtype=dtype)
     return Comparison(StreamedModel(ungated, source, dtype), StreamedModel(model, gated, dtype), ids)
 
