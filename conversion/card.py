@@ -27,7 +27,7 @@ def model_card(plan: Plan, output: Path, command: str) -> str:
         **kept,
     )
     imported = plan.architecture.fused is not None
-    rows = {
+    rows: dict[str, object] = {
         "base model": source.name,
         "revision": source.revision or "not known (a local path)",
         "command": f"`{command}`",

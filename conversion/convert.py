@@ -29,7 +29,7 @@ from .output import check_output, clear_leftovers, replacing, scratch_directory
 from .placement import Place, Placement, can_reflink, place_file
 from .plan import CARD_NAME, OWN_FILES, Plan, make_plan
 from .safetensors_file import write_safetensors
-from .sources import Source, find_source
+from .sources import find_source
 
 
 Granularity = Literal["headwise", "elementwise"]
@@ -94,18 +94,23 @@ def convert_checkpoint(
     command = _command(source, output, given, overwrite)
     with errors_naming(output):
         output = Path(output).resolve()
-        found = find_source(os.fspath(source), revision)
         clear_leftovers(output)
-        check_output(found.path, output, overwrite)
-        gate_options = _check_options(found, granularity, gate_init, place, dtype)
-        if found.is_gguf:
-            make_plan(found, gguf_headers(found.path, dtype or torch.bfloat16), gate_options)
+        plan = plan_conversion(
+            source,
+            output,
+            granularity=granularity,
+            gate_init=gate_init,
+            place=place,
+            overwrite=overwrite,
+            dtype=dtype,
+            revision=revision,
+        )
+        if plan.source.is_gguf:
             with scratch_directory(output) as dequantized:
-                dequantize_gguf(found.path, dequantized, dtype or torch.bfloat16, progress=progress)
-                plan = make_plan(found, open_checkpoint(dequantized), gate_options)
+                dequantize_gguf(plan.source.path, dequantized, dtype or torch.bfloat16, progress=progress)
+                plan = make_plan(plan.source, open_checkpoint(dequantized), _gate_options(granularity, gate_init))
                 written, shared = _write(plan, output, "move", command, progress)
         else:
-            plan = make_plan(found, open_checkpoint(found.path), gate_options)
             written, shared = _write(plan, output, place, command, progress)
     return Conversion(
         output=output,
@@ -139,28 +144,23 @@ def plan_conversion(
         ConversionError: if the conversion cannot be done.
     """
     with errors_naming(output):
-        output = Path(output).resolve()
         found = find_source(os.fspath(source), revision)
-        check_output(found.path, output, overwrite)
-        gate_options = _check_options(found, granularity, gate_init, place, dtype)
-        if found.is_gguf:
-            return make_plan(found, gguf_headers(found.path, dtype or torch.bfloat16), gate_options)
-        return make_plan(found, open_checkpoint(found.path), gate_options)
+        check_output(found.path, Path(output).resolve(), overwrite)
+        if found.is_gguf and place in ("reflink", "link"):
+            raise ConversionError(f"--place {place}: {found.path} is dequantized, so there is nothing to share")
+        if dtype is not None and not found.is_gguf:
+            raise ConversionError(f"--dtype {dtype}: {found.path} is not a GGUF file, so its tensors keep their dtype")
+        if gate_init is not None:
+            try:
+                open_gate(gate_init)
+            except ValueError as error:
+                raise ConversionError(f"--gate-init: {error}") from None
+        checkpoint = gguf_headers(found.path, dtype or torch.bfloat16) if found.is_gguf else open_checkpoint(found.path)
+        return make_plan(found, checkpoint, _gate_options(granularity, gate_init))
 
 
-def _check_options(
-    source: Source, granularity: str | None, gate_init: float | None, place: str, dtype: torch.dtype | None
-) -> dict[str, Any]:
-    """The gate's fields that were given; ConversionError if an option cannot be."""
-    if source.is_gguf and place in ("reflink", "link"):
-        raise ConversionError(f"--place {place}: {source.path} is dequantized, so there is nothing to share")
-    if dtype is not None and not source.is_gguf:
-        raise ConversionError(f"--dtype {dtype}: {source.path} is not a GGUF file, so its tensors keep their dtype")
-    if gate_init is not None:
-        try:
-            open_gate(gate_init)
-        except ValueError as error:
-            raise ConversionError(f"--gate-init: {error}") from None
+def _gate_options(granularity: Granularity | None, gate_init: float | None) -> dict[str, Any]:
+    """The gate's fields that were given."""
     given = {"gate_granularity": granularity, "gate_init": gate_init}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -46,9 +46,7 @@ def place_file(source: Path, target: Path, place: Placement, advance: Callable[[
     """
     if place == "move":
         os.replace(source, target)
-        advance(target.stat().st_size)
-        return False
-    if place == "link":
+    elif place == "link":
         try:
             os.link(source, target)
         except OSError as error:
@@ -57,16 +55,17 @@ def place_file(source: Path, target: Path, place: Placement, advance: Callable[[
             raise ConversionError(
                 f"--place link: {source} cannot be hard-linked to {target}: {error.strerror}"
             ) from None
-    elif place == "copy" or not _reflink(source, target):
-        if place == "reflink":
-            raise ConversionError(f"--place reflink: {source} cannot be reflinked to where the output lies")
-        _copy(source, target, advance)
-        shutil.copymode(source, target)  # what others may not read, they may not read in the result
-        return False
     else:
-        shutil.copymode(source, target)
+        is_shared = place != "copy" and _reflink(source, target)
+        if place == "reflink" and not is_shared:
+            raise ConversionError(f"--place reflink: {source} cannot be reflinked to where the output lies")
+        if not is_shared:
+            _copy(source, target, advance)
+        shutil.copymode(source, target)  # what others may not read, they may not read in the result
+        if not is_shared:
+            return False
     advance(target.stat().st_size)
-    return True
+    return place != "move"
 
 
 def _reflink(source: Path, target: Path) -> bool:

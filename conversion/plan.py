@@ -102,9 +102,10 @@ def make_plan(source: Source, checkpoint: Checkpoint, gate_options: dict[str, An
     count = len(checkpoint.shards) + 1
     *names, gate_shard = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     shards = dict(zip(names, checkpoint.shards, strict=True))
+    rewritten: dict[str, dict[str, NewTensor]] = {}
+    gates: dict[str, NewTensor] = {}
     if architecture.fused is None:
-        config, rewritten = architecture.config, {}
-        gates = {}
+        config = architecture.config
         for name, shape in gate_tensor_shapes(config):
             make = _opening(name, shape, config.gate_init, architecture.dtype)
             gates[name] = new_tensor(shape, architecture.dtype, make)

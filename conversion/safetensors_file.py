@@ -91,7 +91,7 @@ class NewTensor:
     dtype: str
     shape: tuple[int, ...]
     size: int
-    parts: Callable[[], Iterable[bytes]] | None = None
+    parts: Callable[[], Iterable[bytes | memoryview]] | None = None
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NewTensor], metadata: Mapping[str, str]) -> str:
@@ -139,7 +139,7 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], to
     """A `NewTensor` of the torch tensor, on the CPU, that `make` makes when its turn comes, or of zeros."""
     code = next(code for code, known in FLOATING_DTYPES.items() if known == dtype)
 
-    def parts() -> Iterator[bytes]:
+    def parts() -> Iterator[memoryview]:
         assert make is not None
         yield make().contiguous().reshape(-1).view(torch.uint8).numpy().data
 

@@ -1,10 +1,10 @@
 """The gated-llama command. Torch and Transformers are imported by the subcommands that need them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -101,7 +101,7 @@ def convert(
 
         from modeling_gated.conversion import convert_checkpoint, plan_conversion
 
-        options = {
+        options: dict[str, Any] = {
             "granularity": granularity,
             "gate_init": gate_init,
             "place": place,
@@ -211,6 +211,6 @@ def _print_unread(unread: tuple[str, ...]) -> None:
         typer.echo(f"note: the model does not read {', '.join(unread[:3])}{more}, which the source holds", err=True)
 
 
-def _print_lines(lines: dict[str, object]) -> None:
+def _print_lines(lines: Mapping[str, object]) -> None:
     for label, value in lines.items():
         typer.echo(f"{label:18}{value}")

@@ -1,6 +1,7 @@
 """The gated-llama command: fast help, one clear line for what a user can mend, nothing left behind."""
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -25,7 +26,8 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
     command = Path(sys.executable).with_name("gated-llama")
-    for arguments in (["--help"], ["convert", "--help"], ["--version"]):
+    subcommands = ("convert", "verify", "ungate")
+    for arguments in (["--help"], ["--version"], *([name, "--help"] for name in subcommands)):
         # Runs the installed script, which is Python, and looks at what it imported.
         code = (
             f"import runpy, sys; sys.argv = [{str(command)!r}, *{arguments!r}]\n"
@@ -191,6 +193,11 @@ def test_a_bad_source_gets_one_clear_line(sharded: Path, tmp_path: Path, case: s
         (["{tmp}/cut.gguf", "{tmp}/out"], ["{tmp}/cut.gguf", "not a complete GGUF file"]),
         (["{tmp}/cut.gguf", "{tmp}/new/folder/out"], ["{tmp}/cut.gguf", "not a complete GGUF file"]),
         (["{llama}", "/dev/null/out"], ["/dev/null/out: cannot be made: Not a directory"]),
+        (["{llama}", "{tmp}/out", "--revision", "main"], ["--revision main", "{llama} is a path"]),
+        (["{tmp}/cut.gguf", "{tmp}/out", "--place", "link"], ["--place link", "{tmp}/cut.gguf is dequantized"]),
+        (["{tmp}/a\0b", "{tmp}/out"], ["a\\x00b"]),
+        (["{llama}", "{tmp}/a\0b"], ["a\\x00b"]),
+        (["{llama}", "{tmp}/" + "x" * 300], ["File name too long"]),
     ],
 )
 def test_bad_arguments_get_one_clear_line(llama: Path, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
@@ -210,3 +217,66 @@ def test_a_bad_option_names_its_choices(llama: Path, tmp_path: Path, option: lis
     assert code == 2
     assert option[0] in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(llama: Path, tmp_path: Path) -> None:
+    before = set(tmp_path.rglob("*"))
+    code, out, err = run("convert", llama, tmp_path / "new" / "gated", "--granularity", "elementwise", "--dry-run")
+    assert (code, err) == (0, "")
+    assert set(tmp_path.rglob("*")) == before
+    assert "tensors to add    6, 15,768 parameters" in out
+    assert "model.layers.*.self_attn.g_proj.weight [72, 72]" in out
+    assert re.search(r"model-00001-of-00002\.safetensors +405\.9 kB  model\.safetensors, byte for byte", out)
+    assert "elementwise in 3 layers, opening 0.85" in out
+    run("convert", llama, tmp_path / "gated", "--granularity", "elementwise")
+    for path in (tmp_path / "gated").iterdir():
+        assert f"  {path.name} " in out
+    assert run("convert", llama, tmp_path / "gated", "--dry-run")[0] == 1  # exists
+
+
+def test_verify_tells_by_its_exit_code(llama: Path, tmp_path: Path) -> None:
+    run("convert", llama, tmp_path / "gated", "--place", "copy")
+    code, out, err = run("verify", llama, tmp_path / "gated", "--tokens", "20")
+    assert (code, err) == (0, "")
+    for line in (
+        "verdict           identical",
+        "logits            20 tokens",
+        "max difference    0",
+        "top-1 agreement   100",
+    ):
+        assert f"\n{line}" in f"\n{out}", out
+    gates = max((tmp_path / "gated").glob("*.safetensors"))
+    tensors = load_file(gates)
+    tensors["model.layers.1.self_attn.g_proj.bias"] -= 3
+    save_file(tensors, gates, metadata={"format": "pt"})
+    code, out, _ = run("verify", llama, tmp_path / "gated")
+    assert code == 1
+    assert "verdict           different" in out and "in layers 1\n" in out
+
+
+def test_ungate_restores_or_says_why_not(llama: Path, tmp_path: Path) -> None:
+    run("convert", llama, tmp_path / "gated")
+    code, out, err = run("ungate", tmp_path / "gated", tmp_path / "back")
+    assert (code, err) == (0, "")
+    assert f"files restored    {len(list(llama.iterdir()))}\n" in out
+    code, _, err = run("ungate", llama, tmp_path / "again")
+    assert code == 1 and "is not gated_llama" in err and err.count("\n") == 1
+
+
+def test_tensors_that_the_model_does_not_read_are_told(llama: Path, tmp_path: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    more = {f"model.layers.{layer}.mlp.up_proj.weight": torch.zeros(80, 72) for layer in (3, 4)}
+    save_file(tensors | more, llama / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run("convert", llama, tmp_path / "gated")
+    assert code == 0
+    assert err.startswith("note: the model does not read model.layers.3.mlp.up_proj.weight, model.layers.4.mlp.up_proj")
+    assert err.count("\n") == 1
+
+
+def test_an_interrupt_ends_in_a_line(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("modeling_gated.conversion.convert.place_file", interrupt)
+    assert run("convert", llama, tmp_path / "gated") == (130, "", "error: interrupted; nothing was left behind\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"llama"}
