@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from .errors import ConversionError
 
 
-CHUNK = 16 * 2**20
+CHUNK = 2**20
 MAX_JSON_BYTES = 100_000_000  # as much as safetensors allows a header
 
 

@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .architecture import Architecture, read_architecture
 from .checkpoint import Checkpoint
-from .safetensors_file import FLOATING_DTYPES, NewTensor, Shard, new_tensor
+from .safetensors_file import NewTensor, Shard, new_tensor
 from .sources import Source
 from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_tensor
 
@@ -153,8 +153,7 @@ def _bytes_of(shard: Shard, name: str):
 
 def norm_from_one(shard: Shard, name: str) -> torch.Tensor:
     """The float32 weight 1 + w, as Llama has it, of a norm whose weight w Qwen3-Next counts from zero."""
-    content = bytearray(b"".join(shard.chunks(name)))
-    return 1.0 + torch.frombuffer(content, dtype=FLOATING_DTYPES[shard.tensors[name].dtype]).float()
+    return 1.0 + shard.read(name).float()
 
 
 def _norm_from_one(shard: Shard, name: str) -> NewTensor:

@@ -50,6 +50,23 @@ class Shard:
         with open(self.path, "rb") as file:
             yield from chunks(file, where.offset + start, where.size if size is None else size)
 
+    def read(self, tensor: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """
+        A floating tensor, or of its first dimension the elements `first` to `last` (not included), on the CPU.
+
+        It is read, not mapped: memory then holds what was asked for, and not the file.
+        """
+        where = self.tensors[tensor]
+        rows = where.shape[0] if where.shape else 1
+        last = rows if last is None else min(last, rows)
+        row = where.size // max(rows, 1)
+        content, end = bytearray((last - first) * row), 0
+        for part in self.chunks(tensor, first * row, len(content)):
+            content[end : end + len(part)] = part
+            end += len(part)
+        values = torch.frombuffer(content, dtype=FLOATING_DTYPES[where.dtype]) if content else torch.empty(0)
+        return values.reshape(last - first, *where.shape[1:]) if where.shape else values.reshape(())
+
 
 def read_shard(path: Path, name: str) -> Shard:
     """

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -48,29 +47,20 @@ class StreamedModel:
         """Float32 logits [seq, rows] for hidden states [seq, hidden_size], some thousands of rows at a time."""
         name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         for start in range(0, self.config.vocab_size, _HEAD_ROWS):
-            yield F.linear(hidden_states, self._rows(name, start, start + _HEAD_ROWS)).float()
+            yield F.linear(hidden_states, self._read(name, start, start + _HEAD_ROWS)).float()
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         used, where = tokens.unique(return_inverse=True)
-        rows = [self._rows("model.embed_tokens.weight", token, token + 1) for token in used.tolist()]
+        rows = [self._read("model.embed_tokens.weight", token, token + 1) for token in used.tolist()]
         return torch.cat(rows)[where]
 
-    def _rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        with safe_open(self._shard(name), framework="pt") as file:
-            return file.get_slice(name)[start:end].to(self.dtype)
-
     def _load(self, module: nn.Module, prefix: str) -> None:
-        values = {}
-        for name in module.state_dict():
-            path = self._shard(f"{prefix}.{name}")
-            with safe_open(path, framework="pt") as file:
-                values[name] = file.get_tensor(f"{prefix}.{name}").to(self.dtype)
-        module.load_state_dict(values, assign=True)
+        module.load_state_dict({name: self._read(f"{prefix}.{name}") for name in module.state_dict()}, assign=True)
 
-    def _shard(self, name: str):
+    def _read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         if name not in self.tensors:
             raise ConversionError(f"{self.directory}: {name} is in no shard")
-        return self.tensors[name][0].path
+        return self.tensors[name][0].read(name, first, last).to(self.dtype)
 
 
 def _drop(layer: nn.Module, *_: object) -> None:

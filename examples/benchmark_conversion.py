@@ -1,11 +1,14 @@
 """
-Conversion against `cp -r` of the same checkpoint: time and peak memory.
+Conversion against `cp -r` of the same checkpoint, and against mergekit's passthrough merge: time and peak memory.
 
-    python examples/benchmark_conversion.py [--directory build/benchmark] [--layers 16] [--rounds 5]
+    python examples/benchmark_conversion.py [--directory build/benchmark] [--layers 16] [--rounds 5] [--mergekit PATH]
 
 The checkpoint has the shapes of Llama-3.2-1B (2.5 GB, bfloat16, random, sharded). Rounds are interleaved and the
 medians compared. A conversion is timed in a fresh process, after Transformers is imported; its memory is the
-process's peak, imports included.
+process's peak, imports included. Rows that begin with a command are the whole process, imports included.
+
+mergekit needs an environment of its own: `pip install torch==2.13.0 transformers==5.23.0 mergekit==0.1.5`, and then
+`--mergekit ENVIRONMENT/bin/mergekit-yaml`. Its flags leave out what conversion does not do either.
 """
 
 import argparse
@@ -44,8 +47,8 @@ def write_checkpoint(directory: Path, layers: int) -> None:
     from transformers import LlamaConfig
 
     from modeling_gated import GatedLlamaConfig
+    from modeling_gated.conversion.safetensors_file import new_tensor, write_safetensors
     from modeling_gated.conversion.tensors import base_tensor_shapes
-    from modeling_gated.conversion.writer import write_safetensors
 
     config = LlamaConfig(
         vocab_size=128256,
@@ -64,28 +67,57 @@ def write_checkpoint(directory: Path, layers: int) -> None:
     directory.mkdir(parents=True)
     for file, shapes in tqdm(shards.items(), desc="Writing the checkpoint"):
         path = directory / file
-        write_safetensors(
-            path, shapes, torch.bfloat16, lambda name, shapes=shapes: torch.randn(shapes[name], dtype=torch.bfloat16)
-        )
+        tensors = {
+            name: new_tensor(shape, torch.bfloat16, lambda shape=shape: torch.randn(shape, dtype=torch.bfloat16))
+            for name, shape in shapes.items()
+        }
+        write_safetensors(path, tensors, {"format": "pt"})
     weight_map = {name: file for file, shapes in shards.items() for name in shapes}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.architectures = ["LlamaForCausalLM"]  # mergekit asks for it
     config.save_pretrained(directory)  # last: it says that the checkpoint is complete
 
 
-def measure(source: Path, target: Path, rounds: int) -> Iterator[tuple[str, float, int]]:
+CONVERSIONS = {
+    "convert, --place copy": ("copy", "headwise"),
+    "convert, --place link": ("link", "headwise"),
+    "convert elementwise, --place link": ("link", "elementwise"),
+}
+
+
+def commands(source: Path, target: Path, mergekit: Path | None) -> dict[str, list[str | Path]]:
+    """What is run as a whole, by name; sync waits until everything is on disk, as conversion does."""
+    gated_llama = Path(sys.executable).with_name("gated-llama")
+    found: dict[str, list[str | Path]] = {
+        "cp -r": ["cp", "-r", source, target],
+        "cp -r; sync": ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', source, target],
+        "import": [sys.executable, "-c", IMPORT],
+        "gated-llama convert --place copy": [gated_llama, "convert", source, target, "--place", "copy"],
+        "gated-llama verify": [gated_llama, "verify", source, target],
+    }
+    if mergekit is not None:
+        merge = target.with_name("passthrough.yaml")
+        merge.write_text(json.dumps({"merge_method": "passthrough", "models": [{"model": str(source)}]}))
+        flags = ["--no-copy-tokenizer", "--no-write-model-card", "--quiet", "--out-shard-size", "300M"]
+        found["mergekit-yaml passthrough"] = [mergekit, merge, target, *flags]
+    return found
+
+
+def measure(source: Path, target: Path, rounds: int, mergekit: Path | None) -> Iterator[tuple[str, float, int]]:
     """Name, seconds and peak memory of each run."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    whole = commands(source, target, mergekit)
     for _ in tqdm(range(rounds), desc="Rounds"):
-        for name in ("cp -r", "import", "convert --place copy", "convert --place link", "elementwise, --place link"):
-            shutil.rmtree(target, ignore_errors=True)
-            os.sync()
-            if name == "cp -r":
-                seconds, memory, _ = run_measured(["cp", "-r", source, target])
-            elif name == "import":
-                seconds, memory, _ = run_measured([sys.executable, "-c", IMPORT])
+        for name in (*CONVERSIONS, *whole):
+            if name != "gated-llama verify":  # of what the row before it made
+                shutil.rmtree(target, ignore_errors=True)
+                os.sync()
+            if name in whole:
+                seconds, memory, _ = run_measured(whole[name], capture=True)
             else:
-                granularity = "elementwise" if "elementwise" in name else "headwise"
-                command = [sys.executable, "-c", CONVERT, source, target, name.split()[-1], granularity]
-                _, memory, output = run_measured(command, capture=True)
+                _, memory, output = run_measured(
+                    [sys.executable, "-c", CONVERT, source, target, *CONVERSIONS[name]], capture=True
+                )
                 seconds = json.loads(output)
             yield name, seconds, memory
 
@@ -95,6 +127,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("build/benchmark"), help="where the checkpoint goes")
     parser.add_argument("--layers", type=int, default=16, help="16 layers are 2.5 GB, 32 are 4.4 GB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment with mergekit")
     arguments = parser.parse_args()
     source = arguments.directory.resolve() / f"llama-{arguments.layers}-layers"
     if not (source / "config.json").is_file():
@@ -104,7 +137,9 @@ def main() -> None:
         subprocess.run([sys.executable, "-c", write], check=True, cwd=Path(__file__).parent)
 
     runs: dict[str, list[tuple[float, int]]] = {}
-    for name, seconds, memory in measure(source, arguments.directory / "result", arguments.rounds):
+    for name, seconds, memory in measure(
+        source, arguments.directory.resolve() / "result", arguments.rounds, arguments.mergekit
+    ):
         runs.setdefault(name, []).append((seconds, memory))
     shutil.rmtree(arguments.directory / "result")
 
@@ -113,15 +148,15 @@ def main() -> None:
         title=f"{decimal(size)}, {len(list(source.glob('*.safetensors')))} shards, medians of {arguments.rounds}",
         box=box.SIMPLE,
     )
-    for heading in ("", "seconds", "min - max", "/ cp -r", "memory"):
+    for heading in ("", "seconds", "min - max", "/ cp -r", "/ cp -r; sync", "memory"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
-    copying = statistics.median(seconds for seconds, _ in runs["cp -r"])
+    copying, durable = (statistics.median(seconds for seconds, _ in runs[name]) for name in ("cp -r", "cp -r; sync"))
     for name, results in runs.items():
         times = [seconds for seconds, _ in results]
         median = statistics.median(times)
         memory = statistics.median(memory for _, memory in results)
-        ratio = "" if name == "import" else f"{median / copying:.3f}"
-        table.add_row(name, f"{median:.3f}", f"{min(times):.3f} - {max(times):.3f}", ratio, decimal(int(memory)))
+        ratios = ["" if name == "import" else f"{median / other:.3f}" for other in (copying, durable)]
+        table.add_row(name, f"{median:.3f}", f"{min(times):.3f} - {max(times):.3f}", *ratios, decimal(int(memory)))
     Console().print(table)
 
 
