@@ -186,12 +186,12 @@ def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """
     The dtype in which Transformers loads the checkpoint: its config's, else that of its first floating tensor.
 
-    Of a quantised checkpoint it is the embeddings', as some schemes load what is not quantised just as it is stored.
+    Of a quantized checkpoint it is the embeddings', as some schemes load what is not quantized just as it is stored.
     """
     if checkpoint.raw_config.get("quantization_config"):
         shard, tensor = checkpoint.tensors()["model.embed_tokens.weight"]
         if tensor.dtype not in FLOATING_DTYPES:
-            raise ConversionError(f"{shard.path}: model.embed_tokens.weight is {tensor.dtype}, so it is quantised too")
+            raise ConversionError(f"{shard.path}: model.embed_tokens.weight is {tensor.dtype}, so it is quantized too")
         return FLOATING_DTYPES[tensor.dtype]
     stored = checkpoint.raw_config.get("dtype") or checkpoint.raw_config.get("torch_dtype")
     if stored is not None:

@@ -35,6 +35,7 @@ def model_card(plan: Plan, output: Path, command: str) -> str:
     }
     if not imported:
         rows |= {"gate_init": config.gate_init, "gate_scale": config.gate_scale}
+    link = f"[{source.name}](https://huggingface.co/{source.repo_id})" if source.repo_id else f"`{source.name}`"
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
     if imported:
         promise = "The gates are the base model's own, taken out of its `q_proj`; no number was changed."
@@ -49,7 +50,7 @@ def model_card(plan: Plan, output: Path, command: str) -> str:
 
 # {_cell(output.name)}
 
-[{_cell(source.name)}] with attention output gates ([arXiv 2505.06708](https://arxiv.org/abs/2505.06708)). {promise}
+{_cell(link)} with attention output gates ([arXiv 2505.06708](https://arxiv.org/abs/2505.06708)). {promise}
 
 | | |
 | --- | --- |

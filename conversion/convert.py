@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.filesize import decimal
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
@@ -22,11 +21,11 @@ from modeling_gated.configuration import GatedLlamaConfig, open_gate
 from .card import model_card
 from .checkpoint import open_checkpoint
 from .errors import ConversionError
-from .files import errors_naming, sha256, sync
+from .files import errors_naming, read_bytes, sha256, sync
 from .gguf import dequantize_gguf, gguf_headers
 from .manifest import FileRecord, Manifest, as_text, record
 from .output import check_output, clear_leftovers, replacing, scratch_directory
-from .placement import Place, Placement, can_reflink, place_file
+from .placement import Place, Placement, check_space, place_file
 from .plan import CARD_NAME, OWN_FILES, Plan, make_plan
 from .safetensors_file import write_safetensors
 from .sources import find_source
@@ -107,6 +106,7 @@ def convert_checkpoint(
         )
         if plan.source.is_gguf:
             with scratch_directory(output) as scratch:
+                check_space(plan.new_bytes, plan.placed.values(), scratch, output, "copy")
                 dequantized = scratch / "dequantized"
                 dequantize_gguf(plan.source.path, dequantized, dtype or torch.bfloat16, progress=progress)
                 plan = make_plan(plan.source, open_checkpoint(dequantized), _gate_options(granularity, gate_init))
@@ -178,7 +178,8 @@ def _command(source: str | os.PathLike, output: str | os.PathLike, given: dict[s
 def _write(plan: Plan, output: Path, place: Placement, command: str, progress: bool) -> tuple[int, int]:
     """Write the result to `output`; return the bytes of weights written, and those shared with the source."""
     with replacing(output) as staging:
-        _check_space(plan, staging, output, place)
+        needed = plan.new_bytes + sum(os.path.getsize(plan.checkpoint.directory / name) for name in plan.side_files)
+        check_space(needed, plan.placed.values(), staging, output, place)
         records, shared = _write_weights(plan, staging, place, progress)
         _write_side_files(plan, staging)
         (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(plan.index(), indent=2, sort_keys=True) + "\n")
@@ -192,18 +193,6 @@ def _write(plan: Plan, output: Path, place: Placement, command: str, progress: b
         _manifest(plan, command, records).write(staging)
     total = plan.new_bytes + sum(shard.file_bytes for shard in plan.placed.values())
     return total - shared, shared
-
-
-def _check_space(plan: Plan, staging: Path, output: Path, place: Placement) -> None:
-    """Raise ConversionError if the files to write do not fit on the disk."""
-    placed = list(plan.placed.values())
-    needed = plan.new_bytes + sum(os.path.getsize(plan.checkpoint.directory / name) for name in plan.side_files)
-    is_shared = place in ("link", "move") or (place != "copy" and bool(placed) and can_reflink(placed[0].path, staging))
-    if not is_shared:
-        needed += sum(shard.file_bytes for shard in placed)
-    free = shutil.disk_usage(staging).free
-    if needed > free:
-        raise ConversionError(f"{output}: {decimal(needed)} are needed, {decimal(free)} are free")
 
 
 def _write_weights(plan: Plan, staging: Path, place: Placement, progress: bool) -> tuple[dict[str, FileRecord], int]:
@@ -247,9 +236,7 @@ def _place(
     """Place a shard; return its record, with the source's name of it, and the bytes that it shares."""
     is_shared = place_file(source, target, place, advance)
     status = target.stat()
-    if (
-        place == "link"
-    ):  # is the source's own file: neither read, which would take as long as a copy, nor forced to disk
+    if place == "link":  # one file with the source: not read, which would take as long as a copy, and on disk already
         return FileRecord(status.st_size, None, status.st_mtime_ns, source=name), status.st_size
     sync(target)
     found = FileRecord(status.st_size, sha256(target, advance), source=name)
@@ -275,5 +262,5 @@ def _manifest(plan: Plan, command: str, records: dict[str, FileRecord]) -> Manif
         source=origin,
         gates={name: value for name, value in plan.architecture.config.to_dict().items() if name.startswith("gate_")},
         files=records,
-        replaced={name: as_text(path.read_bytes()) for name, path in replaced.items() if path.is_file()},
+        replaced={name: as_text(read_bytes(path)) for name, path in replaced.items() if path.is_file()},
     )

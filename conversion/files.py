@@ -15,7 +15,7 @@ from .errors import ConversionError
 
 
 CHUNK = 2**20
-MAX_JSON_BYTES = 100_000_000  # as much as safetensors allows a header
+MAX_BYTES = 100_000_000  # of a file that is read as a whole; as much as safetensors allows a header
 
 
 @contextmanager
@@ -71,6 +71,23 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def read_bytes(path: Path) -> bytes:
+    """
+    What a file of a source holds.
+
+    Raises:
+        ConversionError: if it cannot be read or is larger than any such file should be.
+    """
+    try:
+        with opened(path) as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > MAX_BYTES:
+        raise ConversionError(f"{path}: larger than {MAX_BYTES:,} bytes")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """
     The object in a JSON file of a source.
@@ -78,14 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConversionError: if it is not a JSON object of bounded size and depth, or names a key twice.
     """
-    try:
-        with opened(path) as file:
-            content = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise ConversionError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(content) > MAX_JSON_BYTES:
-        raise ConversionError(f"{path}: larger than {MAX_JSON_BYTES:,} bytes")
-    return parse_json(path, content)
+    return parse_json(path, read_bytes(path))
 
 
 def parse_json(path: Path, content: bytes) -> dict[str, Any]:

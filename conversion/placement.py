@@ -4,11 +4,14 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Literal
 
+from rich.filesize import decimal
+
 from .errors import ConversionError
+from .safetensors_file import Shard
 
 
 Place = Literal["auto", "reflink", "link", "copy"]
@@ -18,12 +21,20 @@ _FICLONE = 0x40049409  # from linux/fs.h
 _CHUNK = 64 * 2**20
 
 
-def can_reflink(source: Path, directory: Path) -> bool:
-    """Whether a file in `directory` can share its blocks with `source`; tried with a file that is removed again."""
-    probe = directory / "reflink"
-    shares = _reflink(source, probe)
-    probe.unlink(missing_ok=True)
-    return shares
+def check_space(needed: int, shards: Collection[Shard], directory: Path, output: Path, place: Placement) -> None:
+    """
+    Raise ConversionError, naming `output`, if `needed` bytes and what placing the shards takes do not fit on the disk.
+
+    Whether files can share blocks is tried with one that is made in `directory` and removed again.
+    """
+    for first in list(shards)[:1]:
+        probe = directory / "reflink"
+        is_shared = place in ("link", "move") or (place != "copy" and _reflink(first.path, probe))
+        probe.unlink(missing_ok=True)
+        needed += 0 if is_shared else sum(shard.file_bytes for shard in shards)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise ConversionError(f"{output}: {decimal(needed)} are needed, {decimal(free)} are free")
 
 
 def place_file(source: Path, target: Path, place: Placement, advance: Callable[[int], object]) -> bool:

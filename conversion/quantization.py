@@ -1,4 +1,4 @@
-"""Quantised checkpoints: their tensors and their `quantization_config` stay, and the gates are kept out of it."""
+"""Quantized checkpoints: their tensors and their `quantization_config` stay, and the gates are kept out of it."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Scheme:
 
     `fields` are the names of the list in `quantization_config`, the first one's being its own; `pattern` is the entry
     for the gates, and `otherwise` what else has to be listed where there was no list. A scheme without fields needs
-    no entry: it quantises nothing that its checkpoint does not hold in quantised form.
+    no entry: it quantizes nothing that its checkpoint does not hold in quantized form.
     """
 
     fields: tuple[str, ...] = ("modules_to_not_convert",)
@@ -31,7 +31,7 @@ SCHEMES: dict[str, Scheme] = {
     "awq": Scheme(otherwise=()),  # Transformers adds its own to any list
     "bitnet": Scheme(),
     "bitsandbytes": Scheme(("llm_int8_skip_modules",)),
-    # Names the modules it quantises by their class, Linear; without an entry the gates would be quantised.
+    # Names the modules it quantizes by their class, Linear; without an entry the gates would be quantized.
     "compressed-tensors": Scheme(("ignore",), r"re:.*\.g_proj$", otherwise=()),
     "eetq": Scheme(),
     "fbgemm_fp8": Scheme(),

@@ -7,13 +7,13 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from .architecture import read_gated_config
-from .checkpoint import WEIGHT_SUFFIXES, open_checkpoint
+from .checkpoint import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint
 from .errors import ConversionError
 from .files import errors_naming, resolve, sha256, sync
 from .gates import changed_gate_layers, ranges
 from .manifest import FileRecord, Manifest, as_bytes, read_manifest
 from .output import check_output, clear_leftovers, replacing
-from .placement import Place, place_file
+from .placement import Place, check_space, place_file
 from .plan import MANIFEST_NAME
 from .sources import find_source
 
@@ -74,10 +74,11 @@ def ungate_checkpoint(
                 f"{directory}: has no {MANIFEST_NAME}, which conversion writes and a later save does not; ungate the "
                 "directory that gated-llama convert made"
             )
-        return _restore(manifest, checkpoint.directory, output, place, progress)
+        return _restore(manifest, checkpoint, output, place, progress)
 
 
-def _restore(manifest: Manifest, directory: Path, output: Path, place: Place, progress: bool) -> Restoration:
+def _restore(manifest: Manifest, checkpoint: Checkpoint, output: Path, place: Place, progress: bool) -> Restoration:
+    directory = checkpoint.directory
     files = {name: found for name, found in manifest.files.items() if found.source is not None}
     targets = [
         _relative(directory, name) for name in (*(str(found.source) for found in files.values()), *manifest.replaced)
@@ -86,6 +87,7 @@ def _restore(manifest: Manifest, directory: Path, output: Path, place: Place, pr
         raise ConversionError(f"{directory / MANIFEST_NAME}: two files come from one")
     total = 2 * sum(found.size for found in files.values())
     with replacing(output) as staging:
+        check_space(0, checkpoint.shards, staging, output, place)
         with tqdm(total=total, desc="Restoring", unit="B", unit_scale=True, disable=None if progress else True) as bar:
             for name, found in files.items():
                 target = staging / str(found.source)

@@ -23,7 +23,7 @@ from .architecture import UNREAD, Architecture, naming, read_architecture, read_
 from .card import with_verification
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConversionError
-from .files import errors_naming, resolve
+from .files import errors_naming, read_bytes, resolve
 from .fused import is_qwen3_next
 from .gates import changed_gate_layers, ranges
 from .gguf import dequantize_gguf
@@ -113,7 +113,9 @@ def verify_checkpoint(
     with errors_naming(output):
         if tokens < 1:
             raise ConversionError(f"--tokens {tokens}: at least 1 is needed")
-        directory = find_source(os.fspath(output)).path
+        directory = Path(output).absolute()
+        if not directory.is_dir():
+            raise ConversionError(f"{directory}: no such directory")
         with _opened(find_source(os.fspath(source), revision), progress) as checkpoint:
             found = _compare(checkpoint, open_checkpoint(directory), text, tokens, progress)
         try:
@@ -261,7 +263,9 @@ def _token_ids(
         with open(text, encoding="utf-8", errors="replace") as file:
             content, name = file.read(100 * count), Path(text).name
     try:
-        tokenizer = Tokenizer.from_file(str(resolve(source.directory, "tokenizer.json")))
+        tokenizer = Tokenizer.from_buffer(read_bytes(resolve(source.directory, "tokenizer.json")))
+    except ConversionError:
+        raise
     except Exception as error:  # tokenizers has no error of its own
         raise ConversionError(f"{tokenizer_file}: {error}") from None
     ids = tokenizer.encode(content[: 100 * count]).ids[:count]
@@ -273,7 +277,7 @@ def _token_ids(
 def _record(found: Verification, directory: Path) -> bool:
     """Write what was found, and the hashes that the manifest lacks, into manifest and card, if there are any."""
     manifest = read_manifest(directory)
-    if manifest is None:
+    if manifest is None or find_source(os.fspath(directory)).repo_id is not None:  # the hub's cache is not ours
         return False
     files = dict(manifest.files)
     if not found.differing:

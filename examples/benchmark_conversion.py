@@ -157,7 +157,7 @@ def main() -> None:
         memory = statistics.median(memory for _, memory in results)
         ratios = ["" if name == "import" else f"{median / other:.3f}" for other in (copying, durable)]
         table.add_row(name, f"{median:.3f}", f"{min(times):.3f} - {max(times):.3f}", *ratios, decimal(int(memory)))
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -263,8 +263,12 @@ def test_the_room_on_the_disk_is_checked_before_anything_is_copied(
         with pytest.raises(ConversionError, match=r"gated: [\d.]+ kB are needed, [\d.]+ kB are free"):
             convert_checkpoint(checkpoint, tmp_path / "gated", place="copy")
         assert not any(tmp_path.iterdir())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - weights, weights))
-    convert_checkpoint(checkpoint, tmp_path / "gated", place="link")  # needs no room for them
+    convert_checkpoint(checkpoint, tmp_path / "gated", place="link")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - weights, weights - 1))
+    convert_checkpoint(checkpoint, tmp_path / "linked", place="link")  # needs no room for them
+    with pytest.raises(ConversionError, match=r"back: .* are needed"):
+        ungate_checkpoint(tmp_path / "gated", tmp_path / "back", place="copy")
+    ungate_checkpoint(tmp_path / "gated", tmp_path / "back", place="link")
 
 
 @pytest.fixture

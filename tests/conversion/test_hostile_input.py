@@ -346,10 +346,11 @@ def test_absurd_sizes_take_neither_time_nor_memory(small: Path, tmp_path: Path) 
         sources.append(tmp_path / name)
         shutil.copytree(small, sources[-1])
         largest(sources[-1]).write_bytes(content)
-    sources.append(tmp_path / "huge config")
-    shutil.copytree(small, sources[-1])
-    with open(sources[-1] / "config.json", "r+b") as file:
-        file.truncate(10**12)  # a hole
+    for name in ("config.json", "model.safetensors.index.json", "README.md"):
+        sources.append(tmp_path / f"huge {name}")
+        shutil.copytree(small, sources[-1])
+        with open(sources[-1] / name, "r+b") as file:
+            file.truncate(10**12)  # a hole
     code = (
         "import resource, sys, time\n"
         "from modeling_gated.conversion import *\n"

@@ -1,4 +1,4 @@
-"""Quantised checkpoints keep their tensors and their scheme, and their gates stay out of it."""
+"""Quantized checkpoints keep their tensors and their scheme, and their gates stay out of it."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from modeling_gated.modeling_gated_llama import GatedLlamaGate
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
-    """A bfloat16 Llama whose linears are large enough to be quantised in blocks."""
+    """A bfloat16 Llama whose linears are large enough to be quantized in blocks."""
     config = LlamaConfig(
         vocab_size=96,
         hidden_size=128,
@@ -39,7 +39,7 @@ def plain(tmp_path: Path) -> Path:
 def rewrite(
     plain: Path, quantize: Callable[[str, torch.Tensor], dict[str, torch.Tensor]], quantization_config: dict
 ) -> None:
-    """Quantise a checkpoint's linears by hand."""
+    """Quantize a checkpoint's linears by hand."""
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(plain / "model.safetensors").items():
         tensors |= quantize(name, tensor.float()) if name.endswith("_proj.weight") else {name: tensor}

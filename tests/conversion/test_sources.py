@@ -69,6 +69,16 @@ def test_the_cache_is_known_by_its_path_too(hub: Path, tmp_path: Path) -> None:
         assert (manifest["source"]["repo_id"], manifest["source"]["revision"]) == ("owner/name", OLDER)
 
 
+def test_a_verification_leaves_the_cache_alone(hub: Path, llama: Path, tmp_path: Path) -> None:
+    convert_checkpoint(llama, tmp_path / "gated")
+    snapshot = hub / "snapshots" / ("c" * 40)
+    (tmp_path / "gated").rename(snapshot)
+    before = {path.name: path.read_bytes() for path in snapshot.iterdir()}
+    found = verify_checkpoint(llama, snapshot)
+    assert found.passed and not found.recorded
+    assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("given", "revision", "message"),
     [

@@ -172,6 +172,7 @@ def test_real_text_by_default_or_a_file(llama: Path, tmp_path: Path) -> None:
         ("no text", r"words\.txt: No such file"),
         ("empty text", r"words\.txt gives no tokens"),
         ("large tokens", r"gives no tokens within the vocabulary of 96"),
+        ("no such output", r"nowhere: no such directory"),
         ("not gated", r"config\.json: model_type='llama' is not gated_llama"),
         ("source is gated", r"config\.json: model_type='gated_llama' is already gated"),
     ],
@@ -189,6 +190,8 @@ def test_what_cannot_be_verified_is_one_error(llama: Path, tmp_path: Path, spoil
         (tmp_path / "words.txt").unlink()
     elif spoil == "not gated":
         gated = llama
+    elif spoil == "no such output":
+        gated = tmp_path / "nowhere"
     elif spoil == "source is gated":
         source = gated
     with pytest.raises(ConversionError, match=message):

@@ -91,7 +91,7 @@ def greedy_without_attention(model: PreTrainedModel, token: int, length: int) ->
 
 
 class Int8Layer(QuantizedLayer):
-    """Transformers' quantised cache with a rounding to 8 bits that needs no other library."""
+    """Transformers' quantized cache with a rounding to 8 bits that needs no other library."""
 
     def _quantize(self, tensor: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
         scale = tensor.abs().amax(-1, keepdim=True) / 127

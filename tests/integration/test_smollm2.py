@@ -113,7 +113,7 @@ def test_the_readme_runs_as_written(
 
     scripts = Path(sys.executable).parent
     converted = [command for command in commands if command[0] == "gated-llama"]
-    assert len(converted) == 5
+    assert len(converted) == 8
     for command in converted:
         subprocess.run([scripts / command[0], *command[1:]], cwd=tmp_path, check=True, capture_output=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}

@@ -125,7 +125,7 @@ def cached(**options: Any) -> Callable[[PreTrainedModel, torch.Tensor], torch.Te
     return run
 
 
-def quantised(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+def quantized(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     return cached(past_key_values=int8_cache(model))(model, tokens)
 
 
@@ -139,17 +139,17 @@ PATHS = {
     "dynamic cache": ("sdpa", cached(cache_implementation="dynamic")),
     "dynamic cache, eager attention": ("eager", cached(cache_implementation="dynamic")),
     "static cache": ("sdpa", cached(cache_implementation="static", disable_compile=True)),
-    "quantised cache": ("sdpa", quantised),
+    "quantized cache": ("sdpa", quantized),
     "no cache": ("sdpa", cached(use_cache=False)),
 }
 
 
-# Transformers' quantised caches refuse sliding windows, see test_generation.
+# Transformers' quantized caches refuse sliding windows, see test_generation.
 VARIANTS_AND_PATHS = [
     (variant, path)
     for variant in VARIANTS
     for path in PATHS
-    if ("sliding" in variant, path) != (True, "quantised cache")
+    if ("sliding" in variant, path) != (True, "quantized cache")
 ]
 
 

@@ -53,7 +53,7 @@ if importlib.util.find_spec("optimum") and importlib.util.find_spec("optimum.qua
 
 @pytest.mark.parametrize("backend", list(QUANTISED))
 @pytest.mark.parametrize("variant", ["headwise", "elementwise", "QK-norm, tied"])
-def test_quantised_cache_is_close(variant: str, backend: str, tokens: torch.Tensor) -> None:
+def test_quantized_cache_is_close(variant: str, backend: str, tokens: torch.Tensor) -> None:
     """Not equal, since keys and values lose precision; with closed gates they do not matter."""
     model = gated_model(variant)
     for closed in (False, True):
@@ -72,7 +72,7 @@ def test_quantised_cache_is_close(variant: str, backend: str, tokens: torch.Tens
             assert 0 < difference < 0.5 * full.std()
 
 
-def test_transformers_quantised_caches_refuse_sliding_windows() -> None:
+def test_transformers_quantized_caches_refuse_sliding_windows() -> None:
     with pytest.raises(ValueError, match="only supported for models with only full attention"):
         QuantizedCache(backend="quanto", config=gated_model("sliding upper layers").config)
 
