@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from modeling_gated import GatedLlamaForCausalLM
-from modeling_gated.conversion import ConversionError, convert_checkpoint, plan_conversion, ungate_checkpoint
+from modeling_gated.conversion import (
+    ConversionError,
+    convert_checkpoint,
+    plan_conversion,
+    ungate_checkpoint,
+    verify_checkpoint,
+)
 from modeling_gated.conversion.safetensors_file import Shard
 
 
@@ -169,6 +175,33 @@ def test_qwen3_next_s_layers_against_transformers_own(
         expected, found = source(tokens).logits, gated(tokens).logits
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_an_import_is_verified_by_its_tensors(tmp_path: Path, name: str) -> None:
+    fields, _, rows = FORMATS[name]
+    write_fused(tmp_path / "source", fields, rows)
+    convert_checkpoint(tmp_path / "source", tmp_path / "gated")
+    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
+    assert found.passed and found.max_difference is None
+    assert found.text == "Transformers has no model of the source's format"
+    for path in (tmp_path / "gated").glob("*.safetensors"):
+        tensors = load_file(path)
+        if changed := [name for name in tensors if "layers.1.self_attn.g_proj.weight" in name]:
+            tensors[changed[0]][3] += 1
+            save_file(tensors, path, metadata={"format": "pt"})
+    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
+    assert not found.passed and found.differing == ("model.layers.1.self_attn.q_proj.weight",)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_qwen3_next_is_verified_by_its_logits_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = Qwen3NextForCausalLM(qwen3_next())
+    source.to(dtype).save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    convert_checkpoint(tmp_path / "source", tmp_path / "gated")
+    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
+    assert found.passed, found
+    assert found.max_difference is not None and not found.differing
 
 
 @pytest.mark.parametrize(
