@@ -99,13 +99,20 @@ def open_checkpoint(source: Path) -> Checkpoint:
     raise ConversionError(_why_no_weights(directory))
 
 
+def rewriting_command(source: str, target: str) -> str:
+    """The command that saves a model with pickled weights as safetensors."""
+    return (
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+        f"[c.from_pretrained('{source}').save_pretrained('{target}') for c in (M, T)]\""
+    )
+
+
 def _why_no_weights(directory: Path) -> str:
     files = sorted(path for path in directory.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES)
     if pickles := [path.name for path in files if path.suffix in PICKLE_SUFFIXES]:
         return (
             f"{directory}: has only pickled weights ({pickles[0]}), which are never loaded here; rewrite them with: "
-            f'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
-            f"[c.from_pretrained('{directory}').save_pretrained('{directory}-safetensors') for c in (M, T)]\""
+            f"{rewriting_command(str(directory), f'{directory}-safetensors')}"
         )
     if gguf := [path for path in files if path.suffix.lower() == ".gguf"]:
         return f"{directory}: has no safetensors weights; to convert the GGUF file, give its path: {gguf[0]}"

@@ -6,7 +6,9 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from transformers.utils import CONFIG_NAME
 
+from .checkpoint import rewriting_command
 from .errors import ConversionError
 
 
@@ -68,6 +70,11 @@ def find_source(given: str, revision: str | None = None) -> Source:
         raise ConversionError(
             f"{given}: no such file or directory, and not to be had from {where}{at}: {reason}"
         ) from None
+    if (snapshot / CONFIG_NAME).exists() and not any(snapshot.glob("*.safetensors")):
+        raise ConversionError(
+            f"{given}: has no safetensors weights on the hub, and others are never loaded here; rewrite them with: "
+            f"{rewriting_command(given, given.rpartition('/')[2])}"
+        )
     return Source(given, snapshot, *_cached(snapshot))
 
 

@@ -55,6 +55,12 @@ def test_a_hub_id_with_its_revision(
     assert verify_checkpoint("owner/name", tmp_path / "gated", revision=revision).passed
 
 
+def test_a_model_with_pickled_weights_alone(hub: Path, tmp_path: Path) -> None:
+    (hub / "snapshots" / COMMIT / "model.safetensors").unlink()
+    with pytest.raises(ConversionError, match=r"owner/name: has no safetensors weights on the hub.*save_pretrained"):
+        convert_checkpoint("owner/name", tmp_path / "gated")
+
+
 def test_links_to_blobs_are_resolved_before_they_are_placed(hub: Path, tmp_path: Path) -> None:
     convert_checkpoint("owner/name", tmp_path / "gated", place="link")
     shard = tmp_path / "gated" / "model-00001-of-00002.safetensors"
