@@ -18,9 +18,9 @@ test-oldest: build/oldest/ready
 		tests/configuration tests/modeling_gated tests/conversion/test_identity.py tests/integration/test_remote_code.py \
 		tests/integration/test_trainer.py $(ARGS)
 
-## Conversion against cp, in time and memory.
+## Conversion against cp, in time and memory; ARGS="--mergekit PATH" adds mergekit.
 benchmark: .venv/ready
-	$(BIN)/python examples/benchmark_conversion.py
+	$(BIN)/python examples/benchmark_conversion.py $(ARGS)
 
 ## Format and mend what ruff can mend.
 style: .venv/ready
