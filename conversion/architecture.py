@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_DTYPES.
 _SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
 _MAX_SIZE = 2**31  # no size is larger; a few of them make Transformers' configs build a list as long
 # What Transformers leaves unread in a checkpoint without a word.
-UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
+UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,12 @@ def _check_base_tensors(checkpoint: Checkpoint, config: GatedLlamaConfig, fused:
             parts = [tensor for tensor in tensors if tensor.startswith(f"{module}.")]
             if kind == "weight" and not parts:
                 raise ConversionError(f"{checkpoint.directory}: config.json asks for {module}, which is in no shard")
+            stored = sum(tensors[part][1].size for part in parts)
+            if kind == "weight" and prod(shape) > 16 * stored:  # no scheme has less than half a bit for a weight
+                raise ConversionError(
+                    f"{checkpoint.directory}: {module} has {stored} bytes, too few for {list(shape)}, which config.json "
+                    "asks for"
+                )
             read.update(parts)
             continue
         if name not in tensors:
@@ -179,7 +186,8 @@ def _check_base_tensors(checkpoint: Checkpoint, config: GatedLlamaConfig, fused:
         if found.dtype not in FLOATING_DTYPES and not is_quantized:
             raise ConversionError(f"{shard.path}: {name} is {found.dtype}, not among {', '.join(FLOATING_DTYPES)}")
         read.add(name)
-    return read
+    # A tied checkpoint may store its head: Transformers then reads it.
+    return read | ({"lm_head.weight"} & tensors.keys())
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

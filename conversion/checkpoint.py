@@ -10,11 +10,11 @@ from typing import Any
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
 
 from .errors import ConversionError
-from .files import read_json, resolve
+from .files import MAX_CONFIG_BYTES, read_json, resolve
 from .safetensors_file import Shard, Tensor, read_shard
 
 
-PICKLE_SUFFIXES = {".bin", ".ckpt", ".pt", ".pth"}
+PICKLE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 WEIGHT_SUFFIXES = {*PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".safetensors"}
 
 
@@ -49,15 +49,17 @@ class Checkpoint:
 
     def side_files(self) -> Iterator[str]:
         """
-        Names, relative to `directory`, of the files to carry over: all but weights, the config and the index, what
-        hidden folders hold, checkpoints in folders of their own, and folders that are links.
+        Names, relative to `directory`, of the files to carry over: all but weights and other pickles, the config and
+        the index, hidden files (other than .gitattributes) and folders, checkpoints in folders of their own, and
+        folders that are links.
 
         Raises:
             ConversionError: if one of them is not a regular file, or a link to a place outside of the checkpoint.
         """
         for folder, subfolders, names in os.walk(self.directory):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            weights = {name for name in names if Path(name).suffix in WEIGHT_SUFFIXES}
+            names = [name for name in names if not name.startswith(".") or name == ".gitattributes"]
+            weights = {name for name in names if Path(name).suffix.lower() in WEIGHT_SUFFIXES}
             is_top = Path(folder) == self.directory
             if not is_top and weights and CONFIG_NAME in names:
                 subfolders.clear()
@@ -81,9 +83,13 @@ def open_checkpoint(source: Path) -> Checkpoint:
         ConversionError: if the checkpoint is incomplete, damaged or in no format that is read here.
     """
     directory = source if source.is_dir() else source.parent
+    if source.is_file() and source.suffix.lower() in PICKLE_SUFFIXES:
+        raise ConversionError(_why_no_weights(directory))
+    if source.is_file() and source.suffix.lower() != ".safetensors":
+        raise ConversionError(f"{source}: neither a directory nor a safetensors or GGUF file")
     if not (directory / CONFIG_NAME).exists() and any(path.suffix.lower() == ".gguf" for path in directory.iterdir()):
         raise ConversionError(_why_no_weights(directory))
-    raw_config = read_json(resolve(directory, CONFIG_NAME))
+    raw_config = read_json(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES)
     if (directory / "adapter_config.json").exists():
         raise ConversionError(f"{directory}: has an adapter (adapter_config.json); merge it into the model first")
 
@@ -109,7 +115,7 @@ def rewriting_command(source: str, target: str) -> str:
 
 def _why_no_weights(directory: Path) -> str:
     files = sorted(path for path in directory.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES)
-    if pickles := [path.name for path in files if path.suffix in PICKLE_SUFFIXES]:
+    if pickles := [path.name for path in files if path.suffix.lower() in PICKLE_SUFFIXES]:
         return (
             f"{directory}: has only pickled weights ({pickles[0]}), which are never loaded here; rewrite them with: "
             f"{rewriting_command(str(directory), f'{directory}-safetensors')}"

@@ -27,7 +27,7 @@ from .manifest import FileRecord, Manifest, as_text, record
 from .output import check_output, clear_leftovers, replacing, scratch_directory
 from .placement import Place, Placement, check_space, place_file
 from .plan import CARD_NAME, OWN_FILES, Plan, make_plan
-from .safetensors_file import write_safetensors
+from .safetensors_file import Shard, write_safetensors
 from .sources import find_source
 
 
@@ -110,9 +110,9 @@ def convert_checkpoint(
                 dequantized = scratch / "dequantized"
                 dequantize_gguf(plan.source.path, dequantized, dtype or torch.bfloat16, progress=progress)
                 plan = make_plan(plan.source, open_checkpoint(dequantized), _gate_options(granularity, gate_init))
-                written, shared = _write(plan, output, "move", command, progress)
+                written, shared = _write(plan, output, overwrite, "move", command, progress)
         else:
-            written, shared = _write(plan, output, place, command, progress)
+            written, shared = _write(plan, output, overwrite, place, command, progress)
     return Conversion(
         output=output,
         config=plan.architecture.config,
@@ -175,16 +175,18 @@ def _command(source: str | os.PathLike, output: str | os.PathLike, given: dict[s
     return shlex.join(words + ["--overwrite"] * overwrite)
 
 
-def _write(plan: Plan, output: Path, place: Placement, command: str, progress: bool) -> tuple[int, int]:
+def _write(
+    plan: Plan, output: Path, overwrite: bool, place: Placement, command: str, progress: bool
+) -> tuple[int, int]:
     """Write the result to `output`; return the bytes of weights written, and those shared with the source."""
-    with replacing(output) as staging:
+    with replacing(output, overwrite) as staging:
         needed = plan.new_bytes + sum(os.path.getsize(plan.checkpoint.directory / name) for name in plan.side_files)
         check_space(needed, plan.placed.values(), staging, output, place)
         records, shared = _write_weights(plan, staging, place, progress)
         _write_side_files(plan, staging)
         (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(plan.index(), indent=2, sort_keys=True) + "\n")
         plan.architecture.config.save_pretrained(staging)
-        (staging / CARD_NAME).write_text(model_card(plan, output, command), encoding="utf-8")
+        (staging / CARD_NAME).write_text(model_card(plan, output, command), encoding="utf-8", errors="replace")
         for path in sorted(path for path in staging.rglob("*") if path.is_file()):
             name = path.relative_to(staging).as_posix()
             if name not in records:
@@ -217,7 +219,7 @@ def _write_weights(plan: Plan, staging: Path, place: Placement, progress: bool) 
                 digest = write_safetensors(path, tensors, {"format": "pt"})
                 sync(path)
                 return FileRecord(path.stat().st_size, digest), 0
-            return _place(placed[name].path, path, place, advance, placed[name].name)
+            return _place(placed[name], path, place, advance)
 
         names = [*plan.shards, plan.gate_shard]
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
@@ -230,17 +232,16 @@ def _write_weights(plan: Plan, staging: Path, place: Placement, progress: bool) 
     return {name: found for name, (found, _) in zip(names, results, strict=True)}, sum(size for _, size in results)
 
 
-def _place(
-    source: Path, target: Path, place: Placement, advance: Callable[[int], None], name: str
-) -> tuple[FileRecord, int]:
+def _place(shard: Shard, target: Path, place: Placement, advance: Callable[[int], None]) -> tuple[FileRecord, int]:
     """Place a shard; return its record, with the source's name of it, and the bytes that it shares."""
-    is_shared = place_file(source, target, place, advance)
+    is_shared = place_file(shard.path, target, place, advance)
     status = target.stat()
+    if status.st_size != shard.file_bytes:
+        raise ConversionError(f"{shard.path}: changed while it was copied")
     if place == "link":  # one file with the source: not read, which would take as long as a copy, and on disk already
-        return FileRecord(status.st_size, None, status.st_mtime_ns, source=name), status.st_size
+        return FileRecord(status.st_size, None, status.st_mtime_ns, source=shard.name), status.st_size
     sync(target)
-    found = FileRecord(status.st_size, sha256(target, advance), source=name)
-    return found, status.st_size if is_shared else 0
+    return FileRecord(status.st_size, sha256(target, advance), source=shard.name), status.st_size if is_shared else 0
 
 
 def _write_side_files(plan: Plan, staging: Path) -> None:

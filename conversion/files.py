@@ -15,6 +15,7 @@ from .errors import ConversionError
 
 
 CHUNK = 2**20
+MAX_CONFIG_BYTES = 1_000_000  # Transformers takes seconds for each
 MAX_BYTES = 100_000_000  # of a file that is read as a whole; as much as safetensors allows a header
 
 
@@ -71,7 +72,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """
     What a file of a source holds.
 
@@ -80,22 +81,22 @@ def read_bytes(path: Path) -> bytes:
     """
     try:
         with opened(path) as file:
-            content = file.read(MAX_BYTES + 1)
+            content = file.read(limit + 1)
     except OSError as error:
         raise ConversionError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(content) > MAX_BYTES:
-        raise ConversionError(f"{path}: larger than {MAX_BYTES:,} bytes")
+    if len(content) > limit:
+        raise ConversionError(f"{path}: larger than {limit:,} bytes")
     return content
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     """
     The object in a JSON file of a source.
 
     Raises:
         ConversionError: if it is not a JSON object of bounded size and depth, or names a key twice.
     """
-    return parse_json(path, read_bytes(path))
+    return parse_json(path, read_bytes(path, limit))
 
 
 def parse_json(path: Path, content: bytes) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from copy import deepcopy
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -63,19 +64,36 @@ def dequantize_gguf(
         ConversionError: if the file is damaged, or of an architecture that cannot be converted.
     """
     source = Path(source)
-    config, where = _read_config(source), _where(source)
-    with _reading(source), Console(stderr=True, quiet=not progress).status(f"Dequantizing {source.name}"):
+    config = _read_config(source)
+    status = Console(stderr=True, quiet=not progress).status(f"Dequantizing {source.name}")
+    with _reading(source), status, _alone(source) as where:
         # From 5.17 on Transformers keeps the weights packed unless told otherwise.
         if hasattr(transformers, "GgufConfig"):
-            where["quantization_config"] = transformers.GgufConfig(gguf_file=source.name, dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(**where, config=deepcopy(config), dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            quantization = {"quantization_config": transformers.GgufConfig(gguf_file=source.name, dequantize=True)}
+        else:
+            quantization = {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **where, **quantization, config=deepcopy(config), dtype=dtype
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 
 
-def _where(source: Path) -> dict[str, Any]:
-    return {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name, "local_files_only": True}
+@contextmanager
+def _alone(source: Path) -> Iterator[dict[str, Any]]:
+    """
+    Where Transformers finds the file: in a directory of its own, since it would also read an adapter's config, a
+    tokenizer's and their code beside it.
+    """
+    with TemporaryDirectory() as directory:
+        (Path(directory) / source.name).symlink_to(source.resolve())
+        yield {
+            "pretrained_model_name_or_path": directory,
+            "gguf_file": source.name,
+            "local_files_only": True,
+            "trust_remote_code": False,
+        }
 
 
 def _read_config(source: Path) -> PreTrainedConfig:
@@ -95,7 +113,8 @@ def _read_config(source: Path) -> PreTrainedConfig:
 @lru_cache(maxsize=1)
 def _parse_config(source: Path, _stamp: tuple[int, int]) -> PreTrainedConfig:
     """Transformers' config of a file, kept until the file changes: reading it takes seconds, for its vocabulary."""
-    return transformers.AutoConfig.from_pretrained(**_where(source))
+    with _alone(source) as where:
+        return transformers.AutoConfig.from_pretrained(**where)
 
 
 @contextmanager

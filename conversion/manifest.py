@@ -5,6 +5,7 @@ source its own files took the place of, so that the source can be given back.
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -109,6 +110,8 @@ def replace_file(path: Path, content: bytes) -> None:
     new = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         new.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, new)
         sync(new)
         os.replace(new, path)
     except BaseException:

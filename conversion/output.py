@@ -1,6 +1,5 @@
 """The directory of a result: what may be replaced, and how a new one appears only when it is complete."""
 
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from uuid import uuid4
 from modeling_gated.configuration import SOURCE_FAMILIES, GatedLlamaConfig
 
 from .errors import ConversionError
-from .files import sync
+from .files import MAX_CONFIG_BYTES, read_json, resolve, sync
 
 
 _LOCK = "lock"
@@ -23,20 +22,26 @@ def check_output(source: Path, output: Path, overwrite: bool) -> None:
     source = source.resolve()
     if source == output or source in output.parents or output in source.parents:
         raise ConversionError(f"{output}: the output and the source {source} must not contain each other")
+    _check_replaceable(output, overwrite)
+
+
+def _check_replaceable(output: Path, overwrite: bool) -> None:
     if not os.path.lexists(output):
         return
     if not overwrite:
         raise ConversionError(f"{output}: already exists; --overwrite replaces it")
+    if os.path.ismount(output):
+        raise ConversionError(f"{output}: is a mount point, which cannot be replaced; name a directory in it")
     if not output.is_dir() or (any(output.iterdir()) and not _is_checkpoint(output)):
         raise ConversionError(f"{output}: neither a checkpoint nor an empty directory, so it is not overwritten")
 
 
 def _is_checkpoint(directory: Path) -> bool:
     try:
-        model_type = json.loads((directory / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, LookupError, TypeError):
+        model_type = read_json(resolve(directory, "config.json"), MAX_CONFIG_BYTES).get("model_type")
+    except ConversionError:
         return False
-    return model_type in (GatedLlamaConfig.model_type, *SOURCE_FAMILIES)
+    return isinstance(model_type, str) and model_type in (GatedLlamaConfig.model_type, *SOURCE_FAMILIES)
 
 
 def clear_leftovers(output: Path) -> None:
@@ -44,7 +49,7 @@ def clear_leftovers(output: Path) -> None:
     Remove what runs for this output left behind when they were killed; what still runs is left alone.
 
     A run that was killed between taking away the old result and putting the new one in its place left the old one
-    under a hidden name; it is put back.
+    under a hidden name; it is put back, or kept while anything but a checkpoint has the name.
     """
     pattern = re.compile(re.escape(f".{output.name}.") + "[0-9a-f]{32}")
     try:
@@ -52,10 +57,13 @@ def clear_leftovers(output: Path) -> None:
     except OSError:  # no such directory yet
         return
     for scratch in found:
+        if scratch.is_symlink():
+            continue
         with suppress(OSError), _locked(scratch):
             if (scratch / "old").exists() and not os.path.lexists(output):
                 (scratch / "old").rename(output)
-            shutil.rmtree(scratch, ignore_errors=True)
+            if not (scratch / "old").exists() or _is_checkpoint(output):
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
@@ -86,19 +94,22 @@ def scratch_directory(output: Path) -> Iterator[Path]:
             raise ConversionError(f"{output}: cannot be made: {error.strerror}") from error
         with nullcontext() if os.name == "nt" else _locked(scratch):
             yield scratch
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         with suppress(OSError):
             for folder in missing:
                 folder.rmdir()
+        if isinstance(error, OSError) and str(error.filename).startswith(str(scratch)):  # a name of no use to anyone
+            raise ConversionError(f"{output}: {error.strerror}") from error
         raise
     shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
-def replacing(output: Path) -> Iterator[Path]:
+def replacing(output: Path, overwrite: bool) -> Iterator[Path]:
     """
-    A new directory that takes the name `output` on success. On failure it is removed, and what was there stays.
+    A new directory that takes the name `output` on success. On failure it is removed, and what was there stays, as
+    does what came there meanwhile, unless it may be overwritten.
 
     The caller has to `sync` the files it writes; the directories and the change of names are synced here.
     """
@@ -108,6 +119,7 @@ def replacing(output: Path) -> Iterator[Path]:
         yield new
         for folder, _, _ in os.walk(new):
             sync(Path(folder))
+        _check_replaceable(output, overwrite)
         try:
             if output.exists():
                 output.rename(old)

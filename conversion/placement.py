@@ -64,7 +64,7 @@ def place_file(source: Path, target: Path, place: Placement, advance: Callable[[
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                 raise
             raise ConversionError(
-                f"--place link: {source} cannot be hard-linked to {target}: {error.strerror}"
+                f"--place link: {source} cannot be hard-linked to where the output lies: {error.strerror}"
             ) from None
     else:
         is_shared = place != "copy" and _reflink(source, target)

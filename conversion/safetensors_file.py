@@ -81,8 +81,10 @@ def read_shard(path: Path, name: str) -> Shard:
     """
     try:
         with opened(path) as file:
-            with safe_open(path, framework="np"):  # the library checks the format: offsets, overlaps, sizes, dtypes
-                pass
+            with safe_open(
+                path, framework="np"
+            ) as library:  # the library checks the format: offsets, overlaps, sizes, dtypes
+                names = list(library.keys())  # in the order in which Transformers reads them
             length = int.from_bytes(file.read(8), "little")
             header = parse_json(path, file.read(min(length, MAX_HEADER_BYTES)))  # here, that no name is there twice
             file_bytes = file.seek(0, 2)
@@ -92,7 +94,8 @@ def read_shard(path: Path, name: str) -> Shard:
         raise ConversionError(f"{path}: not a complete safetensors file: {error}") from None
     metadata = header.pop("__metadata__", {})
     tensors = {}
-    for tensor, entry in header.items():
+    for tensor in names:
+        entry = header[tensor]
         start, end = entry["data_offsets"]
         tensors[tensor] = Tensor(entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
     return Shard(name, path, tensors, metadata, file_bytes)

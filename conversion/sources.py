@@ -56,7 +56,7 @@ def find_source(given: str, revision: str | None = None) -> Source:
     if path.exists():
         if revision is not None:
             raise ConversionError(f"--revision {revision}: {path} is a path, not a model on the hub")
-        return Source(given, path, *_cached(path))
+        return Source(given, path, *_cached(path.resolve() if path.is_dir() else path))
     try:
         validate_repo_id(given)
     except HFValidationError:

@@ -74,19 +74,21 @@ def ungate_checkpoint(
                 f"{directory}: has no {MANIFEST_NAME}, which conversion writes and a later save does not; ungate the "
                 "directory that gated-llama convert made"
             )
-        return _restore(manifest, checkpoint, output, place, progress)
+        return _restore(manifest, checkpoint, output, overwrite, place, progress)
 
 
-def _restore(manifest: Manifest, checkpoint: Checkpoint, output: Path, place: Place, progress: bool) -> Restoration:
+def _restore(
+    manifest: Manifest, checkpoint: Checkpoint, output: Path, overwrite: bool, place: Place, progress: bool
+) -> Restoration:
     directory = checkpoint.directory
     files = {name: found for name, found in manifest.files.items() if found.source is not None}
     targets = [
         _relative(directory, name) for name in (*(str(found.source) for found in files.values()), *manifest.replaced)
     ]
-    if len(set(targets)) != len(targets):
+    if len(set(targets)) != len(targets) or any(parent in targets for path in targets for parent in path.parents):
         raise ConversionError(f"{directory / MANIFEST_NAME}: two files come from one")
     total = 2 * sum(found.size for found in files.values())
-    with replacing(output) as staging:
+    with replacing(output, overwrite) as staging:
         check_space(0, checkpoint.shards, staging, output, place)
         with tqdm(total=total, desc="Restoring", unit="B", unit_scale=True, disable=None if progress else True) as bar:
             for name, found in files.items():
@@ -120,8 +122,10 @@ def _check_stamp(path: Path, found: FileRecord) -> None:
 def _relative(directory: Path, name: str) -> PurePosixPath:
     """A name that the manifest gives a file, as a path that leads nowhere else and that a filesystem can hold."""
     path = PurePosixPath(name)
-    parts = [part.encode("utf-8", "replace") for part in path.parts]
-    is_name = name.isprintable() and parts and all(len(part) <= 255 for part in parts)
+    try:
+        is_name = 0 < max((len(os.fsencode(part)) for part in path.parts), default=0) <= 255 and "\0" not in name
+    except UnicodeEncodeError:
+        is_name = False
     if path.is_absolute() or ".." in path.parts or not is_name:
         raise ConversionError(f"{directory / MANIFEST_NAME}: {name!r} is not a file of a checkpoint")
     return path

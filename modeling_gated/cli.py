@@ -159,6 +159,8 @@ def ungate(
 def _print_plan(plan: "Plan") -> None:
     from rich.filesize import decimal
 
+    from modeling_gated.conversion.errors import printable
+
     config = plan.architecture.config
     _print_lines(
         {
@@ -172,7 +174,7 @@ def _print_plan(plan: "Plan") -> None:
         typer.echo(f"  {name} {shape}")
     typer.echo("files")
     for name, size, origin in plan.files():
-        typer.echo(f"  {name:36} {decimal(size) if size is not None else '':>9}  {origin}")
+        typer.echo(f"  {printable(name):36} {decimal(size) if size is not None else '':>9}  {printable(origin)}")
     _print_unread(plan.architecture.unread)
     typer.echo("nothing was written (--dry-run)")
 
@@ -206,11 +208,16 @@ def _print_summary(done: "Conversion") -> None:
 
 
 def _print_unread(unread: tuple[str, ...]) -> None:
+    from modeling_gated.conversion.errors import printable
+
     if unread:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-        typer.echo(f"note: the model does not read {', '.join(unread[:3])}{more}, which the source holds", err=True)
+        names = printable(", ".join(unread[:3]))
+        typer.echo(f"note: the model does not read {names}{more}, which the source holds", err=True)
 
 
 def _print_lines(lines: Mapping[str, object]) -> None:
+    from modeling_gated.conversion.errors import printable
+
     for label, value in lines.items():
-        typer.echo(f"{label:18}{value}")
+        typer.echo(f"{label:18}{printable(value)}")
