@@ -100,7 +100,7 @@ def read_architecture(checkpoint: Checkpoint, gate_options: dict[str, Any]) -> A
     if gates := [name for name, _ in gate_tensor_shapes(config) if name in tensors]:
         raise ConversionError(f"{tensors[gates[0]][0].path}: {gates[0]} is a gate, so the checkpoint is already gated")
     config.architectures = ["GatedLlamaForCausalLM"]
-    config.dtype = dtype = _stored_dtype(checkpoint)
+    config.dtype = dtype = stored_dtype(checkpoint)
     return Architecture(source_config, config, dtype, fused, unread)
 
 
@@ -169,8 +169,8 @@ def _check_base_tensors(checkpoint: Checkpoint, config: GatedLlamaConfig, fused:
             stored = sum(tensors[part][1].size for part in parts)
             if kind == "weight" and prod(shape) > 16 * stored:  # no scheme has less than half a bit for a weight
                 raise ConversionError(
-                    f"{checkpoint.directory}: {module} has {stored} bytes, too few for {list(shape)}, which config.json "
-                    "asks for"
+                    f"{checkpoint.directory}: config.json asks for {module} of shape {list(shape)}, "
+                    f"which its {stored} bytes cannot hold"
                 )
             read.update(parts)
             continue
@@ -190,7 +190,7 @@ def _check_base_tensors(checkpoint: Checkpoint, config: GatedLlamaConfig, fused:
     return read | ({"lm_head.weight"} & tensors.keys())
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """
     The dtype in which Transformers loads the checkpoint: its config's, else that of its first floating tensor.
 

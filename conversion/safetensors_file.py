@@ -81,9 +81,7 @@ def read_shard(path: Path, name: str) -> Shard:
     """
     try:
         with opened(path) as file:
-            with safe_open(
-                path, framework="np"
-            ) as library:  # the library checks the format: offsets, overlaps, sizes, dtypes
+            with safe_open(path, framework="np") as library:  # it checks the format: offsets, overlaps, sizes, dtypes
                 names = list(library.keys())  # in the order in which Transformers reads them
             length = int.from_bytes(file.read(8), "little")
             header = parse_json(path, file.read(min(length, MAX_HEADER_BYTES)))  # here, that no name is there twice

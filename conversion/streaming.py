@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint
 from .errors import ConversionError
+from .tensors import open_gate_tensor
 
 
 _HEAD_ROWS = 8192
@@ -45,7 +46,9 @@ class StreamedModel:
     @torch.no_grad()
     def logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
         """Float32 logits [seq, rows] for hidden states [seq, hidden_size], some thousands of rows at a time."""
-        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        # As Transformers does, a stored head goes before the tie.
+        is_tied = self.config.tie_word_embeddings and "lm_head.weight" not in self.tensors
+        name = "model.embed_tokens.weight" if is_tied else "lm_head.weight"
         for start in range(0, self.config.vocab_size, _HEAD_ROWS):
             yield F.linear(hidden_states, self._read(name, start, start + _HEAD_ROWS)).float()
 
@@ -55,7 +58,13 @@ class StreamedModel:
         return torch.cat(rows)[where]
 
     def _load(self, module: nn.Module, prefix: str) -> None:
-        module.load_state_dict({name: self._read(f"{prefix}.{name}") for name in module.state_dict()}, assign=True)
+        values = {}
+        for name, empty in module.state_dict().items():
+            if ".g_proj." in name and f"{prefix}.{name}" not in self.tensors:  # gates that are missing are open
+                values[name] = open_gate_tensor(name, tuple(empty.shape), self.config.gate_init, self.dtype)
+            else:
+                values[name] = self._read(f"{prefix}.{name}")
+        module.load_state_dict(values, assign=True)
 
     def _read(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         if name not in self.tensors:

@@ -19,21 +19,29 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from modeling_gated.configuration import GatedLlamaConfig
 from modeling_gated.modeling_gated_llama import GatedLlamaForCausalLM
 
-from .architecture import UNREAD, Architecture, naming, read_architecture, read_gated_config
+from .architecture import UNREAD, Architecture, naming, read_architecture, read_gated_config, stored_dtype
 from .card import with_verification
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConversionError
-from .files import errors_naming, read_bytes, resolve
-from .fused import is_qwen3_next
+from .files import errors_naming, read_bytes, resolve, sha256
+from .fused import is_fused, is_qwen3_next
 from .gates import changed_gate_layers, ranges
-from .gguf import dequantize_gguf
-from .manifest import read_manifest, record, replace_file
-from .plan import CARD_NAME, norm_from_one
+from .gguf import dequantize_gguf, gguf_headers
+from .manifest import as_bytes, as_text, read_manifest, record, replace_file
+from .placement import check_space
+from .plan import CARD_NAME, OWN_FILES, norm_from_one
 from .sources import Source, find_source
 from .streaming import Comparison, StreamedModel
 from .tensors import base_tensor_shapes, gate_tensor_shapes
 
 
+# The fields of the config that say what the model computes.
+_FIELDS = (
+    *("hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias", "attention_output_bias", "mlp_bias"),
+    *("use_qk_norm", "sliding_window", "layer_types", "tie_word_embeddings", "head_dim", "num_attention_heads"),
+    *("num_key_value_heads", "dtype", "gate_position", "gate_granularity", "gate_activation", "gate_bias"),
+    "gate_scale",
+)
 # Imported gates multiply in float32; their source in its own dtype. So both are run in float32, where sums may be
 # taken in another order.
 _TOLERANCE = 1e-4
@@ -45,14 +53,18 @@ class Verification:
     What a comparison of a gated checkpoint with its source found.
 
     `differing` names the base tensors whose bytes differ, `changed_gates` the layers whose gates are not what
-    conversion wrote (none for imported gates). The next four are of the logits, None where they were not compared;
-    `text` says on what, or why not. `passed` is the verdict. `recorded` says whether the manifest and the model card
-    now hold it.
+    conversion wrote (none for imported gates), `differing_fields` the fields of the config that are not the source's,
+    `changed_code` the code in the directory that is not what the manifest says. `text` says on what the logits were
+    compared, over how many `tokens`, and the next three what was found; they are None where logits were not compared,
+    and `text` then says why. `passed` is the verdict. `recorded` says whether the manifest and the model card hold it.
     """
 
     tensors: int
     differing: tuple[str, ...]
     changed_gates: tuple[int, ...]
+    differing_fields: tuple[str, ...]
+    changed_code: tuple[str, ...]
+    is_imported: bool
     text: str
     tokens: int
     max_difference: float | None
@@ -67,10 +79,15 @@ class Verification:
         if self.differing:
             tensors = f"{len(self.differing):,} differ; the source has {self.tensors:,}"
         else:
-            tensors = f"all {self.tensors:,} have the source's bytes"
+            rows = ", the gates among the rows of q_proj" if self.is_imported else ""
+            tensors = f"all {self.tensors:,} have the source's bytes{rows}"
         found = {"verdict": self.verdict, "base_tensors": tensors}
         if self.differing:
             found["differing"] = ", ".join(self.differing[:5]) + (", ..." if len(self.differing) > 5 else "")
+        if self.differing_fields:
+            found["config"] = f"{', '.join(self.differing_fields)} not as in the source"
+        if self.changed_code:
+            found["code"] = f"{', '.join(self.changed_code)} changed since conversion"
         if self.changed_gates:
             found["gates"] = f"changed since conversion in layers {ranges(list(self.changed_gates))}"
         if self.max_difference is None:
@@ -116,29 +133,37 @@ def verify_checkpoint(
         directory = Path(output).absolute()
         if not directory.is_dir():
             raise ConversionError(f"{directory}: no such directory")
-        with _opened(find_source(os.fspath(source), revision), progress) as checkpoint:
-            found = _compare(checkpoint, open_checkpoint(directory), text, tokens, progress)
+        gated = open_checkpoint(directory)
+        config = read_gated_config(gated)
+        with _opened(find_source(os.fspath(source), revision), stored_dtype(gated), progress) as checkpoint:
+            found = _compare(checkpoint, gated, config, text, tokens, progress)
         try:
             return replace(found, recorded=_record(found, directory))
-        except PermissionError:
+        except OSError:  # a directory or a filesystem that cannot be written to
             return found
 
 
 @contextmanager
-def _opened(source: Source, progress: bool) -> Iterator[Checkpoint]:
+def _opened(source: Source, dtype: torch.dtype, progress: bool) -> Iterator[Checkpoint]:
     if not source.is_gguf:
         yield open_checkpoint(source.path)
         return
     with tempfile.TemporaryDirectory() as directory:
-        dequantize_gguf(source.path, directory, progress=progress)
+        check_space(gguf_headers(source.path, dtype).shards[0].file_bytes, (), Path(directory), Path(directory), "copy")
+        dequantize_gguf(source.path, directory, dtype, progress=progress)
         yield open_checkpoint(Path(directory))
 
 
 def _compare(
-    source: Checkpoint, gated: Checkpoint, text: str | os.PathLike | None, tokens: int, progress: bool
+    source: Checkpoint,
+    gated: Checkpoint,
+    config: GatedLlamaConfig,
+    text: str | os.PathLike | None,
+    tokens: int,
+    progress: bool,
 ) -> Verification:
-    config = read_gated_config(gated)
-    architecture = read_architecture(source, {})
+    gate_options = {"gate_granularity": config.gate_granularity, "gate_init": config.gate_init}
+    architecture = read_architecture(source, {} if is_fused(source.raw_config) else gate_options)
     # Some tensors alone, such as biases, may come and go: then they differ, which the comparison tells.
     shapes = [dict(base_tensor_shapes(both)) for both in (config, architecture.config)]
     if any(shapes[0].get(name, shape) != shape for name, shape in shapes[1].items()) or (
@@ -148,12 +173,18 @@ def _compare(
     names, differing = _differing_tensors(source, gated, architecture, progress)
     imported = architecture.fused is not None
     changed = () if imported else tuple(changed_gate_layers(gated, config))
-    found = Verification(names, differing, changed, "", 0, None, None, None, passed=False, verdict="different")
+    fields = tuple(name for name in _FIELDS if getattr(config, name) != getattr(architecture.config, name))
+    code = tuple(_changed_code(gated.directory))
+    is_same = not (differing or changed or fields or code)
+    found = Verification(
+        *(names, differing, changed, fields, code, imported, "", 0, None, None, None),
+        passed=False,
+        verdict="different",
+    )
 
     if reason := _why_no_logits(source, architecture):
         found = replace(found, text=reason)
-        passed = not differing and not changed
-        return replace(found, passed=passed, verdict="equal tensors" if passed else "different")
+        return replace(found, passed=is_same, verdict="equal tensors and config" if is_same else "different")
     ids, text_name = _token_ids(source, text, tokens, config.vocab_size)
     comparison = _compare_logits(source, gated, architecture, config, ids)
     found = replace(
@@ -164,7 +195,7 @@ def _compare(
         kl_divergence=comparison.kl_divergence,
         top1_agreement=comparison.top1_agreement,
     )
-    if differing or changed:
+    if not is_same:
         return found
     if comparison.max_difference == 0:
         return replace(found, passed=True, verdict="identical: the same function, bit for bit")
@@ -173,12 +204,27 @@ def _compare(
     return found
 
 
+def _changed_code(directory: Path) -> Iterator[str]:
+    """The code that `trust_remote_code` would run, as far as it is not what conversion wrote."""
+    manifest = read_manifest(directory)
+    for name, known in manifest.files.items() if manifest is not None else ():
+        if name in OWN_FILES and name.endswith(".py"):
+            path = directory / name
+            if not path.is_file() or sha256(resolve(directory, name)) != known.sha256:
+                yield name
+
+
 def _differing_tensors(
     source: Checkpoint, gated: Checkpoint, architecture: Architecture, progress: bool
 ) -> tuple[int, tuple[str, ...]]:
     """The number of the source's tensors, and those that the gated checkpoint does not hold byte for byte."""
     mine, others = source.tensors(), gated.tensors()
-    names = sorted(name for name in mine if name in others or not UNREAD.fullmatch(name))
+    may_lack = {name for name in mine if UNREAD.fullmatch(name)}
+    if architecture.config.tie_word_embeddings and "lm_head.weight" in mine:  # a second copy, which saving again drops
+        head, embeddings = ("lm_head.weight", "model.embed_tokens.weight")
+        if _sha256(mine[head][0].chunks(head)) == _sha256(mine[embeddings][0].chunks(embeddings)):
+            may_lack.add(head)
+    names = sorted(name for name in mine if name in others or name not in may_lack)
     own = {name for name, _ in gate_tensor_shapes(architecture.config)}
     extra = [name for name in others if name not in mine and name not in own and not UNREAD.fullmatch(name)]
     total = sum(shard.data_bytes for shard in source.shards)
@@ -258,17 +304,19 @@ def _token_ids(
     if text is None:
         from pydoc_data.topics import topics
 
-        content, name = "\n".join(topics.values()), "Python's language reference"
+        content, name = "\n".join(topics.values())[: 100 * count], "Python's language reference"
     else:
         with open(text, encoding="utf-8", errors="replace") as file:
             content, name = file.read(100 * count), Path(text).name
     try:
         tokenizer = Tokenizer.from_buffer(read_bytes(resolve(source.directory, "tokenizer.json")))
-    except ConversionError:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        ids = tokenizer.encode(content).ids[:count]
+    except (ConversionError, KeyboardInterrupt):
         raise
-    except Exception as error:  # tokenizers has no error of its own
-        raise ConversionError(f"{tokenizer_file}: {error}") from None
-    ids = tokenizer.encode(content[: 100 * count]).ids[:count]
+    except BaseException as error:  # tokenizers has no error of its own, and its panics are not Exceptions
+        raise ConversionError(f"{tokenizer_file}: cannot tokenize {name}: {error}") from None
     if not ids or max(ids) >= vocab_size:
         raise ConversionError(f"{tokenizer_file}: {name} gives no tokens within the vocabulary of {vocab_size}")
     return torch.tensor(ids), name
@@ -285,10 +333,8 @@ def _record(found: Verification, directory: Path) -> bool:
             if known.sha256 is None and (directory / name).is_file():
                 files[name] = record(directory / name, known.source)
     card = directory / CARD_NAME
-    if card.is_file():
-        text = card.read_text(encoding="utf-8", errors="surrogateescape")
-        new = with_verification(text, found.summary())
-        replace_file(card, new.encode("utf-8", "surrogateescape"))
+    if card.is_file() and not card.is_symlink():
+        replace_file(card, as_bytes(with_verification(as_text(read_bytes(card)), found.summary())))
         files[CARD_NAME] = record(card)
     replace(manifest, files=files, verification=found.summary()).write(directory)
     return True

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from word_tokenizer import save_word_tokenizer
 
@@ -64,6 +64,7 @@ def test_side_files_come_along_byte_for_byte_and_weights_of_others_do_not(llama:
         "LICENSE": b"license",
         "notes/more.txt": b"more",
         "1_Pooling/config.json": b"{}",
+        ".gitattributes": b"*",
     }
     dropped = {
         "pytorch_model.bin": b"",
@@ -74,6 +75,10 @@ def test_side_files_come_along_byte_for_byte_and_weights_of_others_do_not(llama:
         "checkpoint-5/config.json": b"{}",
         "checkpoint-5/model.safetensors": b"",
         ".cache/huggingface/x.lock": b"",
+        ".env": b"HF_TOKEN=secret",
+        "optimizer.pkl": b"",
+        "M.GGUF": b"",
+        "A.SafeTensors": b"",
     }
     for name, content in (kept | dropped).items():
         (llama / name).parent.mkdir(parents=True, exist_ok=True)
@@ -261,3 +266,71 @@ def test_the_tokenizer_loads_from_the_result_without_a_question(llama: Path, tmp
     save_word_tokenizer(llama)
     convert_checkpoint(llama, tmp_path / "gated")
     assert AutoTokenizer.from_pretrained(tmp_path / "gated")("a")["input_ids"] == [0]
+
+
+def test_mixed_dtypes_without_a_word_in_the_config(llama: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    """The result loads in the dtype in which Transformers loads the source."""
+    tensors = {
+        name: tensor if "norm" in name else tensor.bfloat16()
+        for name, tensor in load_file(llama / "model.safetensors").items()
+    }
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    del config["dtype"]
+    (llama / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(llama, tmp_path / "gated")
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (llama, tmp_path / "gated")]
+    assert models[0].dtype == models[1].dtype
+    with torch.no_grad():
+        assert torch.equal(*(model(tokens).logits for model in models))
+
+
+def test_a_copy_that_ends_early_is_an_error(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = iter([1000, 0])
+    copy_file_range = os.copy_file_range
+    monkeypatch.setattr(
+        os, "copy_file_range", lambda *files: copy_file_range(*files[:2], size) if (size := next(parts)) else 0
+    )
+    with pytest.raises(ConversionError, match=r"model\.safetensors: changed while it was copied"):
+        convert_checkpoint(llama, tmp_path / "gated", place="copy")
+    assert {path.name for path in tmp_path.iterdir()} == {"llama"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_under_the_name_meanwhile_is_not_replaced(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    output = tmp_path / "gated"
+    card = convert.model_card
+
+    def appear(*arguments: object) -> str:
+        output.mkdir()
+        (output / "thesis.txt").write_text("thesis")
+        return card(*arguments)
+
+    monkeypatch.setattr(convert, "model_card", appear)
+    with pytest.raises(ConversionError, match=r"gated: (already exists|neither a checkpoint)"):
+        convert_checkpoint(llama, output, overwrite=overwrite)
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"llama", "gated"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pytorch_model.bin", "never loaded here; rewrite them with: python"),
+        ("model.safetensors.index.json", "neither a directory nor a safetensors or GGUF file"),
+        ("config.json", "neither a directory nor a safetensors or GGUF file"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint(sharded: Path, tmp_path: Path, name: str, message: str) -> None:
+    torch.save({}, sharded / "pytorch_model.bin")
+    with pytest.raises(ConversionError, match=message):
+        convert_checkpoint(sharded / name, tmp_path / "gated")
+
+
+def test_a_directory_to_overwrite_that_holds_a_pipe(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    os.mkfifo(tmp_path / "output" / "config.json")
+    with pytest.raises(ConversionError, match="neither a checkpoint nor an empty directory"):
+        convert_checkpoint(llama, tmp_path / "output", overwrite=True)

@@ -176,6 +176,23 @@ def test_the_next_run_puts_back_a_result_that_was_taken_away(llama: Path, tmp_pa
     assert not scratch.exists()
 
 
+def test_the_only_copy_of_a_result_is_not_cleared(llama: Path, tmp_path: Path) -> None:
+    """Killed between the two renames, and then something else took the name."""
+    output = tmp_path / "gated"
+    convert_checkpoint(llama, output)
+    before = contents(output)
+    scratch = tmp_path / f".gated.{'0' * 32}"
+    scratch.mkdir()
+    output.rename(scratch / "old")
+    output.mkdir()
+    with pytest.raises(ConversionError, match="already exists"):
+        convert_checkpoint(llama, output)
+    assert contents(scratch / "old") == before
+    convert_checkpoint(llama, output, overwrite=True)  # an empty directory
+    clear_leftovers(output)
+    assert not scratch.exists()
+
+
 def test_what_still_runs_is_not_taken_for_a_leftover(llama: Path, tmp_path: Path) -> None:
     output = tmp_path / "gated"
     with scratch_directory(output) as scratch:
@@ -193,7 +210,7 @@ def test_only_leftovers_of_the_same_output_are_cleared(tmp_path: Path) -> None:
     (tmp_path / f".gated.{'2' * 32}").symlink_to(tmp_path / ".gated")
     clear_leftovers(tmp_path / "gated")
     assert {path.name for path in tmp_path.iterdir()} == {*others, f".gated.{'2' * 32}"}
-    assert (tmp_path / ".gated").is_dir()
+    assert not any((tmp_path / ".gated").iterdir())
 
 
 def test_everything_is_on_disk_before_it_takes_its_name(

@@ -206,3 +206,20 @@ def test_a_quantized_checkpoint_that_lacks_a_linear_is_refused(plain: Path, tmp_
     save_file(kept, plain / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConversionError, match=f"asks for {missing}, which is in no shard"):
         convert_checkpoint(plain, tmp_path / "gated")
+
+
+def test_heads_that_the_stored_bytes_cannot_hold_are_refused(plain: Path, tmp_path: Path) -> None:
+    fp8(plain)
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"model_type": "qwen3", "num_attention_heads": 2**30}))
+    with pytest.raises(ConversionError, match=r"asks for model\.layers\.0\.self_attn\.q_proj of shape .* cannot hold"):
+        convert_checkpoint(plain, tmp_path / "gated")
+
+
+def test_another_config_of_a_quantized_checkpoint_does_not_pass(plain: Path, tmp_path: Path) -> None:
+    fp8(plain)
+    convert_checkpoint(plain, tmp_path / "gated")
+    path = tmp_path / "gated" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"gate_scale": 3.0, "rms_norm_eps": 0.5}))
+    found = verify_checkpoint(plain, tmp_path / "gated")
+    assert not found.passed and found.differing_fields == ("rms_norm_eps", "gate_scale")

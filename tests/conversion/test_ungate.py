@@ -31,6 +31,8 @@ def test_the_source_comes_back_byte_for_byte(sharded: Path, tmp_path: Path, plac
     (sharded / "notes").mkdir()
     (sharded / "notes" / "a.txt").write_text("a")
     (sharded / ".gitattributes").write_text("* text")
+    for name in ("notes\u00a0de.txt", "\u5168\u89d2\u3000.txt", "\U0001f468\u200d\U0001f469.txt", "tab\t.txt"):
+        (sharded / name).write_text(name)
     config = sharded / "config.json"
     config.write_text(config.read_text().replace("  ", "\t"))  # not as Transformers would write it
     before = contents(sharded)

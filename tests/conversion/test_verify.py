@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from source_models import SIZES
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 from word_tokenizer import save_word_tokenizer
 
 from modeling_gated import GatedLlamaForCausalLM
@@ -225,10 +226,12 @@ def test_at_most_one_layer_is_in_memory(sharded: Path, tmp_path: Path, monkeypat
 
 
 def test_what_it_compares_is_the_package_s_model(llama: Path, tmp_path: Path) -> None:
-    """The code that a checkpoint carries is not run."""
+    """The code that a checkpoint carries is not run, but compared with what conversion wrote."""
     convert_checkpoint(llama, tmp_path / "gated")
     (tmp_path / "gated" / "modeling_gated_llama.py").write_text("raise SystemExit('ran')")
-    assert verify_checkpoint(llama, tmp_path / "gated").passed
+    found = verify_checkpoint(llama, tmp_path / "gated")
+    assert found.max_difference == 0
+    assert not found.passed and found.changed_code == ("modeling_gated_llama.py",)
     assert GatedLlamaForCausalLM.__module__ == "modeling_gated.modeling_gated_llama"
 
 
@@ -242,3 +245,85 @@ def test_a_read_only_result_is_verified_but_not_recorded(
     monkeypatch.setattr(verify, "replace_file", refuse)
     found = verify_checkpoint(llama, tmp_path / "gated")
     assert found.passed and not found.recorded
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sliding_window", 4096),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 20000.0}),
+        ("gate_scale", 1.5),
+        ("rms_norm_eps", 0.5),
+        ("dtype", "bfloat16"),
+    ],
+)
+def test_another_config_fails_even_where_these_logits_do_not_show_it(tmp_path: Path, field: str, value: object) -> None:
+    """A window, for one, that is longer than the text."""
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SIZES, sliding_window=1024))
+    model.save_pretrained(tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "gated")
+    path = tmp_path / "gated" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated", tokens=20)
+    assert not found.passed and found.differing_fields == (field,)
+    assert found.summary()["config"] == f"{field} not as in the source"
+
+
+def test_a_head_that_is_stored_beside_tied_embeddings(llama: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    """Transformers reads it where it differs, so it has to be there; a copy of the embeddings does not."""
+    tensors = load_file(llama / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    for number, head in enumerate((embeddings.flip(0).contiguous(), embeddings.clone())):
+        save_file(tensors | {"lm_head.weight": head}, llama / "model.safetensors", metadata={"format": "pt"})
+        gated = tmp_path / str(number)
+        convert_checkpoint(llama, gated)
+        with torch.no_grad():
+            logits = [AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (llama, gated)]
+        assert torch.equal(*logits)
+        assert verify_checkpoint(llama, gated).passed
+        shard = gated / "model-00001-of-00002.safetensors"
+        save_file(tensors, shard, metadata={"format": "pt"})
+        index = json.loads((gated / "model.safetensors.index.json").read_text())
+        del index["weight_map"]["lm_head.weight"]
+        (gated / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert verify_checkpoint(llama, gated).passed == bool(number)
+
+
+def test_gates_that_are_missing_are_open_here_too(llama: Path, tmp_path: Path) -> None:
+    convert_checkpoint(llama, tmp_path / "gated")
+    index = tmp_path / "gated" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {name: file for name, file in content["weight_map"].items() if "g_proj" not in name}
+    index.write_text(json.dumps(content))
+    assert verify_checkpoint(llama, tmp_path / "gated").passed
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}}, None),
+        ({"model": {"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "[UNK]"}}, "cannot tokenize"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "cannot tokenize"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="}}, "cannot tokenize"),
+    ],
+)
+def test_a_tokenizer_that_fails_is_one_error(llama: Path, tmp_path: Path, fields: dict, message: str | None) -> None:
+    save_word_tokenizer(llama)
+    path = llama / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    convert_checkpoint(llama, tmp_path / "gated")
+    if message is None:
+        assert verify_checkpoint(llama, tmp_path / "gated", tokens=30).tokens == 30
+    else:
+        with pytest.raises(ConversionError, match=rf"tokenizer\.json: {message}"):
+            verify_checkpoint(llama, tmp_path / "gated")
+
+
+def test_a_linked_card_is_not_followed(llama: Path, tmp_path: Path) -> None:
+    convert_checkpoint(llama, tmp_path / "gated")
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "gated" / "README.md").unlink()
+    (tmp_path / "gated" / "README.md").symlink_to(tmp_path / "secret")
+    assert verify_checkpoint(llama, tmp_path / "gated").passed
+    assert (tmp_path / "gated" / "README.md").is_symlink()
+    assert (tmp_path / "secret").read_text() == "secret"

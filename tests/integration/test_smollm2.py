@@ -72,13 +72,19 @@ def test_verification_on_real_text_and_the_way_back(
 
 @torch.no_grad()
 def test_a_gguf_file_converts_directly(source: Path, text: torch.Tensor, tmp_path: Path) -> None:
-    plan = plan_conversion(gguf_file(), tmp_path / "gated", dtype=torch.float32)
+    # What lies beside the file is not read, let alone run.
+    beside = tmp_path.with_name("beside")
+    beside.mkdir()
+    gguf = beside / gguf_file().name
+    gguf.symlink_to(gguf_file())
+    (beside / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    (beside / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.Evil", null]}}')
+    (beside / "evil.py").write_text("raise SystemExit('ran')")
+    plan = plan_conversion(gguf, tmp_path / "gated", dtype=torch.float32)
     assert (plan.base_parameters, len(plan.gates)) == (134_515_008, 60)
     (placed,) = plan.placed.values()
     assert placed.file_bytes == 4 * 134_515_008
-    done = convert_checkpoint(
-        gguf_file(), tmp_path / "gated", granularity="elementwise", gate_init=0.9, dtype=torch.float32
-    )
+    done = convert_checkpoint(gguf, tmp_path / "gated", granularity="elementwise", gate_init=0.9, dtype=torch.float32)
     assert done.gate_parameters == 30 * 576 * 577
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "gated").dtype == torch.float32
     # In bfloat16 the dequantized weights round to those that the other source was written with.
