@@ -67,14 +67,11 @@ def dequantize_gguf(
     config = _read_config(source)
     status = Console(stderr=True, quiet=not progress).status(f"Dequantizing {source.name}")
     with _reading(source), status, _alone(source) as where:
+        options: dict[str, Any] = where | {"config": deepcopy(config), "dtype": dtype}
         # From 5.17 on Transformers keeps the weights packed unless told otherwise.
         if hasattr(transformers, "GgufConfig"):
-            quantization = {"quantization_config": transformers.GgufConfig(gguf_file=source.name, dequantize=True)}
-        else:
-            quantization = {}
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **where, **quantization, config=deepcopy(config), dtype=dtype
-        )
+            options["quantization_config"] = transformers.GgufConfig(gguf_file=source.name, dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
