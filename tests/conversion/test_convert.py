@@ -1,6 +1,7 @@
 """What conversion writes, where, and that a failed one leaves nothing."""
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -334,3 +335,46 @@ def test_a_directory_to_overwrite_that_holds_a_pipe(llama: Path, tmp_path: Path)
     os.mkfifo(tmp_path / "output" / "config.json")
     with pytest.raises(ConversionError, match="neither a checkpoint nor an empty directory"):
         convert_checkpoint(llama, tmp_path / "output", overwrite=True)
+
+
+def test_a_stale_auto_map_is_dropped(llama: Path, tmp_path: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": "evil.T"}
+    (llama / "config.json").write_text(json.dumps(config))
+    (llama / "evil.py").write_text("raise SystemExit('ran')")
+    convert_checkpoint(llama, tmp_path / "gated")
+    auto_map = json.loads((tmp_path / "gated" / "config.json").read_text())["auto_map"]
+    assert {entry.partition(".")[0] for entry in auto_map.values()} == {"modeling_gated_llama"}
+
+
+def test_memory_does_not_grow_with_the_checkpoint(llama: Path, tmp_path: Path) -> None:
+    """Embeddings of 2.9 GB, a hole in the file, linked: nothing of it is read."""
+    rows = 10_000_000
+    tensors = load_file(llama / "model.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes["model.embed_tokens.weight"] = (rows, 72)
+    (llama / "model.safetensors").unlink()
+    header: dict[str, dict] = {}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    with open(llama / "model.safetensors", "xb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(file.tell() + end)
+    code = (
+        "import resource, sys\n"
+        "from modeling_gated.conversion import convert_checkpoint\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
+        "convert_checkpoint(*sys.argv[1:], place='link', granularity='elementwise')\n"
+        "print(peak() - before)"
+    )
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    result = subprocess.run(
+        [sys.executable, "-c", code, llama, tmp_path / "gated"], check=True, capture_output=True, text=True
+    )
+    assert (tmp_path / "gated" / "model-00001-of-00002.safetensors").stat().st_size > 2_800_000_000
+    assert int(result.stdout) < 60_000  # kilobytes
