@@ -24,12 +24,13 @@ from .card import with_verification
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConversionError
 from .files import errors_naming, read_bytes, resolve, sha256
-from .fused import is_fused, is_qwen3_next
+from .fused import FusedGates, is_fused, is_qwen3_next
 from .gates import changed_gate_layers, ranges
 from .gguf import dequantize_gguf, gguf_headers
 from .manifest import as_bytes, as_text, read_manifest, record, replace_file
 from .placement import check_space
 from .plan import CARD_NAME, OWN_FILES, norm_from_one
+from .safetensors_file import Shard, Tensor
 from .sources import Source, find_source
 from .streaming import Comparison, StreamedModel
 from .tensors import base_tensor_shapes, gate_tensor_shapes
@@ -112,7 +113,8 @@ def verify_checkpoint(
     """
     Compare a gated checkpoint with what it was converted from.
 
-    First the SHA-256 of every base tensor, then the logits of both models on the same text, layer by layer, so that
+    First the SHA-256 of every base tensor, the fields of the config that say what is computed, and the code that the
+    directory carries, against its manifest; then the logits of both models on the same text, layer by layer, so that
     it takes the memory of a layer and not of two models. The models run in the checkpoint's dtype; those with
     imported gates in float32. What is found is recorded in `output`'s manifest and model card, if it has them.
 
@@ -232,7 +234,7 @@ def _differing_tensors(
 
     def differs(name: str) -> bool:
         try:
-            one, other = _digests(name, source, gated, architecture)
+            one, other = _digests(name, mine, others, architecture.fused)
         except KeyError:  # the gated checkpoint lacks the tensor
             return True
         bar.update(mine[name][1].size)
@@ -243,14 +245,18 @@ def _differing_tensors(
     return len(names), tuple(name for name, flag in zip(names, flags, strict=True) if flag) + tuple(extra)
 
 
-def _digests(name: str, source: Checkpoint, gated: Checkpoint, architecture: Architecture) -> tuple[Any, Any]:
+def _digests(
+    name: str,
+    mine: dict[str, tuple[Shard, Tensor]],
+    others: dict[str, tuple[Shard, Tensor]],
+    fused: FusedGates | None,
+) -> tuple[Any, Any]:
     """What has to be equal for a tensor: its dtype, shape and SHA-256, or for imported gates what it was made of."""
-    shard, tensor = source.tensors()[name]
-    tensors, fused = gated.tensors(), architecture.fused
+    shard, tensor = mine[name]
     if fused is not None and ".self_attn.q_proj." in name:
         gate = name.replace("q_proj", "g_proj")
-        return _sha256(shard.chunks(name)), _sha256(fused.join((tensors[name][0], name), (tensors[gate][0], gate)))
-    other_shard, other = tensors[name]
+        return _sha256(shard.chunks(name)), _sha256(fused.join((others[name][0], name), (others[gate][0], gate)))
+    other_shard, other = others[name]
     if fused is not None and fused.norms_from_zero and name.endswith("norm.weight"):
         expected = norm_from_one(shard, name).numpy().tobytes()
         return ("F32", tensor.shape, _sha256([expected])), (other.dtype, other.shape, _sha256(other_shard.chunks(name)))

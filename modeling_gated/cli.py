@@ -126,7 +126,7 @@ def verify(
     revision: Revision = None,
 ) -> None:
     """
-    Compare OUTPUT with SOURCE: the bytes of the base tensors, then both models' logits, one layer in memory at a time.
+    Compare OUTPUT with SOURCE: tensors, config and code, then both models' logits, one layer in memory at a time.
 
     The exit code is 0 if they are the same function, else 1. OUTPUT's model card and manifest record the result.
     """
