@@ -306,12 +306,15 @@ def test_a_read_only_target(checkpoint: Path, unprivileged: Path) -> None:
     code = (
         "import os, sys\n"
         "from modeling_gated.conversion import ConversionError, convert_checkpoint\n"
+        "convert_checkpoint(sys.argv[1], sys.argv[3])\n"  # what it imports may lie where only root may read
         "if os.geteuid() == 0: os.seteuid(65534)\n"
-        "try: convert_checkpoint(*sys.argv[1:])\n"
+        "try: convert_checkpoint(*sys.argv[1:3])\n"
         "except ConversionError as error: sys.exit(str(error))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, source, target / "new" / "gated"], capture_output=True, text=True
+        [sys.executable, "-c", code, source, target / "new" / "gated", unprivileged / "first"],
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 1
     assert result.stderr == f"{target / 'new' / 'gated'}: cannot be made: Permission denied\n"

@@ -223,3 +223,14 @@ def test_another_config_of_a_quantized_checkpoint_does_not_pass(plain: Path, tmp
     path.write_text(json.dumps(json.loads(path.read_text()) | {"gate_scale": 3.0, "rms_norm_eps": 0.5}))
     found = verify_checkpoint(plain, tmp_path / "gated")
     assert not found.passed and found.differing_fields == ("rms_norm_eps", "gate_scale")
+
+
+def test_gates_have_the_dtype_of_what_is_not_quantized(plain: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    """Whatever the config says: bitsandbytes loads the embeddings, norms and gates as they are stored."""
+    bitsandbytes(plain, load_in_8bit=True)
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    done = convert_checkpoint(plain, tmp_path / "gated")
+    assert done.config.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "gated")(tokens).logits.isfinite().all()
