@@ -24,7 +24,10 @@ from .tensors import LINEARS, base_tensor_shapes, gate_tensor_shapes
 
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING_DTYPES.values()}
-_SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 _MAX_SIZE = 2**31  # no size is larger; a few of them make Transformers' configs build a list as long
 # What Transformers leaves unread in a checkpoint without a word.
 UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -33,7 +36,7 @@ UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 @dataclass(frozen=True)
 class Architecture:
     """
-    What a source is made of: the config of the ungated decoder, of Transformers' own class; the config of the gated
+    What a source is made of: its config, of Transformers' own class; the config of the gated
     model; the dtype that it loads in, which is the gates'; and, if the source has gates, how they lie in its `q_proj`.
 
     `unread` names the tensors of the source that the model does not read.
@@ -82,16 +85,15 @@ def read_architecture(checkpoint: Checkpoint, gate_options: dict[str, Any]) -> A
             )
         _check_raw(raw, checkpoint.layers())
         quantization = exclude_gates(raw["quantization_config"]) if raw.get("quantization_config") else None
+        source_config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        decoder, fused = source_config, None
         if is_fused(raw):
             if quantization is not None:
                 raise ValueError("quantization_config: quantized checkpoints with fused gates are not supported")
-            source_config = ungated_config(raw)
-            fused = fused_gates(raw, source_config)
-            gate_options = _options_of_fused(raw, source_config, fused, gate_options)
-        else:
-            source_config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-            fused = None
-        config = GatedLlamaConfig.from_source_config(source_config, **gate_options)
+            decoder = ungated_config(raw)
+            fused = fused_gates(raw, decoder)
+            gate_options = _options_of_fused(raw, decoder, fused, gate_options)
+        config = GatedLlamaConfig.from_source_config(decoder, **gate_options)
         if quantization is not None:
             config.quantization_config = quantization
     tensors = checkpoint.tensors()
@@ -123,7 +125,7 @@ def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
 
 def _check_raw(raw: dict[str, Any], layers: int) -> None:
     """Raise ValueError for what must not reach Transformers' configs, which trust their input."""
-    for name in _SIZES.split():
+    for name in _SIZES:
         value = raw.get(name)
         if type(value) is int and not 1 <= value < _MAX_SIZE:
             raise ValueError(f"{name}={value} must be at least 1 and less than {_MAX_SIZE}")

@@ -215,8 +215,8 @@ def _write_weights(plan: Plan, staging: Path, place: Placement, progress: bool) 
         def one(name: str) -> tuple[FileRecord, int]:
             path = staging / name
             if name not in placed:
-                tensors = plan.gates if name == plan.gate_shard else plan.rewritten[name]
-                digest = write_safetensors(path, tensors, {"format": "pt"})
+                metadata = plan.shards[name].metadata if name in plan.shards else {}
+                digest = write_safetensors(path, plan.rewritten.get(name, plan.gates), metadata | {"format": "pt"})
                 sync(path)
                 return FileRecord(path.stat().st_size, digest), 0
             return _place(placed[name], path, place, advance)

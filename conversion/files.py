@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -132,11 +132,16 @@ def chunks(file: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
 
 def sha256(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
     """The SHA-256 of a file, in hexadecimal; `advance` is called with the number of bytes after each part."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for part in chunks(file, 0, os.fstat(file.fileno()).st_size):
-            digest.update(part)
-            advance(len(part))
+        return sha256_of(chunks(file, 0, os.fstat(file.fileno()).st_size), advance)
+
+
+def sha256_of(parts: Iterable[bytes], advance: Callable[[int], object] = lambda _: None) -> str:
+    """`sha256` of bytes that come in parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+        advance(len(part))
     return digest.hexdigest()
 
 

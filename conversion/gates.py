@@ -1,7 +1,6 @@
 """What the gates of a gated checkpoint are now, against what conversion wrote."""
 
 import torch
-from torch import Tensor
 
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 
@@ -14,7 +13,7 @@ def changed_gate_layers(checkpoint: Checkpoint, config: GatedLlamaConfig) -> lis
     """
     The layers whose gates are not the open ones that conversion wrote. A gate that is missing is open when loaded.
 
-    It holds no more of a gate than a part of some megabytes in memory at a time.
+    It holds one gate's weight in memory at a time.
     """
     tensors, changed = checkpoint.tensors(), []
     opening = open_gate(config.gate_init)[0]
@@ -26,21 +25,12 @@ def changed_gate_layers(checkpoint: Checkpoint, config: GatedLlamaConfig) -> lis
         if (
             found.shape != shape
             or found.dtype not in FLOATING_DTYPES
-            or not _is_all(shard.chunks(name), found.dtype, expected)
+            or not torch.all(shard.read(name) == expected)  # a number that each dtype holds exactly
         ):
             layer = int(name.split(".")[2])
             if layer not in changed:
                 changed.append(layer)
     return changed
-
-
-def _is_all(parts, dtype: str, expected: float) -> bool:
-    """Whether every element of a tensor equals a number that each dtype holds exactly."""
-    return all(bool(torch.all(_as_tensor(part, dtype) == expected)) for part in parts)
-
-
-def _as_tensor(part: bytes, dtype: str) -> Tensor:
-    return torch.frombuffer(bytearray(part), dtype=FLOATING_DTYPES[dtype])
 
 
 def ranges(layers: list[int]) -> str:

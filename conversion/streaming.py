@@ -1,15 +1,19 @@
 """Running a checkpoint's model one layer at a time, so that memory holds a layer and not the model."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
 from .checkpoint import Checkpoint
 from .errors import ConversionError
 from .tensors import open_gate_tensor
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 _HEAD_ROWS = 8192
@@ -26,7 +30,7 @@ class StreamedModel:
         dtype: the dtype to compute in.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype):
+    def __init__(self, model: "PreTrainedModel", checkpoint: Checkpoint, dtype: torch.dtype):
         self.decoder, self.config, self.dtype = model.model, model.config, dtype
         self.tensors = checkpoint.tensors()
         self.directory = checkpoint.directory

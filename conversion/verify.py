@@ -1,6 +1,5 @@
 """Checking a gated checkpoint against its source: the bytes of the tensors, then the logits on real text."""
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,17 +12,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modeling_gated.configuration import GatedLlamaConfig
-from modeling_gated.modeling_gated_llama import GatedLlamaForCausalLM
 
 from .architecture import UNREAD, Architecture, naming, read_architecture, read_gated_config, stored_dtype
 from .card import with_verification
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConversionError
-from .files import errors_naming, read_bytes, resolve, sha256
+from .files import errors_naming, read_bytes, resolve, sha256, sha256_of
 from .fused import FusedGates, is_fused, is_qwen3_next
 from .gates import changed_gate_layers, ranges
 from .gguf import dequantize_gguf, gguf_headers
@@ -178,32 +174,37 @@ def _compare(
     fields = tuple(name for name in _FIELDS if getattr(config, name) != getattr(architecture.config, name))
     code = tuple(_changed_code(gated.directory))
     is_same = not (differing or changed or fields or code)
-    found = Verification(
-        *(names, differing, changed, fields, code, imported, "", 0, None, None, None),
-        passed=False,
-        verdict="different",
+    comparison = None
+    if (text_name := _why_no_logits(source, architecture)) is None:
+        ids, text_name = _token_ids(source, text, tokens, config.vocab_size)
+        comparison = _compare_logits(source, gated, architecture, config, ids)
+    verdict = _verdict(comparison, imported) if is_same else None
+    return Verification(
+        tensors=names,
+        differing=differing,
+        changed_gates=changed,
+        differing_fields=fields,
+        changed_code=code,
+        is_imported=imported,
+        text=text_name,
+        tokens=len(ids) if comparison else 0,
+        max_difference=comparison.max_difference if comparison else None,
+        kl_divergence=comparison.kl_divergence if comparison else None,
+        top1_agreement=comparison.top1_agreement if comparison else None,
+        passed=verdict is not None,
+        verdict=verdict or "different",
     )
 
-    if reason := _why_no_logits(source, architecture):
-        found = replace(found, text=reason)
-        return replace(found, passed=is_same, verdict="equal tensors and config" if is_same else "different")
-    ids, text_name = _token_ids(source, text, tokens, config.vocab_size)
-    comparison = _compare_logits(source, gated, architecture, config, ids)
-    found = replace(
-        found,
-        text=text_name,
-        tokens=len(ids),
-        max_difference=comparison.max_difference,
-        kl_divergence=comparison.kl_divergence,
-        top1_agreement=comparison.top1_agreement,
-    )
-    if not is_same:
-        return found
+
+def _verdict(comparison: Comparison | None, imported: bool) -> str | None:
+    """What to say of checkpoints whose tensors and configs are the same; None if their logits differ all the same."""
+    if comparison is None:
+        return "equal tensors and config"
     if comparison.max_difference == 0:
-        return replace(found, passed=True, verdict="identical: the same function, bit for bit")
+        return "identical: the same function, bit for bit"
     if imported and comparison.max_difference <= _TOLERANCE * comparison.max_logit:
-        return replace(found, passed=True, verdict="equal within the rounding of float32")
-    return found
+        return "equal within the rounding of float32"
+    return None
 
 
 def _changed_code(directory: Path) -> Iterator[str]:
@@ -224,7 +225,7 @@ def _differing_tensors(
     may_lack = {name for name in mine if UNREAD.fullmatch(name)}
     if architecture.config.tie_word_embeddings and "lm_head.weight" in mine:  # a second copy, which saving again drops
         head, embeddings = ("lm_head.weight", "model.embed_tokens.weight")
-        if _sha256(mine[head][0].chunks(head)) == _sha256(mine[embeddings][0].chunks(embeddings)):
+        if sha256_of(mine[head][0].chunks(head)) == sha256_of(mine[embeddings][0].chunks(embeddings)):
             may_lack.add(head)
     names = sorted(name for name in mine if name in others or name not in may_lack)
     own = {name for name, _ in gate_tensor_shapes(architecture.config)}
@@ -255,24 +256,21 @@ def _digests(
     shard, tensor = mine[name]
     if fused is not None and ".self_attn.q_proj." in name:
         gate = name.replace("q_proj", "g_proj")
-        return _sha256(shard.chunks(name)), _sha256(fused.join((others[name][0], name), (others[gate][0], gate)))
+        return sha256_of(shard.chunks(name)), sha256_of(fused.join((others[name][0], name), (others[gate][0], gate)))
     other_shard, other = others[name]
     if fused is not None and fused.norms_from_zero and name.endswith("norm.weight"):
         expected = norm_from_one(shard, name).numpy().tobytes()
-        return ("F32", tensor.shape, _sha256([expected])), (other.dtype, other.shape, _sha256(other_shard.chunks(name)))
+        return ("F32", tensor.shape, sha256_of([expected])), (
+            other.dtype,
+            other.shape,
+            sha256_of(other_shard.chunks(name)),
+        )
     if shard.path == other_shard.path or os.path.samefile(shard.path, other_shard.path):
         return tensor, other  # one file, hard-linked
     return (
-        (tensor.dtype, tensor.shape, _sha256(shard.chunks(name))),
-        (other.dtype, other.shape, _sha256(other_shard.chunks(name))),
+        (tensor.dtype, tensor.shape, sha256_of(shard.chunks(name))),
+        (other.dtype, other.shape, sha256_of(other_shard.chunks(name))),
     )
-
-
-def _sha256(parts) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def _why_no_logits(source: Checkpoint, architecture: Architecture) -> str | None:
@@ -286,12 +284,14 @@ def _why_no_logits(source: Checkpoint, architecture: Architecture) -> str | None
 def _compare_logits(
     source: Checkpoint, gated: Checkpoint, architecture: Architecture, config: GatedLlamaConfig, ids: torch.Tensor
 ) -> Comparison:
+    # Here, as converting needs no model.
+    from transformers import AutoModelForCausalLM
+
+    from modeling_gated.modeling_gated_llama import GatedLlamaForCausalLM
+
     dtype = architecture.dtype if architecture.fused is None else torch.float32
-    source_config = architecture.source_config
-    if is_qwen3_next(source.raw_config):  # not the Qwen3 that stands for it
-        source_config = CONFIG_MAPPING["qwen3_next"].from_dict(source.raw_config)
     with torch.device("meta"), naming(source.config_path):
-        ungated = AutoModelForCausalLM.from_config(source_config, dtype=dtype)
+        ungated = AutoModelForCausalLM.from_config(architecture.source_config, dtype=dtype)
     with torch.device("meta"), naming(gated.config_path):
         model = GatedLlamaForCausalLM._from_config(config, dtype=dtype)
     return Comparison(StreamedModel(ungated, source, dtype), StreamedModel(model, gated, dtype), ids)
