@@ -1,6 +1,5 @@
 """Whatever ends a conversion, there is a complete result or none, the source is as it was, and the next run works."""
 
-import hashlib
 import json
 import os
 import random
@@ -16,20 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from checkpoints import contents
 from source_models import SOURCES, randomize
 from transformers import AutoModelForCausalLM
 
 from modeling_gated.conversion import ConversionError, convert_checkpoint, plan_conversion, ungate_checkpoint
 from modeling_gated.conversion import files as files_module
 from modeling_gated.conversion.output import clear_leftovers, scratch_directory
-
-
-def contents(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
 
 
 # Converts in a process of its own for each line it reads, and says which and how that ended. Every step of writing

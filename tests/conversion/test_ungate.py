@@ -1,25 +1,17 @@
 """The way back: the source's bytes, or a refusal that names what changed."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import contents, forget_gates
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.conversion import ConversionError, convert_checkpoint, ungate_checkpoint, verify_checkpoint
-
-
-def contents(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("place", ["copy", "link", "auto"])
@@ -164,10 +156,7 @@ def test_a_linked_shard_is_known_by_its_time_stamp_until_it_is_verified(llama: P
 def test_a_checkpoint_whose_gates_are_missing_is_ungated(llama: Path, tmp_path: Path) -> None:
     """They are open when it is loaded."""
     convert_checkpoint(llama, tmp_path / "gated")
-    index = tmp_path / "gated" / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"] = {name: file for name, file in content["weight_map"].items() if "g_proj" not in name}
-    index.write_text(json.dumps(content))
+    forget_gates(tmp_path / "gated")
     ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(llama)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "gated")) is GatedLlamaForCausalLM
