@@ -94,6 +94,7 @@ def scratch_directory(output: Path) -> Iterator[Path]:
             raise ConversionError(f"{output}: cannot be made: {error.strerror}") from error
         with nullcontext() if os.name == "nt" else _locked(scratch):
             yield scratch
+        shutil.rmtree(scratch, ignore_errors=True)  # in here, so that an interrupt during it is followed by another
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         with suppress(OSError):
@@ -102,7 +103,6 @@ def scratch_directory(output: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and str(error.filename).startswith(str(scratch)):  # a name of no use to anyone
             raise ConversionError(f"{output}: {error.strerror}") from error
         raise
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

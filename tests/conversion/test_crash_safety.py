@@ -371,3 +371,26 @@ def test_hashes_are_of_the_files_as_written(checkpoint: Path, tmp_path: Path) ->
         assert {name: record["sha256"] for name, record in manifest["files"].items()} == found
         for name, record in manifest["files"].items():
             assert record["size"] == (tmp_path / granularity / name).stat().st_size
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_interrupt_while_the_old_result_is_removed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """The new result is complete, and nothing else is left."""
+    output, rmtree, calls = tmp_path / "gated", shutil.rmtree, []
+    if overwrite:
+        convert_checkpoint(checkpoint, output, granularity="elementwise")
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        rmtree(*args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(checkpoint, output, overwrite=overwrite)
+    assert len(calls) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"gated"}
+    assert json.loads((output / "config.json").read_text())["gate_granularity"] == "headwise"
