@@ -36,6 +36,7 @@ if Version(transformers.__version__) < Version("5.16.1"):
 import numpy as np
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
@@ -44,6 +45,9 @@ logger = logging.get_logger(__name__)
 
 if Version(transformers.__version__).release[:2] > (5, 23):
     logger.warning_once(f"GatedLlama was tested with transformers 5.16.1 to 5.23, found {transformers.__version__}")
+
+# The paper's positions, and the name of the layer from which a position's gates come.
+GATE_PROJECTIONS = {"G1": "g_proj", "G2": "g_v_proj", "G3": "g_k_proj", "G4": "g_q_proj", "G5": "g_o_proj"}
 
 # What each source family leaves out of its config because its code fixes it.
 SOURCE_FAMILIES: dict[str, dict[str, Any]] = {
@@ -87,22 +91,33 @@ class GatedLlamaConfig(LlamaConfig):
 
         Y' = Y * gate_scale * sigmoid(X W + b)
 
-    with X the attention block's input after the pre-norm and Y the attention output before `o_proj`
-    ("Gated Attention for Large Language Models", arXiv 2505.06708, Section 2.2).
+    with X the attention block's input after the pre-norm and Y, by default, the attention output before `o_proj`
+    ("Gated Attention for Large Language Models", arXiv 2505.06708, Section 2.2). The fields span the paper's design
+    space, its baselines included.
 
     Gate:
 
-    - **gate_position** (`list[str]`, defaults to `["G1"]`) -- Where the gates sit, in the paper's numbers. Allowed:
-      `["G1"]`, the attention output.
-    - **gate_granularity** (`str`, defaults to `"headwise"`) -- `"headwise"`: one gate per query head, `g_proj` has
-      `num_attention_heads` rows. `"elementwise"`: one gate per channel of each head, `num_attention_heads * head_dim`
-      rows.
-    - **gate_activation** (`str`, defaults to `"sigmoid"`) -- Allowed: `"sigmoid"`, computed in float32.
-    - **gate_bias** (`bool`, defaults to `True`) -- Whether `g_proj` has a bias b. With it gates start open: W = 0 and
-      b = logit(`gate_init`). Without it, W ~ N(0, `initializer_range`) and gates start near 0.5, the paper's setting.
-    - **gate_init** (`float`, defaults to 0.85) -- sigmoid(b) at the start; strictly between 0 and 1. b is a bfloat16
-      number, so the gate starts within 0.004 of this value, below 0.4 within 0.015. Gates that a checkpoint lacks
-      start so too.
+    - **gate_position** (`list[str]`, defaults to `["G1"]`) -- What is gated, in the paper's numbers: any of `"G1"`, the
+      attention output of each head, before `o_proj` (gates from `g_proj`); `"G2"`, the values (`g_v_proj`); `"G3"`,
+      the keys (`g_k_proj`); `"G4"`, the queries (`g_q_proj`); `"G5"`, the output of `o_proj` (`g_o_proj`). Queries,
+      keys and values are gated as they leave their projections, before QK-norm and RoPE. `[]` is the ungated baseline.
+    - **gate_granularity** (`str`, defaults to `"headwise"`) -- `"headwise"`: one gate per head (for values and keys per
+      key-value head), so `g_proj` has `num_attention_heads` rows. `"elementwise"`: one gate per channel of each head,
+      `num_attention_heads * head_dim` rows; at G5, which has no heads, one per channel, `hidden_size` rows.
+    - **gate_head_shared** (`bool`, defaults to `False`) -- Whether all heads share their gates: elementwise, `head_dim`
+      rows; headwise, one gate per layer. Not for G5.
+    - **gate_form** (`str`, defaults to `"multiplicative"`) -- `"multiplicative"`: Y' = Y * gate. `"additive"`:
+      Y' = Y + gate, for activations that can be 0: `"silu"`, `"tanh"`, `"relu"` and `"linear"`.
+    - **gate_activation** (`str`, defaults to `"sigmoid"`) -- `"sigmoid"`, `"ns_sigmoid"` (the paper's non-sparse
+      sigmoid, 0.5 + 0.5 sigmoid), `"silu"`, `"tanh"`, `"relu"` or `"linear"` (the identity), computed in float32.
+    - **gate_input_independent** (`bool`, defaults to `False`) -- Whether gates are parameters of the layer, the same
+      for all tokens: Y' = Y * gate_scale * sigmoid(w), with one row of `g_proj.weight`, of shape [rows, 1], per gate.
+    - **gate_bias** (`bool`, defaults to `True`) -- Whether gates have a bias b. With it they start at `gate_init`:
+      W = 0 and sigmoid(b) = `gate_init`. Without it, W ~ N(0, `initializer_range`) and sigmoid gates start near 0.5,
+      the paper's setting.
+    - **gate_init** (`float`, defaults to 0.85) -- The activation of b at the start; strictly between 0 and 1, for
+      `"ns_sigmoid"` between 0.5 and 1. b is a bfloat16 number, so a sigmoid gate starts within 0.004 of this value,
+      below 0.4 within 0.015. Gates that a checkpoint lacks start so too. Additive gates start at 0 instead.
     - **gate_scale** (`float`, defaults to 1.0) -- The constant factor, positive. Conversion sets 1 / sigmoid(b), with
       which a gate that is still at its start is exactly 1.
 
@@ -116,6 +131,10 @@ class GatedLlamaConfig(LlamaConfig):
     - **attention_output_bias** (`bool`, defaults to `False`) -- Whether `o_proj` has a bias.
     - **use_qk_norm** (`bool`, defaults to `False`) -- Whether queries and keys pass an RMSNorm over `head_dim`, as in
       Qwen3.
+    - **use_attention_output_norm** (`bool`, defaults to `False`) -- Whether each head's attention output Y passes an
+      RMSNorm over `head_dim`, with one weight for all heads, before it is gated.
+    - **attention_output_activation** (`str`, *optional*) -- A function that is applied to Y itself, after that norm and
+      before the gate: any name in Transformers' `ACT2FN`. With `"silu"`, Y' = SiLU(Y).
     - **sliding_window** (`int`, *optional*) -- Tokens that a sliding layer's queries see; at least 1.
     - **layer_types** (`list[str]`, *optional*) -- `"full_attention"` or `"sliding_attention"` per layer. If not
       given, every layer slides when `sliding_window` is set, as in Mistral, and none otherwise. Layers that are all
@@ -129,7 +148,12 @@ class GatedLlamaConfig(LlamaConfig):
 
     - **vocab_size** (32000), **hidden_size** (4096), **intermediate_size** (11008), **num_hidden_layers** (32): `int`,
       at least 1.
-    - **hidden_act** (`str`, defaults to `"silu"`) -- The MLP's activation, any name in Transformers' `ACT2FN`.
+    - **use_glu** (`bool`, defaults to `True`) -- Whether the MLP is a gated linear unit, down(act(gate(x)) * up(x)), or
+      plain, down(act(up(x))), without `gate_proj`.
+    - **hidden_act** (`str`, defaults to `"silu"`) -- The MLP's activation, any name in Transformers' `ACT2FN`. The
+      gated linear unit is GLU with `"sigmoid"`, GeGLU with `"gelu"`, ReGLU with `"relu"`, SwiGLU with `"silu"`.
+    - **use_sandwich_norm** (`bool`, defaults to `False`) -- Whether the outputs of attention and MLP each pass an
+      RMSNorm of their own, `post_self_attn_layernorm` and `post_mlp_layernorm`, before they are added, as in GLM-4.
     - **mlp_bias** (`bool`, defaults to `False`) -- Whether the MLP's three projections have biases.
     - **rms_norm_eps** (`float`, defaults to 1e-6) -- Epsilon of every RMSNorm.
     - **initializer_range** (`float`, defaults to 0.02) -- Standard deviation of new weights, from 0 to 1.
@@ -148,23 +172,23 @@ class GatedLlamaConfig(LlamaConfig):
     """
 
     model_type = "gated_llama"
-    base_model_tp_plan = {
-        **LlamaConfig.base_model_tp_plan,
-        "layers.*.self_attn.g_proj": "colwise",
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-    }
-
     attention_output_bias: bool = False
     use_qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
     gate_position: list[str] = field(default_factory=lambda: ["G1"])
     gate_granularity: Literal["headwise", "elementwise"] = "headwise"
-    gate_activation: Literal["sigmoid"] = "sigmoid"
+    gate_head_shared: bool = False
+    gate_form: Literal["multiplicative", "additive"] = "multiplicative"
+    gate_activation: Literal["sigmoid", "ns_sigmoid", "silu", "tanh", "relu", "linear"] = "sigmoid"
+    gate_input_independent: bool = False
     gate_bias: bool = True
     gate_init: float = interval(min=0, max=1, exclude_min=True, exclude_max=True)(default=0.85)
     gate_scale: float | int = 1.0
+    use_attention_output_norm: bool = False
+    attention_output_activation: str | None = None
+    use_sandwich_norm: bool = False
+    use_glu: bool = True
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
@@ -189,6 +213,27 @@ class GatedLlamaConfig(LlamaConfig):
                 layer_type = "full_attention" if value is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
 
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # a class variable elsewhere
+        """The tensor-parallel style of each kind of layer that a model of this config has."""
+        if "base_model_tp_plan" in self.__dict__:
+            return self.__dict__["base_model_tp_plan"]
+        plan = dict(LlamaConfig.base_model_tp_plan or {})
+        if not self.use_glu:
+            del plan["layers.*.mlp.gate_proj"]
+        for position in self.gate_position:
+            # Gates of heads are split with the heads. Those that all heads share are whole on every rank, as is what
+            # G5's are applied to.
+            style = "shared_gate" if self.gate_head_shared else "colwise"
+            name = f"layers.*.self_attn.{GATE_PROJECTIONS[position]}"
+            plan[name] = "colwise_gather_output" if position == "G5" else style
+        norms = ["q_norm", "k_norm"] * self.use_qk_norm + ["o_norm"] * self.use_attention_output_norm
+        return plan | {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms}
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str] | None) -> None:
+        self.__dict__["base_model_tp_plan"] = plan
+
     @classmethod
     def from_source_config(cls, config: PreTrainedConfig, **gate_options: Any) -> "GatedLlamaConfig":
         """
@@ -198,8 +243,9 @@ class GatedLlamaConfig(LlamaConfig):
             config ([`PreTrainedConfig`]):
                 The ungated model's config, of one of `SOURCE_FAMILIES`. It is not changed.
             gate_options:
-                Fields of the gate, such as `gate_granularity` and `gate_init`. `gate_scale` is 1 / sigmoid(b) unless
-                given here.
+                Fields of the gate, such as `gate_granularity` and `gate_init`. `gate_scale` is 1 / sigmoid(b) for
+                sigmoid gates that multiply, unless given here; they, and additive gates, start as the identity. Other
+                gates do not.
 
         Raises:
             ValueError: if `config.model_type` is of another family, or `config` overrides fields layer by layer.
@@ -218,7 +264,10 @@ class GatedLlamaConfig(LlamaConfig):
         values = {name: value for name, value in values.items() if name not in unread}
         values |= SOURCE_FAMILIES[family]
         values.setdefault("attention_output_bias", values["attention_bias"] if output_bias is None else output_bias)
-        if gate_options.get("gate_bias", True):
+        gate = {
+            name: gate_options.get(name, getattr(cls, name)) for name in ("gate_activation", "gate_form", "gate_bias")
+        }
+        if gate == {"gate_activation": "sigmoid", "gate_form": "multiplicative", "gate_bias": True}:
             values["gate_scale"] = open_gate(gate_options.get("gate_init", cls.gate_init))[1]
         return cls(**values | gate_options)
 
@@ -253,12 +302,41 @@ class GatedLlamaConfig(LlamaConfig):
 
     def validate_gate(self):
         """Part of `@strict`-powered validation: the gate is one that the model implements."""
-        if self.gate_position != ["G1"]:
-            raise ValueError(f"gate_position={self.gate_position} is not supported; supported is ['G1']")
+        positions = self.gate_position
+        if unknown := [position for position in positions if position not in GATE_PROJECTIONS]:
+            raise ValueError(f"gate_position={positions}: {unknown[0]!r} is not among {', '.join(GATE_PROJECTIONS)}")
+        if len(set(positions)) < len(positions):
+            raise ValueError(f"gate_position={positions} names a position twice")
+        if "G5" in positions and (self.gate_granularity != "elementwise" or self.gate_head_shared):
+            raise ValueError(
+                "gate_position has 'G5', the output of o_proj, which has no heads: it needs "
+                f"gate_granularity='elementwise' and gate_head_shared=False, not {self.gate_granularity!r} and "
+                f"{self.gate_head_shared}"
+            )
+        is_additive = self.gate_form == "additive"
+        is_cancelled = self.use_qk_norm and self.gate_granularity == "headwise" and not is_additive
+        if is_cancelled and {"G3", "G4"} & set(positions):
+            raise ValueError(
+                f"gate_position={positions} with gate_granularity='headwise' and use_qk_norm=True: the norm takes the "
+                "factor of a head's keys or queries away again; use 'elementwise' gates"
+            )
+        if is_additive and "sigmoid" in self.gate_activation:
+            raise ValueError(
+                f"gate_form='additive' with gate_activation={self.gate_activation!r}, which is never 0: additive gates "
+                "are 'silu', 'tanh', 'relu' or 'linear'"
+            )
+        if self.gate_input_independent and not self.gate_bias:
+            raise ValueError("gate_input_independent=True with gate_bias=False: such a gate is nothing but a bias")
         if not 0 < self.gate_scale < math.inf:
             raise ValueError(f"gate_scale={self.gate_scale} must be positive and finite")
         if self.gate_bias:
-            open_gate(self.gate_init)
+            initial_gate_bias(self.gate_init, self.gate_activation, self.gate_form)
+
+    def validate_activations(self):
+        """Part of `@strict`-powered validation: Transformers has the activations."""
+        for name in ("hidden_act", "attention_output_activation"):
+            if (activation := getattr(self, name)) is not None and activation not in ACT2FN:
+                raise ValueError(f"{name}={activation!r} is not among {', '.join(ACT2FN)}")
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """
@@ -284,6 +362,42 @@ class GatedLlamaConfig(LlamaConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Does nothing: `save_pretrained` writes `auto_map`, and registering would change its `AutoConfig` entry."""
+
+
+def initial_gate_bias(gate_init: float, gate_activation: str = "sigmoid", gate_form: str = "multiplicative") -> float:
+    """
+    The bias b, a bfloat16 number, with which a gate starts: activation(b) is `gate_init`, for additive gates 0.
+
+    Raises:
+        ValueError: if b does not exist, or the gate has no gradient there.
+    """
+    if gate_form == "additive":
+        if gate_activation == "relu":
+            raise ValueError(
+                "gate_form='additive' with gate_activation='relu' and gate_bias=True: gates that add 0 at their start "
+                "would have no gradient; with gate_bias=False they start at random"
+            )
+        return 0.0
+    if gate_activation == "sigmoid":
+        return open_gate(gate_init)[0]
+    if gate_activation == "ns_sigmoid":
+        if not 0.5 < gate_init < 1:
+            raise ValueError(f"gate_init={gate_init} must lie between 0.5 and 1 for gate_activation='ns_sigmoid'")
+        return open_gate(2 * gate_init - 1)[0]
+    if gate_activation == "tanh":
+        return _to_bfloat16(math.atanh(gate_init))
+    if gate_activation == "silu":
+        return _to_bfloat16(_inverse_silu(gate_init))
+    return _to_bfloat16(gate_init)
+
+
+def _inverse_silu(y: float) -> float:
+    """The positive x for which x * sigmoid(x) = y."""
+    x = y + 1.0
+    for _ in range(20):  # Newton's steps: SiLU rises with a slope of at least 0.5 there
+        sigmoid = 1 / (1 + math.exp(-x))
+        x -= (x * sigmoid - y) / (sigmoid * (1 + x * (1 - sigmoid)))
+    return x
 
 
 def open_gate(gate_init: float) -> tuple[float, float]:
@@ -315,11 +429,20 @@ def _bfloat16_around(x: float) -> Iterator[float]:
     if abs(x) < 2**-8:
         yield 0.0
         return
-    bits = int(np.float32(x).view(np.uint32))
-    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # round half to even
+    nearest = _bfloat16_bits(x)
     for step in range(16):
         for candidate in (nearest + step, nearest - step):
             yield float(np.uint32(candidate << 16).view(np.float32))
+
+
+def _to_bfloat16(x: float) -> float:
+    return float(np.uint32(_bfloat16_bits(x) << 16).view(np.float32))
+
+
+def _bfloat16_bits(x: float) -> int:
+    """The bits of the bfloat16 number nearest to x."""
+    bits = int(np.float32(x).view(np.uint32))
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # round half to even
 
 
 def _identity_scale(bias: float) -> float | None:

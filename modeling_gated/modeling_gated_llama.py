@@ -13,7 +13,7 @@
 # limitations under the License.
 """GatedLlama: Llama with attention output gates (arXiv 2505.06708), as the difference from Transformers' own."""
 
-from .configuration.configuration_gated_llama import GatedLlamaConfig, open_gate  # first: it checks versions
+from .configuration.configuration_gated_llama import GatedLlamaConfig, initial_gate_bias  # first: it checks versions
 
 
 # isort: split
@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -33,17 +34,23 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
+    GradientCheckpointingLayer,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.arcee.modeling_arcee import ArceeMLP
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
     LlamaForCausalLM,
+    LlamaMLP,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
@@ -56,22 +63,74 @@ from transformers.utils import TransformersKwargs
 
 
 class GatedLlamaGate(nn.Linear):
-    """The projection from hidden states to gate logits. A class of its own for `_init_weights` to recognise."""
+    """
+    The projection from hidden states, or from the constant 1 of shape [1, 1], to gate logits. A class of its own for
+    `_init_weights` to recognise; it has no behaviour, since serving engines replace every linear layer.
+    """
+
+
+class NonSparseSigmoid(nn.Module):
+    """0.5 + 0.5 sigmoid(x), between 0.5 and 1: a gate that cannot close (arXiv 2505.06708, Section 4.2)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 + 0.5 * torch.sigmoid(x)
+
+
+def gate_projection(config: GatedLlamaConfig, position: str, heads: int) -> GatedLlamaGate | None:
+    """The layer that gives the gates of one of the paper's positions, which has so many heads; None if it has none."""
+    if position not in config.gate_position:
+        return None
+    channels = config.hidden_size if position == "G5" else config.head_dim
+    gates_of_head = 1 if config.gate_granularity == "headwise" else channels
+    rows = gates_of_head if config.gate_head_shared else heads * gates_of_head
+    if config.gate_input_independent:
+        return GatedLlamaGate(1, rows, bias=False)
+    return GatedLlamaGate(config.hidden_size, rows, bias=config.gate_bias)
+
+
+class SharedGateParallel(TensorParallelLayer):
+    """
+    Tensor parallelism of gates that all heads share: whole on every rank, where they gate that rank's heads alone, so
+    that their gradients have to be summed over the ranks.
+    """
+
+    def transform_output_post_forward(self, module: nn.Module, output: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        def sum_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            torch.distributed.all_reduce(gradient, group=mesh.get_group())
+            return gradient
+
+        if output.requires_grad:
+            output.register_hook(sum_over_ranks)
+        return output
 
 
 class GatedLlamaAttention(LlamaAttention):
     """
-    Llama's attention with a gate on its output: position G1 of arXiv 2505.06708, Section 2.2,
+    Llama's attention with gates, by default on its output: position G1 of arXiv 2505.06708, Section 2.2,
 
         Y' = Y * gate_scale * sigmoid(X W + b)
 
     X is `hidden_states` of shape [batch, seq, hidden_size], Y the output of scaled dot-product attention, of shape
-    [batch, seq, num_attention_heads, head_dim]. The gate has one score per head or, elementwise, per channel.
+    [batch, seq, num_attention_heads, head_dim]. Each gate is one number per head or, elementwise, per channel.
+
+    The same holds at the paper's other positions, with Y the values (G2), keys (G3) or queries (G4) as they leave their
+    projections, or the output of `o_proj` (G5); and for its other forms, with f = `gate_activation`:
+
+        multiplicative          Y' = Y * gate_scale * f(X W + b)
+        additive                Y' = Y + gate_scale * f(X W + b)
+        head-shared             as these, with one W and b for all heads
+        input-independent       as these, with X = 1 and no b
+
+    Without gates, or before them, the attention output itself may be changed (Table 3):
+
+        attention output norm   Y' = RMSNorm(Y), over the channels of each head
+        and activation          Y' = f(Y)
     """
 
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        heads, hidden_size = config.num_attention_heads, config.hidden_size
+        heads, key_value_heads, hidden_size = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
         if config.attention_output_bias != config.attention_bias:
             self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=config.attention_output_bias)
         self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
@@ -79,9 +138,30 @@ class GatedLlamaAttention(LlamaAttention):
         is_sliding = config.layer_types[layer_idx] == "sliding_attention"  # type: ignore[index]  # None only as input
         self.sliding_window = config.sliding_window if is_sliding else None
 
+        has_output_norm = config.use_attention_output_norm
+        self.o_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if has_output_norm else nn.Identity()
+        self.o_act_fn = ACT2FN[config.attention_output_activation or "linear"]
+
+        self.g_proj = gate_projection(config, "G1", heads)
+        self.g_v_proj = gate_projection(config, "G2", key_value_heads)
+        self.g_k_proj = gate_projection(config, "G3", key_value_heads)
+        self.g_q_proj = gate_projection(config, "G4", heads)
+        self.g_o_proj = gate_projection(config, "G5", 1)
+        is_non_sparse = config.gate_activation == "ns_sigmoid"
+        self.gate_act_fn = NonSparseSigmoid() if is_non_sparse else ACT2FN[config.gate_activation]
         self.gate_scale = config.gate_scale
-        self.gate_dim = 1 if config.gate_granularity == "headwise" else self.head_dim
-        self.g_proj = GatedLlamaGate(hidden_size, heads * self.gate_dim, bias=config.gate_bias)
+        self.is_headwise = config.gate_granularity == "headwise"
+        self.is_additive = config.gate_form == "additive"
+        self.is_input_independent = config.gate_input_independent
+
+    def gated(self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor) -> torch.Tensor:
+        """`states`, of shape [batch, seq, heads, channels], with the gates that `projection` makes of `gate_input`."""
+        if projection is None:
+            return states
+        # In float32: in bfloat16 a sigmoid saturates, without gradient, from a logit of 6.25 on.
+        gate = self.gate_act_fn(projection(gate_input).float()) * self.gate_scale
+        gate = gate.to(states.dtype).unflatten(-1, (-1, 1 if self.is_headwise else states.shape[-1]))
+        return states + gate if self.is_additive else states * gate
 
     def forward(  # type: ignore[override]  # Llama's annotations are narrower than its code
         self,
@@ -93,10 +173,15 @@ class GatedLlamaAttention(LlamaAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
+        gate_input = hidden_states.new_ones(1, 1) if self.is_input_independent else hidden_states
 
-        query_states = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
-        key_states = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        query_states = self.gated(self.q_proj(hidden_states).view(hidden_shape), self.g_q_proj, gate_input)
+        key_states = self.gated(self.k_proj(hidden_states).view(hidden_shape), self.g_k_proj, gate_input)
+        value_states = self.gated(self.v_proj(hidden_states).view(hidden_shape), self.g_v_proj, gate_input)
+
+        query_states = self.q_norm(query_states).transpose(1, 2)
+        key_states = self.k_norm(key_states).transpose(1, 2)
+        value_states = value_states.transpose(1, 2)
 
         cos, sin = position_embeddings
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
@@ -120,20 +205,38 @@ class GatedLlamaAttention(LlamaAttention):
             **kwargs,
         )
 
-        # Sigmoid and scale in float32: in bfloat16 a gate saturates, without gradient, from a logit of 6.25 on.
-        gate = torch.sigmoid(self.g_proj(hidden_states).float()) * self.gate_scale
-        gate = gate.to(attn_output.dtype).view(*input_shape, -1, self.gate_dim)
-        attn_output = attn_output.reshape(hidden_shape) * gate
+        attn_output = self.o_act_fn(self.o_norm(attn_output.reshape(hidden_shape)))
+        attn_output = self.gated(attn_output, self.g_proj, gate_input)
 
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
-        attn_output = self.o_proj(attn_output)
+        # To the gates of G5 it is the output of one head.
+        attn_output = self.gated(self.o_proj(attn_output).unsqueeze(-2), self.g_o_proj, gate_input).squeeze(-2)
         return attn_output, attn_weights
 
 
 class GatedLlamaDecoderLayer(LlamaDecoderLayer):
+    """
+    Llama's block. With `use_sandwich_norm` x + RMSNorm(sublayer(RMSNorm(x))) for attention and MLP alike; without
+    `use_glu` the MLP is down(act(up(x))).
+    """
+
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
+        # Not LlamaDecoderLayer's, which would build an attention and an MLP of Llama's.
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
         self.self_attn = GatedLlamaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config) if config.use_glu else ArceeMLP(config)
+
+        def norm() -> LlamaRMSNorm:
+            return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.post_self_attn_layernorm = norm() if config.use_sandwich_norm else nn.Identity()
+        self.post_mlp_layernorm = norm() if config.use_sandwich_norm else nn.Identity()
+
+    # Not Llama's: GLM-4's has the two norms after attention and MLP.
+    forward = Glm4DecoderLayer.forward
 
 
 class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -148,12 +251,16 @@ class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         # Also called for gates that a checkpoint lacks: with the config of a converted one they are the identity.
-        if isinstance(module, GatedLlamaGate) and module.bias is not None:
-            bias, _ = open_gate(self.config.gate_init)
+        config = self.config
+        if not isinstance(module, GatedLlamaGate) or not config.gate_bias:
+            super()._init_weights(module)
+            return
+        bias = initial_gate_bias(config.gate_init, config.gate_activation, config.gate_form)
+        if module.bias is None:  # independent of the input, so that the weights of its 1 are what a bias is elsewhere
+            init.constant_(module.weight, bias)
+        else:
             init.zeros_(module.weight)
             init.constant_(module.bias, bias)
-        else:
-            super()._init_weights(module)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -215,6 +322,8 @@ AutoModelForCausalLM.register(GatedLlamaConfig, GatedLlamaForCausalLM, exist_ok=
 AutoModelForSequenceClassification.register(GatedLlamaConfig, GatedLlamaForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(GatedLlamaConfig, GatedLlamaForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(GatedLlamaConfig, GatedLlamaForQuestionAnswering, exist_ok=True)
+# A style that a plan of GatedLlamaConfig names.
+ALL_PARALLEL_STYLES.register("shared_gate", SharedGateParallel())
 # Trainer's label smoothing shifts the labels of the models in this table alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from modeling_gated import GatedLlamaConfig
-from modeling_gated.configuration import open_gate
+from modeling_gated.configuration import initial_gate_bias, open_gate
 
 
 @pytest.mark.parametrize(
@@ -23,9 +23,29 @@ from modeling_gated.configuration import open_gate
         ({"gate_init": 1 - 1e-12}, r"gate_init=0\.999999999999"),
         ({"gate_init": "0.85"}, r"gate_init.*0\.85"),
         ({"gate_granularity": "channelwise"}, r"gate_granularity.*channelwise"),
-        ({"gate_activation": "tanh"}, r"gate_activation.*tanh"),
-        ({"gate_position": ["G2"]}, r"gate_position.*G2"),
-        ({"gate_position": ["G1", "G2"]}, r"gate_position.*G1.*G2"),
+        ({"gate_activation": "softmax"}, r"gate_activation.*softmax"),
+        ({"gate_form": "residual"}, r"gate_form.*residual"),
+        ({"gate_position": ["G6"]}, r"gate_position=\['G6'\]: 'G6' is not among G1, G2, G3, G4, G5"),
+        ({"gate_position": "G1"}, r"gate_position.*expected a list"),
+        ({"gate_position": ["G1", "G2", "G1"]}, r"gate_position.*twice"),
+        ({"gate_position": ["G5"]}, r"gate_position.*'G5'.*no heads.*gate_granularity='elementwise'.*'headwise'"),
+        (
+            {"gate_position": ["G1", "G5"], "gate_granularity": "elementwise", "gate_head_shared": True},
+            r"gate_position.*'G5'.*no heads.*gate_head_shared=False.*True",
+        ),
+        ({"gate_position": ["G3"], "use_qk_norm": True}, r"\['G3'\].*headwise.*use_qk_norm=True: the norm takes"),
+        (
+            {"gate_position": ["G4"], "use_qk_norm": True, "gate_head_shared": True, "gate_activation": "tanh"},
+            r"\['G4'\].*headwise.*use_qk_norm=True: the norm takes",
+        ),
+        ({"gate_form": "additive"}, r"gate_form='additive' with gate_activation='sigmoid', which is never 0"),
+        ({"gate_form": "additive", "gate_activation": "ns_sigmoid"}, r"gate_activation='ns_sigmoid', which is never 0"),
+        ({"gate_form": "additive", "gate_activation": "relu"}, r"'additive'.*'relu'.*gate_bias=True.*no gradient"),
+        ({"gate_input_independent": True, "gate_bias": False}, r"gate_input_independent=True with gate_bias=False"),
+        ({"gate_activation": "ns_sigmoid", "gate_init": 0.5}, r"gate_init=0\.5 must lie between 0\.5 and 1"),
+        ({"hidden_act": "swish7"}, r"hidden_act='swish7' is not among gelu"),
+        ({"attention_output_activation": "swish7"}, r"attention_output_activation='swish7' is not among gelu"),
+        ({"use_glu": "yes"}, r"use_glu.*yes"),
         ({"gate_scale": 0.0}, r"gate_scale=0\.0"),
         ({"gate_scale": float("inf")}, r"gate_scale=inf"),
         ({"num_attention_heads": 32, "num_key_value_heads": 5}, r"num_attention_heads=32.*num_key_value_heads=5"),
@@ -75,6 +95,15 @@ def test_save_and_load_keep_every_field(tmp_path: Path) -> None:
         gate_init=0.7,
         gate_scale=1.5,
         gate_bias=False,
+        gate_position=["G1", "G2"],
+        gate_head_shared=True,
+        gate_form="additive",
+        gate_activation="silu",
+        use_attention_output_norm=True,
+        attention_output_activation="tanh",
+        use_sandwich_norm=True,
+        use_glu=False,
+        hidden_act="gelu",
     )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -162,6 +191,67 @@ def test_the_default_opening_is_the_nearest_bfloat16() -> None:
 def test_an_opening_without_slope_is_refused(gate_init: float) -> None:
     with pytest.raises(ValueError, match="flat"):
         open_gate(gate_init)
+
+
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "ns_sigmoid": lambda x: 0.5 + 0.5 * torch.sigmoid(x),
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "linear": lambda x: x,
+}
+
+
+@settings(deadline=None)
+@given(st.floats(1e-3, 1 - 1e-3), st.sampled_from(list(ACTIVATIONS)))
+def test_a_gate_starts_where_the_config_says(gate_init: float, activation: str) -> None:
+    if activation == "ns_sigmoid":
+        gate_init = 0.5 + gate_init / 2
+    bias = torch.tensor(initial_gate_bias(gate_init, activation), dtype=torch.float64)
+    assert bias.bfloat16().double() == bias
+    assert ACTIVATIONS[activation](bias).item() == pytest.approx(gate_init, abs=0.015, rel=0.01)
+
+
+def test_additive_gates_start_at_nothing() -> None:
+    for activation in ("silu", "tanh", "linear"):
+        bias = torch.tensor(initial_gate_bias(0.85, activation, "additive"), requires_grad=True)
+        gate = ACTIVATIONS[activation](bias)
+        assert gate == 0
+        assert torch.autograd.grad(gate, bias)[0] >= 0.5
+
+
+def test_gates_of_other_forms_get_no_scale_from_a_source() -> None:
+    """The scale makes a sigmoid gate that multiplies 1; any other would be changed by it for nothing."""
+    expected = open_gate(0.85)[1]
+    for fields, scale in (
+        ({"gate_position": ["G2"], "gate_input_independent": True}, expected),
+        ({"gate_form": "additive", "gate_activation": "silu"}, 1.0),
+        ({"gate_activation": "tanh"}, 1.0),
+        ({"gate_bias": False}, 1.0),
+        ({"gate_scale": 2.0}, 2.0),
+    ):
+        assert GatedLlamaConfig.from_source_config(LlamaConfig(), **fields).gate_scale == scale
+
+
+def test_the_tensor_parallel_plan_follows_the_fields() -> None:
+    """Also when they change later; a plan that somebody sets stays, and none is saved."""
+    config = GatedLlamaConfig(num_hidden_layers=2)
+    assert config.base_model_tp_plan == LlamaConfig.base_model_tp_plan | {"layers.*.self_attn.g_proj": "colwise"}
+    config.gate_position = ["G2", "G5"]
+    config.gate_granularity = "elementwise"
+    config.use_qk_norm = config.use_attention_output_norm = True
+    config.use_glu = False
+    plan = config.base_model_tp_plan
+    assert plan["layers.*.self_attn.g_v_proj"] == "colwise"
+    assert plan["layers.*.self_attn.g_o_proj"] == "colwise_gather_output"
+    assert {"g_proj", "gate_proj"}.isdisjoint(name.rsplit(".", 1)[-1] for name in plan)
+    for norm in ("q_norm", "k_norm", "o_norm"):
+        assert plan[f"layers.*.self_attn.{norm}"] == "replicated_with_grad_allreduce"
+    config.base_model_tp_plan = {"layers.*.self_attn.g_v_proj": "colwise"}
+    assert config.base_model_tp_plan == {"layers.*.self_attn.g_v_proj": "colwise"}
+    assert "base_model_tp_plan" not in config.to_dict()
+    assert "base_model_tp_plan" not in GatedLlamaConfig(tie_word_embeddings=True).to_diff_dict()
 
 
 @pytest.mark.parametrize("window", [None, 8])

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from gated_models import HEADS, SIZES, gated_class, gated_model
+from paper_variants import CONFIGS, random_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
@@ -175,6 +176,22 @@ def test_every_directory_carries_its_code(writer: str, head: str, generations: l
     assert {reference.split(".")[0] for reference in auto_maps[0].values()} == {"modeling_gated_llama"}
 
 
+def test_every_variant_loads_without_the_package(tmp_path: Path) -> None:
+    """And is saved there as it was loaded."""
+    models = {name: random_model(name) for name in CONFIGS}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / "first" / name)
+        (tmp_path / "first" / name / "how").write_text("AutoModelForCausalLM True")
+    finished = isolated(tmp_path / "first", tmp_path / "second")
+    assert finished.returncode == 0, finished.stderr
+    results = torch.load(tmp_path / "second.results")
+    for name, model in models.items():
+        with torch.no_grad():
+            assert torch.equal(results[name]["output"], model(TOKENS).logits), name
+        weights = [(tmp_path / again / name / "model.safetensors").read_bytes() for again in ("first", "second")]
+        assert weights[0] == weights[1], name
+
+
 ADAPTER = """
 import sys
 sys.modules["modeling_gated"] = None
@@ -213,7 +230,7 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
         assert [line.split("  #")[0] for line in changed] == (
             []
             if original == "configuration"
-            else ["from .configuration_gated_llama import GatedLlamaConfig, open_gate"]
+            else ["from .configuration_gated_llama import GatedLlamaConfig, initial_gate_bias"]
         )
         assert not re.search(r"modeling_gated(?!_llama)|modeling-gated|gated-llama", "\n".join(carried))
 

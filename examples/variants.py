@@ -1,0 +1,273 @@
+"""
+The paper's design space as configurations of the one model: what each adds in parameters and computation, and one
+training step's time and memory against the baseline's.
+
+    python examples/variants.py [--rounds 3] [--device cpu] [--hidden-size 512 --num-hidden-layers 4 ...]
+
+    # the shapes of the paper's Tables 1, 3 and 4 (with a dense MLP): parameters and FLOPs alone, no memory is needed
+    python examples/variants.py --rounds 0 --hidden-size 2048 --num-hidden-layers 24 --num-attention-heads 32 \
+        --num-key-value-heads 4 --head-dim 128 --intermediate-size 6144 --vocab-size 151936
+
+X is the attention block's input, x that of the MLP or of either; Q, K, V, Y are queries, keys, values and attention
+output of head h, O is the output of o_proj; f_h is a weight of head h, f one that all heads share. FLOPs are those of
+the matrix products of a forward pass. A step is forward, backward and AdamW on random tokens, in a fresh process;
+rounds are interleaved, ratios are taken within a round, and their medians shown. Memory is what the process needed
+beyond its imports at its peak.
+"""
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What it computes, and the fields of `GatedLlamaConfig` that say so."""
+
+    formula: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def gated(formula: str, *positions: str, **fields: Any) -> Variant:
+    """A variant with gates at `positions`, elementwise unless `fields` say otherwise."""
+    gate_fields = {name if name.startswith("use_") else f"gate_{name}": value for name, value in fields.items()}
+    return Variant(formula, {"gate_position": list(positions), "gate_granularity": "elementwise"} | gate_fields)
+
+
+def ungated(formula: str, **fields: Any) -> Variant:
+    return Variant(formula, {"gate_position": [], **fields})
+
+
+ALL_POSITIONS = ("G1", "G2", "G3", "G4", "G5")
+VARIANTS = {
+    # Table 1
+    "baseline": ungated("Y"),
+    "G1 elementwise": gated("Y * sigmoid(X W_h)", "G1"),
+    "G2 elementwise": gated("V * sigmoid(X W_h)", "G2"),
+    "G3 elementwise": gated("K * sigmoid(X W_h)", "G3"),
+    "G4 elementwise": gated("Q * sigmoid(X W_h)", "G4"),
+    "G5": gated("O * sigmoid(X W)", "G5"),
+    "G1 headwise": gated("Y * sigmoid(X w_h)", "G1", granularity="headwise"),
+    "G2 headwise": gated("V * sigmoid(X w_h)", "G2", granularity="headwise"),
+    "G1 elementwise, head-shared": gated("Y * sigmoid(X W)", "G1", head_shared=True),
+    "G2 elementwise, head-shared": gated("V * sigmoid(X W)", "G2", head_shared=True),
+    "G1 additive, SiLU": gated("Y + SiLU(X W_h)", "G1", form="additive", activation="silu"),
+    "G1 SiLU": gated("Y * SiLU(X W_h)", "G1", activation="silu"),
+    # Table 3
+    "RMSNorm of each head": ungated("RMSNorm(Y)", use_attention_output_norm=True),
+    "SiLU alone": ungated("SiLU(Y)", attention_output_activation="silu"),
+    "G1 additive, identity": gated("Y + X W_h", "G1", form="additive", activation="linear"),
+    # Table 4
+    "G1 input-independent": gated("Y * sigmoid(w_h)", "G1", input_independent=True),
+    "G1 NS-sigmoid": gated("Y * (1 + sigmoid(X W_h)) / 2", "G1", activation="ns_sigmoid"),
+    # beyond the tables
+    "G3 headwise": gated("K * sigmoid(X w_h)", "G3", granularity="headwise"),
+    "G4 headwise": gated("Q * sigmoid(X w_h)", "G4", granularity="headwise"),
+    "G1 one gate per layer": gated("Y * sigmoid(X w)", "G1", granularity="headwise", head_shared=True),
+    "G1 tanh": gated("Y * tanh(X W_h)", "G1", activation="tanh"),
+    "G1 ReLU": gated("Y * ReLU(X W_h)", "G1", activation="relu"),
+    "G1 and G2": gated("both", "G1", "G2"),
+    "G1 to G5": gated("all five", *ALL_POSITIONS),
+    # the block around attention
+    "QK-norm": ungated("RMSNorm(Q), RMSNorm(K)", use_qk_norm=True),
+    "sandwich norm": ungated("x + RMSNorm(F(RMSNorm(x)))", use_sandwich_norm=True),
+    "G1 headwise, both norms": gated(
+        "all three", "G1", granularity="headwise", use_qk_norm=True, use_sandwich_norm=True
+    ),
+    "plain MLP": ungated("SiLU(x U) D", use_glu=False),
+    "GLU": ungated("(sigmoid(x G) * x U) D", hidden_act="sigmoid"),
+    "GeGLU": ungated("(GELU(x G) * x U) D", hidden_act="gelu"),
+    "ReGLU": ungated("(ReLU(x G) * x U) D", hidden_act="relu"),
+    "SwiGLU, the baseline's": ungated("(SiLU(x G) * x U) D", hidden_act="silu"),
+}
+
+
+def equal_parameters(config: GatedLlamaConfig) -> dict[str, Variant]:
+    """
+    Models that differ from the baseline, or from a gated model, in their sizes: those of the paper's Table 1, and the
+    gated one whose narrower MLP makes room for the gates.
+
+    Args:
+        config: the sizes of the baseline. Where more heads do not divide, they are left out.
+    """
+    heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
+    found = {}
+    if heads % (2 * key_value_heads) == 0:
+        found["twice the kv heads"] = ungated("Y", num_key_value_heads=2 * key_value_heads)
+    if heads % 2 == 0 and heads * 3 // 2 % key_value_heads == 0:
+        found["1.5 times the query heads"] = ungated("Y", num_attention_heads=heads * 3 // 2)
+    of_gates = (config.hidden_size + 1) * heads * config.head_dim
+    narrower = config.intermediate_size - round(of_gates / (3 * config.hidden_size))
+    if narrower > 0:
+        formula = f"Y * sigmoid(X W_h), MLP of {narrower}"
+        found["G1 elementwise, narrower MLP"] = Variant(
+            formula, VARIANTS["G1 elementwise"].fields | {"intermediate_size": narrower}
+        )
+    return found
+
+
+def parameters(config: GatedLlamaConfig) -> int:
+    with torch.device("meta"):
+        return GatedLlamaForCausalLM(config).num_parameters()
+
+
+def forward_flops(config: GatedLlamaConfig, sequence_length: int) -> int:
+    """Floating-point operations of the matrix products of one sequence's forward pass, whose masked scores count."""
+    with torch.device("meta"):
+        model = GatedLlamaForCausalLM._from_config(config, attn_implementation="eager")
+        tokens = torch.zeros(1, sequence_length, dtype=torch.long)
+        mask = torch.zeros(1, 1, sequence_length, sequence_length)  # given, since making one looks at values
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens, attention_mask=mask, use_cache=False)
+    return counter.get_total_flops()
+
+
+def training_step(config: GatedLlamaConfig, batch: tuple[int, int], device: str, connection: Connection) -> None:
+    """Send the median seconds of three steps after the first, and the bytes that were needed at the peak."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = GatedLlamaForCausalLM(config).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.randint(config.vocab_size, batch).to(device)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    if device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+    connection.send((statistics.median(seconds[1:]), peak))
+
+
+def measured_step(config: GatedLlamaConfig, batch: tuple[int, int], device: str) -> tuple[float, int]:
+    """What `training_step` sends, from a process that is forked from one that has the imports and nothing else."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("forkserver").Process(
+        target=training_step, args=(config, batch, device, sender)
+    )
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        sys.exit("a training step failed: see above")
+    finally:
+        process.join()
+
+
+def measured_steps(
+    configs: dict[str, GatedLlamaConfig], batch: tuple[int, int], device: str, rounds: int
+) -> Iterator[tuple[str, float, float, float]]:
+    """For each config its name, its seconds, and its seconds and memory against the first one's of the same round."""
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in configs}
+    with tqdm(total=rounds * len(configs), unit="variant", leave=False) as progress:
+        for _ in range(rounds):
+            for name, config in configs.items():
+                progress.set_description(name)
+                found[name].append(measured_step(config, batch, device))
+                progress.update()
+    baseline = next(iter(found.values()))
+    for name, steps in found.items():
+        ratios = [(s / of_s, m / of_m) for (s, m), (of_s, of_m) in zip(steps, baseline, strict=True)]
+        yield (
+            name,
+            statistics.median(seconds for seconds, _ in steps),
+            statistics.median(ratio for ratio, _ in ratios),
+            statistics.median(ratio for _, ratio in ratios),
+        )
+
+
+def main(
+    hidden_size: int = 512,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 8,
+    num_key_value_heads: int = 2,
+    head_dim: int = 64,
+    intermediate_size: int = 1536,
+    vocab_size: int = 4096,
+    batch_size: int = 2,
+    sequence_length: int = 512,
+    rounds: int = 3,
+    device: str = "cpu",
+) -> None:
+    """Print the table of variants at a shape; --rounds 0 leaves the training steps out."""
+    try:
+        baseline = GatedLlamaConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=head_dim,
+            intermediate_size=intermediate_size,
+            vocab_size=vocab_size,
+            max_position_embeddings=sequence_length,
+            gate_position=[],
+        )
+    except ValueError as error:
+        sys.exit(f"error: {str(error).splitlines()[-1].strip()}")
+    variants = VARIANTS | equal_parameters(baseline)
+    sizes = {name: getattr(baseline, name) for name in SIZES}
+    configs = {name: GatedLlamaConfig(**sizes | variant.fields) for name, variant in variants.items()}
+    steps = {}
+    if rounds > 0:
+        batch = (batch_size, sequence_length)
+        steps = {name: figures for name, *figures in measured_steps(configs, batch, device, rounds)}
+
+    table = Table(box=box.MARKDOWN)
+    table.add_column("variant", no_wrap=True)
+    table.add_column("formula", no_wrap=True)
+    for column in ("parameters added", "FLOPs", *(("step, s", "step time", "step memory") if steps else ())):
+        table.add_column(column, justify="right", no_wrap=True)
+    of_baseline = parameters(baseline), forward_flops(baseline, sequence_length)
+    for name, variant in variants.items():
+        added = parameters(configs[name]) - of_baseline[0]
+        flops = forward_flops(configs[name], sequence_length) / of_baseline[1]
+        row = [name, variant.formula, f"{added:+,}" if added else "0", f"{flops:.4f}"]
+        if steps:
+            seconds, time_ratio, memory_ratio = steps[name]
+            row += [f"{seconds:.3f}", f"{time_ratio:.2f}", f"{memory_ratio:.2f}"]
+        table.add_row(*row)
+    console = Console(width=200)
+    console.print(table)
+    print(
+        f"baseline: {of_baseline[0]:,} parameters, {of_baseline[1] / 1e9:,.1f} GFLOPs for {sequence_length} tokens; "
+        "FLOPs, time and memory are ratios to its own"
+    )
+
+
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+if __name__ == "__main__":
+    typer.run(main)

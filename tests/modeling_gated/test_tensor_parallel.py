@@ -1,0 +1,92 @@
+"""Tensor parallelism over two processes: every variant's plan gives the logits and gradients of one process."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from paper_variants import CONFIGS, random_model
+
+
+# Both ranks load each directory in the one that is given, split, and write what they computed.
+RANK = """
+import sys
+from pathlib import Path
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+import modeling_gated
+
+root, results = Path(sys.argv[1]), {}
+for directory in sorted(root.iterdir()):
+    model = AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto")
+    tokens = torch.arange(1, 25).view(2, 12)
+    with torch.no_grad():
+        inference = model(tokens).logits
+        generated = model.generate(tokens[:, :6], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    output = model(tokens, labels=tokens)
+    output.loss.backward()
+    whole = {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in model.named_parameters()}
+    split = sorted(n for n, p in model.named_parameters() if isinstance(p, DTensor) and p.to_local().shape != p.shape)
+    computed = {"logits": inference, "generated": generated, "training": output.logits.detach()}
+    results[directory.name] = computed | {"gradients": whole, "split": split}
+rank = torch.distributed.get_rank()
+torch.save(results, root.with_name(f"rank{rank}"))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What each of two processes computed of every variant."""
+    root = tmp_path_factory.mktemp("tensor parallel")
+    for name in CONFIGS:
+        random_model(name).save_pretrained(root / "models" / name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, root / "models"],
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert "TP rules were not applied" not in errors
+    return [torch.load(root / f"rank{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_two_processes_compute_what_one_does(name: str, ranks: list[dict]) -> None:
+    model = random_model(name)
+    tokens = torch.arange(1, 25).view(2, 12)
+    output = model(tokens, labels=tokens)
+    output.loss.backward()
+    generated = model.generate(tokens[:, :6], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    for rank in ranks:
+        found = rank[name]
+        torch.testing.assert_close(found["logits"], output.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found["training"], output.logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found["generated"], generated)
+        for parameter_name, parameter in model.named_parameters():
+            scale = parameter.grad.abs().max()
+            difference = (found["gradients"][parameter_name] - parameter.grad).abs().max()
+            assert difference < 1e-3 * scale, parameter_name
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_gates_are_split_with_their_heads(name: str, ranks: list[dict]) -> None:
+    """But for those that all heads share, which every rank holds."""
+    config = CONFIGS[name]
+    projections = {"G1": "g_proj", "G2": "g_v_proj", "G3": "g_k_proj", "G4": "g_q_proj", "G5": "g_o_proj"}
+    expected = set() if config.gate_head_shared else {projections[position] for position in config.gate_position}
+    found = {parameter.split(".")[-2] for parameter in ranks[0][name]["split"]}
+    assert {module for module in found if module.startswith("g_")} == expected
