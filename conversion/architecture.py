@@ -29,6 +29,11 @@ _SIZES = (
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 )
 _MAX_SIZE = 2**31  # no size is larger; a few of them make Transformers' configs build a list as long
+# Fields of the paper's other variants, which conversion leaves at their defaults.
+_OF_OTHER_VARIANTS = (
+    *("gate_position", "gate_head_shared", "gate_form", "gate_activation", "gate_input_independent"),
+    *("use_attention_output_norm", "attention_output_activation", "use_sandwich_norm", "use_glu"),
+)
 # What Transformers leaves unread in a checkpoint without a word.
 UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -111,14 +116,18 @@ def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
     The config of a gated checkpoint, checked against its tensors.
 
     Raises:
-        ConversionError: if it is not a gated checkpoint, or its tensors don't fit its config.
+        ConversionError: if it is not a gated checkpoint, its gates are of a form that conversion doesn't write, or its
+            tensors don't fit its config.
     """
     raw = checkpoint.raw_config
     with naming(checkpoint.config_path):
         if raw.get("model_type") != GatedLlamaConfig.model_type:
             raise ValueError(f"model_type={raw.get('model_type')!r} is not {GatedLlamaConfig.model_type}")
         _check_raw(raw, checkpoint.layers())
-        config = GatedLlamaConfig.from_dict(raw)
+        config, converted = GatedLlamaConfig.from_dict(raw), GatedLlamaConfig()
+        for name in _OF_OTHER_VARIANTS:
+            if (value := getattr(config, name)) != getattr(converted, name):
+                raise ValueError(f"{name}={value!r} is not what conversion writes")
     _check_base_tensors(checkpoint, config)
     return config
 

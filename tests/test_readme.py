@@ -3,6 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.configuration import SOURCE_FAMILIES
 from modeling_gated.conversion.quantization import SCHEMES
 
@@ -21,3 +26,22 @@ def test_every_quantization_scheme_is_in_the_table() -> None:
     for method in SCHEMES:
         assert any(re.search(rf"\b{re.escape(method)}\b", line) for line in known), method
         assert method not in re.findall(r"[\w-]+", refused)
+
+
+def variants() -> list[tuple[str, str, str]]:
+    """Name, fields and parameters in each row of the table of variants."""
+    section = README.partition("| in the paper |")[2].partition("\n\n")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()[2:]]
+    return [(name, fields, count) for name, fields, _, count, _ in cells]
+
+
+@pytest.mark.parametrize(("name", "fields", "count"), variants())
+def test_a_variant_s_fields_add_the_parameters_that_the_table_says(name: str, fields: str, count: str) -> None:
+    sizes = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 4}
+    sizes |= {"head_dim": 128, "intermediate_size": 8, "vocab_size": 8}
+    fields = {} if fields == "the defaults" else eval(f"dict({fields.strip('`')})")
+    fields.setdefault("gate_bias", fields.get("gate_input_independent", False))
+    with torch.device("meta"):
+        ungated = LlamaForCausalLM(LlamaConfig(**sizes)).num_parameters()
+        added = GatedLlamaForCausalLM(GatedLlamaConfig(**sizes | fields)).num_parameters() - ungated
+    assert count == (f"{added / 1e6:.2f}" if added else "0")

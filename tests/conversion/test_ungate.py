@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import contents, forget_gates
+from paper_variants import CONFIGS, random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -160,3 +161,19 @@ def test_a_checkpoint_whose_gates_are_missing_is_ungated(llama: Path, tmp_path: 
     ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(llama)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "gated")) is GatedLlamaForCausalLM
+
+
+# The variants that a converted checkpoint may have.
+CONVERTED = {"G1 elementwise", "G1 headwise", "G1 elementwise, narrower MLP"}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - CONVERTED))
+def test_variants_that_conversion_does_not_write_are_refused(name: str, llama: Path, tmp_path: Path) -> None:
+    random_model(name).save_pretrained(tmp_path / "variant")
+    for act in (
+        lambda: ungate_checkpoint(tmp_path / "variant", tmp_path / "back"),
+        lambda: verify_checkpoint(llama, tmp_path / "variant"),
+    ):
+        with pytest.raises(ConversionError, match=r"variant/config\.json: \w+=.+ is not what conversion writes"):
+            act()
+    assert not (tmp_path / "back").exists()
