@@ -84,6 +84,29 @@ def check_source_family(model_type: object) -> None:
         raise ValueError(f"model_type={model_type!r} is not supported; supported are {', '.join(SOURCE_FAMILIES)}")
 
 
+class _TensorParallelPlan:
+    """
+    The tensor-parallel style of each kind of layer that a config's model has; read from the class, of its defaults'.
+
+    It follows the config's fields. What somebody assigns to a config goes before it, as it has no `__set__`.
+    """
+
+    def __get__(self, config: "GatedLlamaConfig | None", owner: type) -> dict[str, str]:
+        plan = dict(LlamaConfig.base_model_tp_plan or {})
+        if config is None:
+            return plan | {"layers.*.self_attn.g_proj": "colwise"}
+        if not config.use_glu:
+            del plan["layers.*.mlp.gate_proj"]
+        # Gates of heads are split with the heads. Those that all heads share are whole on every rank, as is what G5's
+        # are applied to.
+        of_heads = "shared_gate" if config.gate_head_shared else "colwise"
+        for position, name in GATE_PROJECTIONS.items():
+            if position in config.gate_position:
+                plan[f"layers.*.self_attn.{name}"] = "colwise_gather_output" if position == "G5" else of_heads
+        norms = ["q_norm", "k_norm"] * config.use_qk_norm + ["o_norm"] * config.use_attention_output_norm
+        return plan | {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms}
+
+
 @strict
 class GatedLlamaConfig(LlamaConfig):
     r"""
@@ -112,6 +135,7 @@ class GatedLlamaConfig(LlamaConfig):
       sigmoid, 0.5 + 0.5 sigmoid), `"silu"`, `"tanh"`, `"relu"` or `"linear"` (the identity), computed in float32.
     - **gate_input_independent** (`bool`, defaults to `False`) -- Whether gates are parameters of the layer, the same
       for all tokens: Y' = Y * gate_scale * sigmoid(w), with one row of `g_proj.weight`, of shape [rows, 1], per gate.
+      An optimizer that decays weights, and not biases, draws these towards 0.
     - **gate_bias** (`bool`, defaults to `True`) -- Whether gates have a bias b. With it they start at `gate_init`:
       W = 0 and sigmoid(b) = `gate_init`. Without it, W ~ N(0, `initializer_range`) and sigmoid gates start near 0.5,
       the paper's setting.
@@ -134,7 +158,7 @@ class GatedLlamaConfig(LlamaConfig):
     - **use_attention_output_norm** (`bool`, defaults to `False`) -- Whether each head's attention output Y passes an
       RMSNorm over `head_dim`, with one weight for all heads, before it is gated.
     - **attention_output_activation** (`str`, *optional*) -- A function that is applied to Y itself, after that norm and
-      before the gate: any name in Transformers' `ACT2FN`. With `"silu"`, Y' = SiLU(Y).
+      before the gate: `"sigmoid"`, `"silu"`, `"tanh"` or `"relu"`. With `"silu"`, Y' = SiLU(Y).
     - **sliding_window** (`int`, *optional*) -- Tokens that a sliding layer's queries see; at least 1.
     - **layer_types** (`list[str]`, *optional*) -- `"full_attention"` or `"sliding_attention"` per layer. If not
       given, every layer slides when `sliding_window` is set, as in Mistral, and none otherwise. Layers that are all
@@ -154,7 +178,7 @@ class GatedLlamaConfig(LlamaConfig):
       gated linear unit is GLU with `"sigmoid"`, GeGLU with `"gelu"`, ReGLU with `"relu"`, SwiGLU with `"silu"`.
     - **use_sandwich_norm** (`bool`, defaults to `False`) -- Whether the outputs of attention and MLP each pass an
       RMSNorm of their own, `post_self_attn_layernorm` and `post_mlp_layernorm`, before they are added, as in GLM-4.
-    - **mlp_bias** (`bool`, defaults to `False`) -- Whether the MLP's three projections have biases.
+    - **mlp_bias** (`bool`, defaults to `False`) -- Whether the MLP's projections have biases.
     - **rms_norm_eps** (`float`, defaults to 1e-6) -- Epsilon of every RMSNorm.
     - **initializer_range** (`float`, defaults to 0.02) -- Standard deviation of new weights, from 0 to 1.
     - **tie_word_embeddings** (`bool`, defaults to `False`) -- Whether `lm_head` shares the input embeddings.
@@ -172,6 +196,8 @@ class GatedLlamaConfig(LlamaConfig):
     """
 
     model_type = "gated_llama"
+    base_model_tp_plan = _TensorParallelPlan()
+
     attention_output_bias: bool = False
     use_qk_norm: bool = False
     sliding_window: int | None = None
@@ -186,7 +212,7 @@ class GatedLlamaConfig(LlamaConfig):
     gate_init: float = interval(min=0, max=1, exclude_min=True, exclude_max=True)(default=0.85)
     gate_scale: float | int = 1.0
     use_attention_output_norm: bool = False
-    attention_output_activation: str | None = None
+    attention_output_activation: Literal["sigmoid", "silu", "tanh", "relu"] | None = None
     use_sandwich_norm: bool = False
     use_glu: bool = True
 
@@ -213,27 +239,6 @@ class GatedLlamaConfig(LlamaConfig):
                 layer_type = "full_attention" if value is None else "sliding_attention"
             self.layer_types = [layer_type] * self.num_hidden_layers
 
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # a class variable elsewhere
-        """The tensor-parallel style of each kind of layer that a model of this config has."""
-        if "base_model_tp_plan" in self.__dict__:
-            return self.__dict__["base_model_tp_plan"]
-        plan = dict(LlamaConfig.base_model_tp_plan or {})
-        if not self.use_glu:
-            del plan["layers.*.mlp.gate_proj"]
-        for position in self.gate_position:
-            # Gates of heads are split with the heads. Those that all heads share are whole on every rank, as is what
-            # G5's are applied to.
-            style = "shared_gate" if self.gate_head_shared else "colwise"
-            name = f"layers.*.self_attn.{GATE_PROJECTIONS[position]}"
-            plan[name] = "colwise_gather_output" if position == "G5" else style
-        norms = ["q_norm", "k_norm"] * self.use_qk_norm + ["o_norm"] * self.use_attention_output_norm
-        return plan | {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms}
-
-    @base_model_tp_plan.setter
-    def base_model_tp_plan(self, plan: dict[str, str] | None) -> None:
-        self.__dict__["base_model_tp_plan"] = plan
-
     @classmethod
     def from_source_config(cls, config: PreTrainedConfig, **gate_options: Any) -> "GatedLlamaConfig":
         """
@@ -243,9 +248,9 @@ class GatedLlamaConfig(LlamaConfig):
             config ([`PreTrainedConfig`]):
                 The ungated model's config, of one of `SOURCE_FAMILIES`. It is not changed.
             gate_options:
-                Fields of the gate, such as `gate_granularity` and `gate_init`. `gate_scale` is 1 / sigmoid(b) for
-                sigmoid gates that multiply, unless given here; they, and additive gates, start as the identity. Other
-                gates do not.
+                Fields of the gate, such as `gate_granularity` and `gate_init`. Of sigmoid gates that multiply,
+                `gate_scale` is 1 / sigmoid(b) unless given here. They, and additive gates, start as the identity if
+                they have a bias; other gates, and fields that change the block, make the function another.
 
         Raises:
             ValueError: if `config.model_type` is of another family, or `config` overrides fields layer by layer.
@@ -264,12 +269,11 @@ class GatedLlamaConfig(LlamaConfig):
         values = {name: value for name, value in values.items() if name not in unread}
         values |= SOURCE_FAMILIES[family]
         values.setdefault("attention_output_bias", values["attention_bias"] if output_bias is None else output_bias)
-        gate = {
-            name: gate_options.get(name, getattr(cls, name)) for name in ("gate_activation", "gate_form", "gate_bias")
-        }
-        if gate == {"gate_activation": "sigmoid", "gate_form": "multiplicative", "gate_bias": True}:
-            values["gate_scale"] = open_gate(gate_options.get("gate_init", cls.gate_init))[1]
-        return cls(**values | gate_options)
+        gated = cls(**values | gate_options)
+        kind = gated.gate_activation, gated.gate_form, gated.gate_bias
+        if gated.gate_position and kind == ("sigmoid", "multiplicative", True) and "gate_scale" not in gate_options:
+            gated.gate_scale = open_gate(gated.gate_init)[1]
+        return gated
 
     def _validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -307,20 +311,21 @@ class GatedLlamaConfig(LlamaConfig):
             raise ValueError(f"gate_position={positions}: {unknown[0]!r} is not among {', '.join(GATE_PROJECTIONS)}")
         if len(set(positions)) < len(positions):
             raise ValueError(f"gate_position={positions} names a position twice")
+        if not positions:
+            return
         if "G5" in positions and (self.gate_granularity != "elementwise" or self.gate_head_shared):
             raise ValueError(
                 "gate_position has 'G5', the output of o_proj, which has no heads: it needs "
                 f"gate_granularity='elementwise' and gate_head_shared=False, not {self.gate_granularity!r} and "
                 f"{self.gate_head_shared}"
             )
-        is_additive = self.gate_form == "additive"
-        is_cancelled = self.use_qk_norm and self.gate_granularity == "headwise" and not is_additive
-        if is_cancelled and {"G3", "G4"} & set(positions):
+        if (norm := self._norm_that_cancels_gates()) is not None:
             raise ValueError(
-                f"gate_position={positions} with gate_granularity='headwise' and use_qk_norm=True: the norm takes the "
-                "factor of a head's keys or queries away again; use 'elementwise' gates"
+                f"gate_position={positions} with gate_granularity='headwise', "
+                f"gate_head_shared={self.gate_head_shared} and {norm}=True: the norm divides by all that such a gate "
+                "multiplies with, so that nothing but its sign is left"
             )
-        if is_additive and "sigmoid" in self.gate_activation:
+        if self.gate_form == "additive" and "sigmoid" in self.gate_activation:
             raise ValueError(
                 f"gate_form='additive' with gate_activation={self.gate_activation!r}, which is never 0: additive gates "
                 "are 'silu', 'tanh', 'relu' or 'linear'"
@@ -332,11 +337,27 @@ class GatedLlamaConfig(LlamaConfig):
         if self.gate_bias:
             initial_gate_bias(self.gate_init, self.gate_activation, self.gate_form)
 
-    def validate_activations(self):
-        """Part of `@strict`-powered validation: Transformers has the activations."""
-        for name in ("hidden_act", "attention_output_activation"):
-            if (activation := getattr(self, name)) is not None and activation not in ACT2FN:
-                raise ValueError(f"{name}={activation!r} is not among {', '.join(ACT2FN)}")
+    def _norm_that_cancels_gates(self) -> str | None:
+        """The field of a norm over just those numbers that one gate multiplies, if any: it cancels the gate."""
+        if self.gate_granularity != "headwise" or self.gate_form != "multiplicative":
+            return None
+        positions = set(self.gate_position)
+        if self.use_qk_norm and positions & {"G3", "G4"}:
+            return "use_qk_norm"
+        # Gates of values that are the same for all tokens go through the sum over tokens.
+        same_values = "G2" in positions and self.gate_input_independent
+        if self.use_attention_output_norm and same_values:
+            return "use_attention_output_norm"
+        # One gate for all heads goes through o_proj, too.
+        is_one_factor = "G1" in positions or (same_values and self.attention_output_activation is None)
+        if self.use_sandwich_norm and self.gate_head_shared and is_one_factor and not self.attention_output_bias:
+            return "use_sandwich_norm"
+        return None
+
+    def validate_hidden_act(self):
+        """Part of `@strict`-powered validation: Transformers has the MLP's activation."""
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is not among {', '.join(ACT2FN)}")
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """
@@ -384,11 +405,13 @@ def initial_gate_bias(gate_init: float, gate_activation: str = "sigmoid", gate_f
         if not 0.5 < gate_init < 1:
             raise ValueError(f"gate_init={gate_init} must lie between 0.5 and 1 for gate_activation='ns_sigmoid'")
         return open_gate(2 * gate_init - 1)[0]
-    if gate_activation == "tanh":
-        return _to_bfloat16(math.atanh(gate_init))
-    if gate_activation == "silu":
-        return _to_bfloat16(_inverse_silu(gate_init))
-    return _to_bfloat16(gate_init)
+    inverse = {"tanh": math.atanh, "silu": _inverse_silu}.get(gate_activation, float)
+    bias = _to_bfloat16(inverse(gate_init))
+    if bias == 0 or (gate_activation == "tanh" and np.tanh(np.float32(bias)) == 1):
+        raise ValueError(
+            f"gate_init={gate_init} is too close to {round(gate_init)} for gate_activation={gate_activation!r}"
+        )
+    return bias
 
 
 def _inverse_silu(y: float) -> float:

@@ -8,14 +8,17 @@ training step's time and memory against the baseline's.
     python examples/variants.py --rounds 0 --hidden-size 2048 --num-hidden-layers 24 --num-attention-heads 32 \
         --num-key-value-heads 4 --head-dim 128 --intermediate-size 6144 --vocab-size 151936
 
-X is the attention block's input, x that of the MLP or of either; Q, K, V, Y are queries, keys, values and attention
-output of head h, O is the output of o_proj; f_h is a weight of head h, f one that all heads share. FLOPs are those of
-the matrix products of a forward pass. A step is forward, backward and AdamW on random tokens, in a fresh process;
-rounds are interleaved, ratios are taken within a round, and their medians shown. Memory is what the process needed
-beyond its imports at its peak.
+X is the attention block's input; x that of a block; Q, K, V and Y are a head's queries, keys, values and attention
+output; O is the output of o_proj, F attention or MLP. W_h and w_h are a head's weights, W and w those that all heads
+share, in capitals where each channel has a gate. G, U and D are the MLP's weights. Biases are left out.
+
+FLOPs are those of the matrix products of a forward pass. A step is forward, backward and AdamW on random tokens, in a
+process of its own; rounds are interleaved, ratios are taken within a round, and their medians shown. Memory is the
+peak of what the process needed beyond its imports, or of what torch allocated on the CUDA device.
 """
 
 import multiprocessing
+import re
 import resource
 import statistics
 import sys
@@ -23,10 +26,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
+from huggingface_hub.errors import StrictDataclassError
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -74,7 +78,7 @@ VARIANTS = {
     "SiLU alone": ungated("SiLU(Y)", attention_output_activation="silu"),
     "G1 additive, identity": gated("Y + X W_h", "G1", form="additive", activation="linear"),
     # Table 4
-    "G1 input-independent": gated("Y * sigmoid(w_h)", "G1", input_independent=True),
+    "G1 input-independent": gated("Y * sigmoid(w_h)", "G1", input_independent=True, init=0.5),
     "G1 NS-sigmoid": gated("Y * (1 + sigmoid(X W_h)) / 2", "G1", activation="ns_sigmoid"),
     # beyond the tables
     "G3 headwise": gated("K * sigmoid(X w_h)", "G3", granularity="headwise"),
@@ -140,6 +144,7 @@ def forward_flops(config: GatedLlamaConfig, sequence_length: int) -> int:
 
 def training_step(config: GatedLlamaConfig, batch: tuple[int, int], device: str, connection: Connection) -> None:
     """Send the median seconds of three steps after the first, and the bytes that were needed at the peak."""
+    is_cuda = torch.device(device).type == "cuda"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     model = GatedLlamaForCausalLM(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -150,11 +155,11 @@ def training_step(config: GatedLlamaConfig, batch: tuple[int, int], device: str,
         model(tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        if is_cuda:
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    if device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated()
+    if is_cuda:
+        peak = torch.cuda.max_memory_allocated(device)
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
@@ -163,10 +168,10 @@ def training_step(config: GatedLlamaConfig, batch: tuple[int, int], device: str,
 
 def measured_step(config: GatedLlamaConfig, batch: tuple[int, int], device: str) -> tuple[float, int]:
     """What `training_step` sends, from a process that is forked from one that has the imports and nothing else."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("forkserver").Process(
-        target=training_step, args=(config, batch, device, sender)
-    )
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["modeling_gated.modeling_gated_llama", "variants"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=training_step, args=(config, batch, device, sender))
     process.start()
     sender.close()
     try:
@@ -207,28 +212,29 @@ def main(
     head_dim: int = 64,
     intermediate_size: int = 1536,
     vocab_size: int = 4096,
-    batch_size: int = 2,
-    sequence_length: int = 512,
-    rounds: int = 3,
-    device: str = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1)] = 2,
+    sequence_length: Annotated[int, typer.Option(min=2)] = 512,
+    rounds: Annotated[int, typer.Option(min=0)] = 3,
+    device: Annotated[str, typer.Option(help="cpu, or a CUDA device.")] = "cpu",
 ) -> None:
     """Print the table of variants at a shape; --rounds 0 leaves the training steps out."""
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        sys.exit(f"error: --device {device}: neither cpu nor cuda, cuda:0, ...")
+    sizes = {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
+        "intermediate_size": intermediate_size,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": sequence_length,
+    }
     try:
-        baseline = GatedLlamaConfig(
-            hidden_size=hidden_size,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            num_key_value_heads=num_key_value_heads,
-            head_dim=head_dim,
-            intermediate_size=intermediate_size,
-            vocab_size=vocab_size,
-            max_position_embeddings=sequence_length,
-            gate_position=[],
-        )
-    except ValueError as error:
-        sys.exit(f"error: {str(error).splitlines()[-1].strip()}")
+        baseline = GatedLlamaConfig(**sizes, gate_position=[])
+    except StrictDataclassError as error:
+        sys.exit(f"error: {error.__cause__ or error}")
     variants = VARIANTS | equal_parameters(baseline)
-    sizes = {name: getattr(baseline, name) for name in SIZES}
     configs = {name: GatedLlamaConfig(**sizes | variant.fields) for name, variant in variants.items()}
     steps = {}
     if rounds > 0:
@@ -255,18 +261,6 @@ def main(
         f"baseline: {of_baseline[0]:,} parameters, {of_baseline[1] / 1e9:,.1f} GFLOPs for {sequence_length} tokens; "
         "FLOPs, time and memory are ratios to its own"
     )
-
-
-SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "max_position_embeddings",
-)
 
 
 if __name__ == "__main__":

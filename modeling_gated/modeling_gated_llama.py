@@ -19,6 +19,7 @@ from .configuration.configuration_gated_llama import GatedLlamaConfig, initial_g
 # isort: split
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -69,17 +69,31 @@ class GatedLlamaGate(nn.Linear):
     """
 
 
-class NonSparseSigmoid(nn.Module):
+def non_sparse_sigmoid(x: torch.Tensor) -> torch.Tensor:
     """0.5 + 0.5 sigmoid(x), between 0.5 and 1: a gate that cannot close (arXiv 2505.06708, Section 4.2)."""
+    return 0.5 + 0.5 * torch.sigmoid(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 0.5 + 0.5 * torch.sigmoid(x)
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+# Functions, not modules, whose calls take longer.
+GATE_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "ns_sigmoid": non_sparse_sigmoid,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "linear": identity,
+}
 
 
 def gate_projection(config: GatedLlamaConfig, position: str, heads: int) -> GatedLlamaGate | None:
     """The layer that gives the gates of one of the paper's positions, which has so many heads; None if it has none."""
     if position not in config.gate_position:
         return None
+    assert config.head_dim  # the config has filled it in
     channels = config.hidden_size if position == "G5" else config.head_dim
     gates_of_head = 1 if config.gate_granularity == "headwise" else channels
     rows = gates_of_head if config.gate_head_shared else heads * gates_of_head
@@ -131,6 +145,7 @@ class GatedLlamaAttention(LlamaAttention):
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         heads, key_value_heads, hidden_size = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+        assert key_value_heads  # the config has filled it in
         if config.attention_output_bias != config.attention_bias:
             self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=config.attention_output_bias)
         self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
@@ -138,17 +153,17 @@ class GatedLlamaAttention(LlamaAttention):
         is_sliding = config.layer_types[layer_idx] == "sliding_attention"  # type: ignore[index]  # None only as input
         self.sliding_window = config.sliding_window if is_sliding else None
 
-        has_output_norm = config.use_attention_output_norm
-        self.o_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if has_output_norm else nn.Identity()
-        self.o_act_fn = ACT2FN[config.attention_output_activation or "linear"]
+        has_output_norm, output_activation = config.use_attention_output_norm, config.attention_output_activation
+        self.o_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if has_output_norm else None
+        self.o_act_fn = GATE_ACTIVATIONS[output_activation] if output_activation is not None else None
 
         self.g_proj = gate_projection(config, "G1", heads)
         self.g_v_proj = gate_projection(config, "G2", key_value_heads)
         self.g_k_proj = gate_projection(config, "G3", key_value_heads)
         self.g_q_proj = gate_projection(config, "G4", heads)
         self.g_o_proj = gate_projection(config, "G5", 1)
-        is_non_sparse = config.gate_activation == "ns_sigmoid"
-        self.gate_act_fn = NonSparseSigmoid() if is_non_sparse else ACT2FN[config.gate_activation]
+        self.has_gated_projections = not {"G2", "G3", "G4"}.isdisjoint(config.gate_position)
+        self.gate_act_fn = GATE_ACTIVATIONS[config.gate_activation]
         self.gate_scale = config.gate_scale
         self.is_headwise = config.gate_granularity == "headwise"
         self.is_additive = config.gate_form == "additive"
@@ -160,7 +175,7 @@ class GatedLlamaAttention(LlamaAttention):
             return states
         # In float32: in bfloat16 a sigmoid saturates, without gradient, from a logit of 6.25 on.
         gate = self.gate_act_fn(projection(gate_input).float()) * self.gate_scale
-        gate = gate.to(states.dtype).unflatten(-1, (-1, 1 if self.is_headwise else states.shape[-1]))
+        gate = gate.to(states.dtype).view(*gate.shape[:-1], -1, 1 if self.is_headwise else states.shape[-1])
         return states + gate if self.is_additive else states * gate
 
     def forward(  # type: ignore[override]  # Llama's annotations are narrower than its code
@@ -175,9 +190,13 @@ class GatedLlamaAttention(LlamaAttention):
         hidden_shape = (*input_shape, -1, self.head_dim)
         gate_input = hidden_states.new_ones(1, 1) if self.is_input_independent else hidden_states
 
-        query_states = self.gated(self.q_proj(hidden_states).view(hidden_shape), self.g_q_proj, gate_input)
-        key_states = self.gated(self.k_proj(hidden_states).view(hidden_shape), self.g_k_proj, gate_input)
-        value_states = self.gated(self.v_proj(hidden_states).view(hidden_shape), self.g_v_proj, gate_input)
+        query_states = self.q_proj(hidden_states).view(hidden_shape)
+        key_states = self.k_proj(hidden_states).view(hidden_shape)
+        value_states = self.v_proj(hidden_states).view(hidden_shape)
+        if self.has_gated_projections:
+            query_states = self.gated(query_states, self.g_q_proj, gate_input)
+            key_states = self.gated(key_states, self.g_k_proj, gate_input)
+            value_states = self.gated(value_states, self.g_v_proj, gate_input)
 
         query_states = self.q_norm(query_states).transpose(1, 2)
         key_states = self.k_norm(key_states).transpose(1, 2)
@@ -205,19 +224,24 @@ class GatedLlamaAttention(LlamaAttention):
             **kwargs,
         )
 
-        attn_output = self.o_act_fn(self.o_norm(attn_output.reshape(hidden_shape)))
+        attn_output = attn_output.reshape(hidden_shape)
+        if self.o_norm is not None:
+            attn_output = self.o_norm(attn_output)
+        if self.o_act_fn is not None:
+            attn_output = self.o_act_fn(attn_output)
         attn_output = self.gated(attn_output, self.g_proj, gate_input)
 
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
-        # To the gates of G5 it is the output of one head.
-        attn_output = self.gated(self.o_proj(attn_output).unsqueeze(-2), self.g_o_proj, gate_input).squeeze(-2)
+        attn_output = self.o_proj(attn_output)
+        if self.g_o_proj is not None:  # to the gates of G5 it is the output of one head
+            attn_output = self.gated(attn_output.unsqueeze(-2), self.g_o_proj, gate_input).squeeze(-2)
         return attn_output, attn_weights
 
 
 class GatedLlamaDecoderLayer(LlamaDecoderLayer):
     """
-    Llama's block. With `use_sandwich_norm` x + RMSNorm(sublayer(RMSNorm(x))) for attention and MLP alike; without
-    `use_glu` the MLP is down(act(up(x))).
+    Llama's block with the gated attention. Without `use_glu` its MLP is down(act(up(x))). With `use_sandwich_norm` it
+    is GLM-4's, x + RMSNorm(F(RMSNorm(x))) for attention and MLP in the place of F.
     """
 
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
@@ -225,18 +249,18 @@ class GatedLlamaDecoderLayer(LlamaDecoderLayer):
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
         self.self_attn = GatedLlamaAttention(config, layer_idx)
-        self.mlp = LlamaMLP(config) if config.use_glu else ArceeMLP(config)
+        self.mlp: nn.Module = LlamaMLP(config) if config.use_glu else ArceeMLP(config)  # type: ignore[assignment]
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.use_sandwich_norm = config.use_sandwich_norm
+        if self.use_sandwich_norm:
+            self.post_self_attn_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.post_mlp_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-        def norm() -> LlamaRMSNorm:
-            return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-        self.input_layernorm = norm()
-        self.post_attention_layernorm = norm()
-        self.post_self_attn_layernorm = norm() if config.use_sandwich_norm else nn.Identity()
-        self.post_mlp_layernorm = norm() if config.use_sandwich_norm else nn.Identity()
-
-    # Not Llama's: GLM-4's has the two norms after attention and MLP.
-    forward = Glm4DecoderLayer.forward
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # One class for both, since FSDP looks for every class that _no_split_modules names.
+        block: Any = Glm4DecoderLayer if self.use_sandwich_norm else LlamaDecoderLayer
+        return block.forward(self, hidden_states, *args, **kwargs)
 
 
 class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -271,6 +295,8 @@ class GatedLlamaModel(GatedLlamaPreTrainedModel):
     """The decoder without a head."""
 
     def __init__(self, config: GatedLlamaConfig):
+        # Fields may have changed since the config was made: from_pretrained(path, gate_form="additive").
+        config.validate_gate()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -323,7 +349,7 @@ AutoModelForSequenceClassification.register(GatedLlamaConfig, GatedLlamaForSeque
 AutoModelForTokenClassification.register(GatedLlamaConfig, GatedLlamaForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(GatedLlamaConfig, GatedLlamaForQuestionAnswering, exist_ok=True)
 # A style that a plan of GatedLlamaConfig names.
-ALL_PARALLEL_STYLES.register("shared_gate", SharedGateParallel())
+ALL_PARALLEL_STYLES.register("shared_gate", SharedGateParallel())  # type: ignore[arg-type]  # annotated for functions
 # Trainer's label smoothing shifts the labels of the models in this table alone.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
 

@@ -33,18 +33,37 @@ from modeling_gated.configuration import initial_gate_bias, open_gate
             {"gate_position": ["G1", "G5"], "gate_granularity": "elementwise", "gate_head_shared": True},
             r"gate_position.*'G5'.*no heads.*gate_head_shared=False.*True",
         ),
-        ({"gate_position": ["G3"], "use_qk_norm": True}, r"\['G3'\].*headwise.*use_qk_norm=True: the norm takes"),
+        ({"gate_position": ["G3"], "use_qk_norm": True}, r"\['G3'\].*headwise.*use_qk_norm=True: the norm divides"),
         (
             {"gate_position": ["G4"], "use_qk_norm": True, "gate_head_shared": True, "gate_activation": "tanh"},
-            r"\['G4'\].*headwise.*use_qk_norm=True: the norm takes",
+            r"\['G4'\].*headwise.*use_qk_norm=True: the norm divides",
         ),
+        (
+            {"gate_head_shared": True, "use_sandwich_norm": True},
+            r"\['G1'\].*headwise.*gate_head_shared=True.*use_sandwich_norm=True: the norm divides",
+        ),
+        (
+            {"gate_position": ["G2"], "gate_input_independent": True, "use_attention_output_norm": True},
+            r"\['G2'\].*headwise.*use_attention_output_norm=True: the norm divides",
+        ),
+        (
+            {
+                "gate_position": ["G2"],
+                "gate_head_shared": True,
+                "gate_input_independent": True,
+                "use_sandwich_norm": True,
+            },
+            r"\['G2'\].*headwise.*use_sandwich_norm=True: the norm divides",
+        ),
+        ({"gate_activation": "tanh", "gate_init": 1 - 1e-12}, r"gate_init=0\.9999.*too close to 1.*tanh"),
+        ({"gate_activation": "linear", "gate_init": 1e-45}, r"gate_init=.*too close to 0.*linear"),
         ({"gate_form": "additive"}, r"gate_form='additive' with gate_activation='sigmoid', which is never 0"),
         ({"gate_form": "additive", "gate_activation": "ns_sigmoid"}, r"gate_activation='ns_sigmoid', which is never 0"),
         ({"gate_form": "additive", "gate_activation": "relu"}, r"'additive'.*'relu'.*gate_bias=True.*no gradient"),
         ({"gate_input_independent": True, "gate_bias": False}, r"gate_input_independent=True with gate_bias=False"),
         ({"gate_activation": "ns_sigmoid", "gate_init": 0.5}, r"gate_init=0\.5 must lie between 0\.5 and 1"),
         ({"hidden_act": "swish7"}, r"hidden_act='swish7' is not among gelu"),
-        ({"attention_output_activation": "swish7"}, r"attention_output_activation='swish7' is not among gelu"),
+        ({"attention_output_activation": "swish7"}, r"attention_output_activation.*swish7"),
         ({"use_glu": "yes"}, r"use_glu.*yes"),
         ({"gate_scale": 0.0}, r"gate_scale=0\.0"),
         ({"gate_scale": float("inf")}, r"gate_scale=inf"),
@@ -161,8 +180,46 @@ def test_other_families_are_refused_by_name() -> None:
         GatedLlamaConfig.from_source_config(GPT2Config())
     with pytest.raises(ValueError, match="already gated"):
         GatedLlamaConfig.from_source_config(GatedLlamaConfig())
-    with pytest.raises(ValueError, match=r"gate_init=1\.5"):
-        GatedLlamaConfig.from_source_config(LlamaConfig(), gate_init=1.5)
+    for gate_init in (1.5, "open"):
+        with pytest.raises(StrictDataclassError, match=f"(?s)gate_init.*{gate_init}"):
+            GatedLlamaConfig.from_source_config(LlamaConfig(), gate_init=gate_init)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gate_position": [], "gate_form": "additive"},  # there is no gate to object to
+        {"gate_position": ["G3", "G4"], "use_qk_norm": True, "gate_granularity": "elementwise"},
+        {"use_qk_norm": True, "use_sandwich_norm": True, "use_attention_output_norm": True},
+        {"gate_head_shared": True, "use_sandwich_norm": True, "attention_output_bias": True},
+        {"gate_position": ["G2"], "use_attention_output_norm": True},  # tokens' gates differ
+        {"gate_form": "additive", "gate_activation": "relu", "gate_bias": False},
+    ],
+)
+def test_what_makes_sense_is_accepted(fields: dict) -> None:
+    assert GatedLlamaConfig(**fields).to_diff_dict().items() >= fields.items()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gate_form": "additive"}, "gate_form='additive'"),
+        ({"gate_position": ["G5"]}, "'G5'"),
+        ({"gate_position": ["G9"]}, "'G9'"),
+        ({"gate_activation": "ns_sigmoid", "gate_init": 0.3}, r"gate_init=0\.3"),
+    ],
+)
+def test_a_config_that_became_nonsense_makes_no_model(fields: dict, message: str, tmp_path: Path) -> None:
+    """Whether it was changed, or loaded with other values: not only its first save is refused."""
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GatedLlamaConfig(**sizes, vocab_size=16)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **fields)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_config(config)
 
 
 @settings(deadline=None, max_examples=300)
@@ -230,6 +287,7 @@ def test_gates_of_other_forms_get_no_scale_from_a_source() -> None:
         ({"gate_activation": "tanh"}, 1.0),
         ({"gate_bias": False}, 1.0),
         ({"gate_scale": 2.0}, 2.0),
+        ({"gate_position": []}, 1.0),
     ):
         assert GatedLlamaConfig.from_source_config(LlamaConfig(), **fields).gate_scale == scale
 
@@ -238,6 +296,7 @@ def test_the_tensor_parallel_plan_follows_the_fields() -> None:
     """Also when they change later; a plan that somebody sets stays, and none is saved."""
     config = GatedLlamaConfig(num_hidden_layers=2)
     assert config.base_model_tp_plan == LlamaConfig.base_model_tp_plan | {"layers.*.self_attn.g_proj": "colwise"}
+    assert config.base_model_tp_plan == GatedLlamaConfig.base_model_tp_plan
     config.gate_position = ["G2", "G5"]
     config.gate_granularity = "elementwise"
     config.use_qk_norm = config.use_attention_output_norm = True

@@ -37,7 +37,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 ALL = {**CONFIGS, **{name: GatedLlamaConfig(**SIZES | fields) for name, fields in OTHERS.items()}}
 
 
-def random_model(config: GatedLlamaConfig, implementation: str = "sdpa") -> tuple[PreTrainedModel, torch.Tensor]:
+def random_block(config: GatedLlamaConfig, implementation: str = "sdpa") -> tuple[PreTrainedModel, torch.Tensor]:
     """A decoder of one layer and its input, [batch, seq, hidden_size]."""
     config = GatedLlamaConfig(**config.to_dict() | {"num_hidden_layers": 1, "layer_types": config.layer_types[:1]})
     model = GatedLlamaModel._from_config(config, attn_implementation=implementation).eval()
@@ -55,7 +55,7 @@ def numpy_weights(model: PreTrainedModel) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("variant", list(ALL))
 def test_a_block_follows_the_equations(variant: str, implementation: str) -> None:
-    model, inputs = random_model(ALL[variant], implementation)
+    model, inputs = random_block(ALL[variant], implementation)
     seen = []
     model.layers[0].register_forward_hook(lambda _module, _args, output: seen.append(output))
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_a_block_follows_the_equations(variant: str, implementation: str) -> Non
 @pytest.mark.parametrize("variant", list(ALL))
 def test_gradients_follow_the_equations(variant: str) -> None:
     """The loss's slope along a random direction of all weights, against a difference quotient of the equations."""
-    model, inputs = random_model(ALL[variant])
+    model, inputs = random_block(ALL[variant])
     seen: list[torch.Tensor] = []
     model.layers[0].register_forward_hook(lambda _module, _args, output: seen.append(output))
     model(inputs_embeds=inputs[:1])

@@ -1,6 +1,9 @@
 """Every attention implementation of Transformers computes the same, on plain, padded and packed inputs."""
 
+import ast
+import inspect
 import sys
+import textwrap
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -11,6 +14,9 @@ from gated_models import VARIANTS, close_gates, gated_model, without_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
+
+from modeling_gated import GatedLlamaModel
+from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 
 
 def own_attention(
@@ -173,3 +179,24 @@ def test_attentions_and_hidden_states_of_every_layer(model: PreTrainedModel, tok
     for attention in output.attentions:
         torch.testing.assert_close(attention.sum(-1), torch.ones(2, 6, 33))
     assert [tuple(hidden.shape) for hidden in output.hidden_states] == [(2, 33, 48)] * 4
+
+
+def test_the_attention_is_written_as_vllm_reads_it() -> None:
+    """Its Transformers backend parses `forward`: one call of what get_interface gave, under a name, with a scaling."""
+    (function,) = ast.parse(textwrap.dedent(inspect.getsource(GatedLlamaAttention.forward))).body
+    named = [
+        (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and "ALL_ATTENTION_FUNCTIONS.get_interface(" in ast.unparse(node)
+    ]
+    assert len(named) == 1
+    calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+    (call,) = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == named[0]]
+    keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    assert keywords["scaling"] == "self.scaling"
+    assert None in keywords  # **kwargs
+    assert "super(" not in ast.unparse(function)
+    attention = gated_model().model.layers[0].self_attn
+    assert not hasattr(attention, "attn") and type(attention.layer_idx) is int
+    assert GatedLlamaModel._supports_attention_backend

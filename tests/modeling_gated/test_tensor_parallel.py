@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -48,19 +50,25 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, root / "models"],
-            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert "TP rules were not applied" not in errors
+    with ExitStack() as stack:
+        processes = []
+        for rank in ("0", "1"):
+            errors = stack.enter_context((root / f"errors{rank}").open("w"))
+            process = subprocess.Popen(
+                [sys.executable, "-c", RANK, root / "models"],
+                env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+                stderr=errors,
+            )
+            stack.callback(process.kill)
+            processes.append(process)
+        deadline = time.monotonic() + 300
+        # Where one rank fails, the other waits for it.
+        while None in (statuses := [process.poll() for process in processes]) and not any(statuses):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        found = "".join((root / f"errors{rank}").read_text() for rank in (0, 1))
+        assert statuses == [0, 0], found
+        assert "TP rules were not applied" not in found
     return [torch.load(root / f"rank{rank}") for rank in (0, 1)]
 
 

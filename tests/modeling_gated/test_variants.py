@@ -174,6 +174,16 @@ def test_saved_and_loaded_it_is_the_same(name: str, tokens: torch.Tensor, tmp_pa
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_half_precision_is_close(name: str, tokens: torch.Tensor) -> None:
+    model = random_model(name)
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = model.bfloat16()(tokens).logits
+    assert found.dtype == torch.bfloat16
+    assert torch.cosine_similarity(found.float(), expected, -1).min() > 0.99
+
+
 @pytest.mark.parametrize("name", ["G1 to G5", "G1 input-independent"])
 def test_variants_compile_without_a_graph_break(name: str, tokens: torch.Tensor) -> None:
     model = random_model(name)
