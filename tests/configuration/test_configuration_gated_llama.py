@@ -193,6 +193,14 @@ def test_other_families_are_refused_by_name() -> None:
         {"use_qk_norm": True, "use_sandwich_norm": True, "use_attention_output_norm": True},
         {"gate_head_shared": True, "use_sandwich_norm": True, "attention_output_bias": True},
         {"gate_position": ["G2"], "use_attention_output_norm": True},  # tokens' gates differ
+        {"gate_position": ["G2"], "gate_head_shared": True, "use_sandwich_norm": True},
+        {
+            "gate_position": ["G2"],
+            "gate_head_shared": True,
+            "gate_input_independent": True,
+            "use_sandwich_norm": True,
+            "attention_output_activation": "tanh",
+        },
         {"gate_form": "additive", "gate_activation": "relu", "gate_bias": False},
     ],
 )
