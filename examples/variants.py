@@ -2,19 +2,20 @@
 The paper's design space as configurations of the one model: what each adds in parameters and computation, and one
 training step's time and memory against the baseline's.
 
-    python examples/variants.py [--rounds 3] [--device cpu] [--hidden-size 512 --num-hidden-layers 4 ...]
+    python examples/variants.py [--steps 9] [--device cpu] [--hidden-size 512 --num-hidden-layers 4 ...]
 
     # the shapes of the paper's Tables 1, 3 and 4 (with a dense MLP): parameters and FLOPs alone, no memory is needed
-    python examples/variants.py --rounds 0 --hidden-size 2048 --num-hidden-layers 24 --num-attention-heads 32 \
+    python examples/variants.py --steps 0 --hidden-size 2048 --num-hidden-layers 24 --num-attention-heads 32 \
         --num-key-value-heads 4 --head-dim 128 --intermediate-size 6144 --vocab-size 151936
 
 X is the attention block's input; x that of a block; Q, K, V and Y are a head's queries, keys, values and attention
 output; O is the output of o_proj, F attention or MLP. W_h and w_h are a head's weights, W and w those that all heads
 share, in capitals where each channel has a gate. G, U and D are the MLP's weights. Biases are left out.
 
-FLOPs are those of the matrix products of a forward pass. A step is forward, backward and AdamW on random tokens, in a
-process of its own; rounds are interleaved, ratios are taken within a round, and their medians shown. Memory is the
-peak of what the process needed beyond its imports, or of what torch allocated on the CUDA device.
+FLOPs are those of the matrix products of a forward pass. A training step is forward, backward and AdamW on random
+tokens. Steps of a variant and of the baseline are taken in turns, in one process, and the median of their ratios is
+shown; memory is the peak of what a process needs for the variant alone beyond its imports, or of what torch allocated
+on the CUDA device. What the rows that compute the same as the baseline show is noise.
 """
 
 import multiprocessing
@@ -23,7 +24,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Annotated, Any
@@ -142,36 +143,59 @@ def forward_flops(config: GatedLlamaConfig, sequence_length: int) -> int:
     return counter.get_total_flops()
 
 
-def training_step(config: GatedLlamaConfig, batch: tuple[int, int], device: str, connection: Connection) -> None:
-    """Send the median seconds of three steps after the first, and the bytes that were needed at the peak."""
-    is_cuda = torch.device(device).type == "cuda"
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = GatedLlamaForCausalLM(config).to(device)
-    optimizer = torch.optim.AdamW(model.parameters())
-    tokens = torch.randint(config.vocab_size, batch).to(device)
-    seconds = []
-    for _ in range(4):
+class Training:
+    """A new model and its AdamW, in training on random tokens."""
+
+    def __init__(self, config: GatedLlamaConfig, batch: tuple[int, int], device: torch.device) -> None:
+        self.device = device
+        self.model = GatedLlamaForCausalLM(config).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.tokens = torch.randint(config.vocab_size, batch).to(device)
+
+    def step(self) -> float:
+        """Forward, backward and the optimizer's step; its seconds."""
         started = time.perf_counter()
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if is_cuda:
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - started)
-    if is_cuda:
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
-    connection.send((statistics.median(seconds[1:]), peak))
+        self.model(self.tokens, labels=self.tokens).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started
 
 
-def measured_step(config: GatedLlamaConfig, batch: tuple[int, int], device: str) -> tuple[float, int]:
-    """What `training_step` sends, from a process that is forked from one that has the imports and nothing else."""
+def compare_steps(
+    config: GatedLlamaConfig, baseline: GatedLlamaConfig, batch: tuple[int, int], device: torch.device, steps: int
+) -> tuple[float, float]:
+    """The median seconds of a step, and the median of its ratios to the baseline's steps, taken in turns."""
+    both = Training(config, batch, device), Training(baseline, batch, device)
+    for training in both:
+        training.step()  # the first one is slower
+    pairs = [(both[0].step(), both[1].step()) for _ in range(steps)]
+    return statistics.median(own for own, _ in pairs), statistics.median(own / other for own, other in pairs)
+
+
+def step_memory(config: GatedLlamaConfig, batch: tuple[int, int], device: torch.device) -> int:
+    """Bytes that making a model and two of its steps need at their peak, on a CPU beyond what the process has."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    training = Training(config, batch, device)
+    training.step()
+    training.step()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit
+
+
+def send(connection: Connection, function: Callable[..., Any], *args: Any) -> None:
+    connection.send(function(*args))
+
+
+def in_a_process_of_its_own(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns, in a process that is forked from one with the imports and nothing else."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["modeling_gated.modeling_gated_llama", "variants"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=training_step, args=(config, batch, device, sender))
+    process = context.Process(target=send, args=(sender, function, *args))
     process.start()
     sender.close()
     try:
@@ -180,28 +204,6 @@ def measured_step(config: GatedLlamaConfig, batch: tuple[int, int], device: str)
         sys.exit("a training step failed: see above")
     finally:
         process.join()
-
-
-def measured_steps(
-    configs: dict[str, GatedLlamaConfig], batch: tuple[int, int], device: str, rounds: int
-) -> Iterator[tuple[str, float, float, float]]:
-    """For each config its name, its seconds, and its seconds and memory against the first one's of the same round."""
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in configs}
-    with tqdm(total=rounds * len(configs), unit="variant", leave=False) as progress:
-        for _ in range(rounds):
-            for name, config in configs.items():
-                progress.set_description(name)
-                found[name].append(measured_step(config, batch, device))
-                progress.update()
-    baseline = next(iter(found.values()))
-    for name, steps in found.items():
-        ratios = [(s / of_s, m / of_m) for (s, m), (of_s, of_m) in zip(steps, baseline, strict=True)]
-        yield (
-            name,
-            statistics.median(seconds for seconds, _ in steps),
-            statistics.median(ratio for ratio, _ in ratios),
-            statistics.median(ratio for _, ratio in ratios),
-        )
 
 
 def main(
@@ -214,12 +216,14 @@ def main(
     vocab_size: int = 4096,
     batch_size: Annotated[int, typer.Option(min=1)] = 2,
     sequence_length: Annotated[int, typer.Option(min=2)] = 512,
-    rounds: Annotated[int, typer.Option(min=0)] = 3,
+    steps: Annotated[int, typer.Option(min=0)] = 9,
     device: Annotated[str, typer.Option(help="cpu, or a CUDA device.")] = "cpu",
 ) -> None:
-    """Print the table of variants at a shape; --rounds 0 leaves the training steps out."""
+    """Print the table of variants at a shape; --steps 0 leaves the training steps out."""
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
         sys.exit(f"error: --device {device}: neither cpu nor cuda, cuda:0, ...")
+    if device != "cpu" and not torch.cuda.is_available():
+        sys.exit(f"error: --device {device}: torch finds no CUDA device")
     sizes = {
         "hidden_size": hidden_size,
         "num_hidden_layers": num_hidden_layers,
@@ -236,30 +240,32 @@ def main(
         sys.exit(f"error: {error.__cause__ or error}")
     variants = VARIANTS | equal_parameters(baseline)
     configs = {name: GatedLlamaConfig(**sizes | variant.fields) for name, variant in variants.items()}
-    steps = {}
-    if rounds > 0:
-        batch = (batch_size, sequence_length)
-        steps = {name: figures for name, *figures in measured_steps(configs, batch, device, rounds)}
+    trained: dict[str, list[str]] = {}
+    if steps > 0:
+        on = (batch_size, sequence_length), torch.device(device)
+        of_baseline = in_a_process_of_its_own(step_memory, baseline, *on)
+        for name, config in (progress := tqdm(configs.items(), unit="variant", leave=False)):
+            progress.set_description(name)
+            seconds, ratio = in_a_process_of_its_own(compare_steps, config, baseline, *on, steps)
+            memory = in_a_process_of_its_own(step_memory, config, *on) / of_baseline
+            trained[name] = [f"{seconds:.3f}", f"{ratio:.2f}", f"{memory:.2f}"]
 
     table = Table(box=box.MARKDOWN)
     table.add_column("variant", no_wrap=True)
     table.add_column("formula", no_wrap=True)
-    for column in ("parameters added", "FLOPs", *(("step, s", "step time", "step memory") if steps else ())):
+    for column in ("parameters added", "FLOPs", *(("step, s", "step time", "step memory") if trained else ())):
         table.add_column(column, justify="right", no_wrap=True)
-    of_baseline = parameters(baseline), forward_flops(baseline, sequence_length)
+    parameters_of_baseline, flops_of_baseline = parameters(baseline), forward_flops(baseline, sequence_length)
     for name, variant in variants.items():
-        added = parameters(configs[name]) - of_baseline[0]
-        flops = forward_flops(configs[name], sequence_length) / of_baseline[1]
+        added = parameters(configs[name]) - parameters_of_baseline
+        flops = forward_flops(configs[name], sequence_length) / flops_of_baseline
         row = [name, variant.formula, f"{added:+,}" if added else "0", f"{flops:.4f}"]
-        if steps:
-            seconds, time_ratio, memory_ratio = steps[name]
-            row += [f"{seconds:.3f}", f"{time_ratio:.2f}", f"{memory_ratio:.2f}"]
-        table.add_row(*row)
+        table.add_row(*row, *trained.get(name, []))
     console = Console(width=200)
     console.print(table)
     print(
-        f"baseline: {of_baseline[0]:,} parameters, {of_baseline[1] / 1e9:,.1f} GFLOPs for {sequence_length} tokens; "
-        "FLOPs, time and memory are ratios to its own"
+        f"baseline: {parameters_of_baseline:,} parameters, {flops_of_baseline / 1e9:,.1f} GFLOPs for {sequence_length} "
+        "tokens; FLOPs, time and memory are ratios to its own"
     )
 
 
