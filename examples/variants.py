@@ -2,11 +2,11 @@
 The paper's design space as configurations of the one model: what each adds in parameters and computation, and one
 training step's time and memory against the baseline's.
 
-    python examples/variants.py [--steps 9] [--device cpu] [--hidden-size 512 --num-hidden-layers 4 ...]
+    python examples/variants.py [--steps 15] [--device cpu] [--hidden-size 512 --num-hidden-layers 2 ...]
 
     # the shapes of the paper's Tables 1, 3 and 4 (with a dense MLP): parameters and FLOPs alone, no memory is needed
     python examples/variants.py --steps 0 --hidden-size 2048 --num-hidden-layers 24 --num-attention-heads 32 \
-        --num-key-value-heads 4 --head-dim 128 --intermediate-size 6144 --vocab-size 151936
+        --num-key-value-heads 4 --head-dim 128 --intermediate-size 6144 --vocab-size 151936 --sequence-length 512
 
 X is the attention block's input; x that of a block; Q, K, V and Y are a head's queries, keys, values and attention
 output; O is the output of o_proj, F attention or MLP. W_h and w_h are a head's weights, W and w those that all heads
@@ -208,15 +208,15 @@ def in_a_process_of_its_own(function: Callable[..., Any], *args: Any) -> Any:
 
 def main(
     hidden_size: int = 512,
-    num_hidden_layers: int = 4,
+    num_hidden_layers: int = 2,
     num_attention_heads: int = 8,
     num_key_value_heads: int = 2,
     head_dim: int = 64,
     intermediate_size: int = 1536,
     vocab_size: int = 4096,
-    batch_size: Annotated[int, typer.Option(min=1)] = 2,
-    sequence_length: Annotated[int, typer.Option(min=2)] = 512,
-    steps: Annotated[int, typer.Option(min=0)] = 9,
+    batch_size: Annotated[int, typer.Option(min=1)] = 1,
+    sequence_length: Annotated[int, typer.Option(min=2)] = 256,
+    steps: Annotated[int, typer.Option(min=0)] = 15,
     device: Annotated[str, typer.Option(help="cpu, or a CUDA device.")] = "cpu",
 ) -> None:
     """Print the table of variants at a shape; --steps 0 leaves the training steps out."""
