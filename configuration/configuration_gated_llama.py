@@ -13,7 +13,8 @@
 # limitations under the License.
 """Configuration of GatedLlama: Llama with attention output gates (arXiv 2505.06708).
 
-A saved config carries this file and the model's beside it, so it imports nothing that Transformers doesn't.
+A saved config carries this file and the model's beside it, so it imports nothing that Transformers doesn't, but for
+what is written into it then.
 """
 
 import importlib.util
@@ -33,12 +34,13 @@ from packaging.version import Version
 if Version(transformers.__version__) < Version("5.16.1"):
     raise ImportError(f"GatedLlama needs transformers>=5.16.1, found {transformers.__version__}")
 
-import numpy as np
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.utils import logging
 from transformers.utils.type_validators import interval
+
+from .gate_opening import initial_gate_bias, open_gate
 
 
 logger = logging.get_logger(__name__)
@@ -96,7 +98,7 @@ class _TensorParallelPlan:
         if config is None:
             return plan | {"layers.*.self_attn.g_proj": "colwise"}
         if not config.use_glu:
-            del plan["layers.*.mlp.gate_proj"]
+            plan.pop("layers.*.mlp.gate_proj", None)
         # Gates of heads are split with the heads. Those that all heads share are whole on every rank, as is what G5's
         # are applied to.
         of_heads = "shared_gate" if config.gate_head_shared else "colwise"
@@ -385,117 +387,23 @@ class GatedLlamaConfig(LlamaConfig):
         """Does nothing: `save_pretrained` writes `auto_map`, and registering would change its `AutoConfig` entry."""
 
 
-def initial_gate_bias(gate_init: float, gate_activation: str = "sigmoid", gate_form: str = "multiplicative") -> float:
-    """
-    The bias b, a bfloat16 number, with which a gate starts: activation(b) is `gate_init`, for additive gates 0.
-
-    Raises:
-        ValueError: if b does not exist, or the gate has no gradient there.
-    """
-    if gate_form == "additive":
-        if gate_activation == "relu":
-            raise ValueError(
-                "gate_form='additive' with gate_activation='relu' and gate_bias=True: gates that add 0 at their start "
-                "would have no gradient; with gate_bias=False they start at random"
-            )
-        return 0.0
-    if gate_activation == "sigmoid":
-        return open_gate(gate_init)[0]
-    if gate_activation == "ns_sigmoid":
-        if not 0.5 < gate_init < 1:
-            raise ValueError(f"gate_init={gate_init} must lie between 0.5 and 1 for gate_activation='ns_sigmoid'")
-        return open_gate(2 * gate_init - 1)[0]
-    inverse = {"tanh": math.atanh, "silu": _inverse_silu}.get(gate_activation, float)
-    bias = _to_bfloat16(inverse(gate_init))
-    if bias == 0 or (gate_activation == "tanh" and np.tanh(np.float32(bias)) == 1):
-        raise ValueError(
-            f"gate_init={gate_init} is too close to {round(gate_init)} for gate_activation={gate_activation!r}"
-        )
-    return bias
-
-
-def _inverse_silu(y: float) -> float:
-    """The positive x for which x * sigmoid(x) = y."""
-    x = y + 1.0
-    for _ in range(20):  # Newton's steps: SiLU rises with a slope of at least 0.5 there
-        sigmoid = 1 / (1 + math.exp(-x))
-        x -= (x * sigmoid - y) / (sigmoid * (1 + x * (1 - sigmoid)))
-    return x
-
-
-def open_gate(gate_init: float) -> tuple[float, float]:
-    """
-    The bias b with which a gate starts open, and the scale s with which it then is the identity.
-
-    b is logit(gate_init) rounded to bfloat16, or the nearest neighbour for which some float32 number s gives
-    s * sigmoid(b) = 1 exactly in float32, for any exp that is right to one unit in the last place.
-
-    Args:
-        gate_init (`float`): the opening sigmoid(b) to start from, strictly between 0 and 1.
-
-    Returns:
-        `tuple[float, float]`: b and s. b is exact in bfloat16, float16 and float32, s in float32.
-
-    Raises:
-        ValueError: if gate_init is outside (0, 1), or so close to an end that a float32 sigmoid is 0 or 1 there.
-    """
-    if not 0 < gate_init < 1:
-        raise ValueError(f"gate_init={gate_init} must be greater than 0 and smaller than 1")
-    for bias in _bfloat16_around(math.log(gate_init / (1 - gate_init))):
-        if (scale := _identity_scale(bias)) is not None:
-            return bias, scale
-    raise ValueError(f"gate_init={gate_init} is too close to {round(gate_init)}: a float32 sigmoid is flat there")
-
-
-def _bfloat16_around(x: float) -> Iterator[float]:
-    """The bfloat16 number nearest to x, then its neighbours; 0 for an x around which they lie too close to matter."""
-    if abs(x) < 2**-8:
-        yield 0.0
-        return
-    nearest = _bfloat16_bits(x)
-    for step in range(16):
-        for candidate in (nearest + step, nearest - step):
-            yield float(np.uint32(candidate << 16).view(np.float32))
-
-
-def _to_bfloat16(x: float) -> float:
-    return float(np.uint32(_bfloat16_bits(x) << 16).view(np.float32))
-
-
-def _bfloat16_bits(x: float) -> int:
-    """The bits of the bfloat16 number nearest to x."""
-    bits = int(np.float32(x).view(np.uint32))
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # round half to even
-
-
-def _identity_scale(bias: float) -> float | None:
-    """The float32 number s for which s * 1 / (1 + e) = 1 for every e that a device may take for exp(-bias)."""
-    if abs(bias) > 80:  # float32 exp overflows at 88
-        return None
-    exact = math.exp(-bias)
-    nearest = np.float32(exact)
-    # Vectorised exps are right to one unit in the last place; exp(0) = 1 is always exact.
-    tolerance = 0.0 if float(nearest) == exact else float(np.spacing(nearest))
-    around = (nearest, np.nextafter(nearest, np.float32(0)), np.nextafter(nearest, np.float32(np.inf)))
-    gates = [np.float32(1) / (np.float32(1) + e) for e in around if abs(float(e) - exact) <= tolerance]
-    if not 0 < gates[0] < 1:
-        return None
-    scale = np.float32(1) / gates[0]
-    for candidate in (scale, np.nextafter(scale, np.float32(0)), np.nextafter(scale, np.float32(np.inf))):
-        if all(gate * candidate == 1 for gate in gates):
-            return float(candidate)
-    return None
-
-
 def _source_files() -> Iterator[tuple[str, str]]:
     """Name and text of the two source files of a checkpoint, with imports of each other as flat siblings."""
-    package = __name__.rpartition(".")[0]
     for module in ("configuration_gated_llama", "modeling_gated_llama"):
-        # In the package the model lies one level up, in a checkpoint beside this file.
-        specs = (importlib.util.find_spec(f"{parent}.{module}") for parent in (package, package.rpartition(".")[0]))
-        origin = next(spec.origin for spec in specs if spec is not None and spec.origin is not None)
-        source = Path(origin).read_text(encoding="utf-8")
-        yield f"{module}.py", re.sub(r"^from \.\w+\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
+        source = re.sub(r"^from \.\w+\.(\w+) import", r"from .\1 import", _source(module), flags=re.MULTILINE)
+        # Not a file of its own there: every checkpoint has the same two.
+        yield (
+            f"{module}.py",
+            re.sub(r"^from \.gate_opening import .*\n", lambda _: _source("gate_opening"), source, flags=re.MULTILINE),
+        )
+
+
+def _source(module: str) -> str:
+    package = __name__.rpartition(".")[0]
+    # In the package the model lies one level up, in a checkpoint beside this file.
+    specs = (importlib.util.find_spec(f"{parent}.{module}") for parent in (package, package.rpartition(".")[0]))
+    origin = next(spec.origin for spec in specs if spec is not None and spec.origin is not None)
+    return Path(origin).read_text(encoding="utf-8")
 
 
 __all__ = ["GatedLlamaConfig"]

@@ -220,19 +220,20 @@ def test_an_adapter_finds_its_base_s_code(tmp_path: Path) -> None:
 
 
 def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
-    """Line for line, but for the one import of the other file; and no package of ours is named."""
+    """Line for line, but for imports of other files, one of which is written in; and no package of ours is named."""
     GatedLlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
     root = Path(__file__).parents[2]
-    for name, original in zip(CODE_FILES, ("configuration", "modeling_gated"), strict=True):
-        carried = (tmp_path / name).read_text().splitlines()
-        own = (root / original / name).read_text().splitlines()
-        changed = [line for line, before in zip(carried, own, strict=True) if line != before]
-        assert [line.split("  #")[0] for line in changed] == (
-            []
-            if original == "configuration"
-            else ["from .configuration_gated_llama import GatedLlamaConfig, initial_gate_bias"]
-        )
-        assert not re.search(r"modeling_gated(?!_llama)|modeling-gated|gated-llama", "\n".join(carried))
+    opening = (root / "configuration" / "gate_opening.py").read_text()
+    replaced = {
+        "configuration": ("from .gate_opening import initial_gate_bias, open_gate\n", opening),
+        "modeling_gated": ("from .configuration.configuration_gated_llama", "from .configuration_gated_llama"),
+    }
+    for name, (folder, (before, after)) in zip(CODE_FILES, replaced.items(), strict=True):
+        own = (root / folder / name).read_text()
+        assert own.count(before) == 1
+        carried = (tmp_path / name).read_text()
+        assert carried == own.replace(before, after)
+        assert not re.search(r"modeling_gated(?!_llama)|modeling-gated|gated-llama", carried)
 
 
 @pytest.mark.parametrize("trust", [None, False, True])

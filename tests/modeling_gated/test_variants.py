@@ -6,7 +6,7 @@ import pytest
 import torch
 from paper_variants import CONFIGS, SIZES, random_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from variants import VARIANTS, equal_parameters
+from variants import VARIANTS, equal_parameters, forward_flops, main
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.modeling_gated_llama import GatedLlamaGate
@@ -191,3 +191,38 @@ def test_variants_compile_without_a_graph_break(name: str, tokens: torch.Tensor)
     with torch.no_grad():
         found = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens).logits
         torch.testing.assert_close(found, model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_example_s_flops_are_those_of_the_matrix_products() -> None:
+    """Two for each weight and token, two for each channel of a head and each pair of tokens in both its products."""
+    seq, heads, head_dim, layers = 12, SIZES["num_attention_heads"], SIZES["head_dim"], SIZES["num_hidden_layers"]
+    for name in ("baseline", "G1 headwise", "G2 elementwise", "G5", "plain MLP"):
+        matrices = [p for p in random_model(name).model.layers.parameters() if p.dim() == 2]
+        weights = sum(matrix.numel() for matrix in matrices) + SIZES["vocab_size"] * SIZES["hidden_size"]
+        expected = 2 * weights * seq + 4 * heads * head_dim * seq**2 * layers
+        # The rotary angles, which Transformers computes as a product, are not worth a formula.
+        assert forward_flops(CONFIGS[name], seq) == pytest.approx(expected, rel=0.005)
+
+
+def test_the_example_prints_every_variant(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {name: size for name, size in SIZES.items() if name != "pad_token_id"}
+    main(**sizes, sequence_length=8, steps=0)
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+    assert [row[0] for row in cells[1:]] == list(CONFIGS)
+    added = {row[0]: row[2] for row in cells[1:]}
+    assert added["baseline"] == "0"
+    assert added["G1 headwise"] == f"+{2 * 4 * (64 + 1)}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_dim": 7}, "error: head_dim=7 must be even"),
+        ({"num_key_value_heads": 3}, "error: num_attention_heads=8 is not a multiple of num_key_value_heads=3"),
+        ({"device": "mps"}, "error: --device mps: neither cpu nor cuda"),
+    ],
+)
+def test_the_example_refuses_nonsense_in_one_line(options: dict, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(**options)
