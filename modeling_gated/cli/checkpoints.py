@@ -1,41 +1,17 @@
-"""The gated-llama command. Torch and Transformers are imported by the subcommands that need them."""
+"""The subcommands that make checkpoints, compare them and take them back."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from .output import one_clear_line, print_lines
 
 
 if TYPE_CHECKING:
     from modeling_gated.configuration import GatedLlamaConfig
     from modeling_gated.conversion import Conversion, Plan
     from modeling_gated.conversion.safetensors_file import NewTensor
-
-
-app = typer.Typer(
-    help="Attention output gates (arXiv 2505.06708) for Llama-family checkpoints.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"modeling-gated {version('modeling-gated')}")
-        raise typer.Exit
-
-
-@app.callback()
-def main(
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    pass
 
 
 Place = Annotated[
@@ -56,23 +32,6 @@ Source = Annotated[
 ]
 
 
-@contextmanager
-def one_clear_line() -> Iterator[None]:
-    """End with one line where the user can mend something, and where the user ends it."""
-    try:
-        yield
-    except (ImportError, ValueError) as error:
-        # ImportError: of a Transformers that is too old, for one. Of ValueErrors, ConversionError alone is expected.
-        if isinstance(error, ValueError) and type(error).__name__ != "ConversionError":
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("error: interrupted; nothing was left behind", err=True)
-        raise typer.Exit(130) from None
-
-
-@app.command()
 def convert(
     source: Source,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
@@ -115,7 +74,6 @@ def convert(
             _print_summary(convert_checkpoint(source, output, **options, progress=True))
 
 
-@app.command()
 def verify(
     source: Source,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The gated checkpoint made from it.")],
@@ -135,12 +93,11 @@ def verify(
 
         found = verify_checkpoint(source, output, text=text, tokens=tokens, revision=revision, progress=True)
     lines = {label.replace("_", " "): value for label, value in found.summary().items()}
-    _print_lines(lines | {"recorded": "in the model card and the manifest" if found.recorded else "no"})
+    print_lines(lines | {"recorded": "in the model card and the manifest" if found.recorded else "no"})
     if not found.passed:
         raise typer.Exit(1)
 
 
-@app.command()
 def ungate(
     gated: Annotated[str, typer.Argument(metavar="GATED", help="A checkpoint that gated-llama convert made.")],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
@@ -153,7 +110,7 @@ def ungate(
         from modeling_gated.conversion import ungate_checkpoint
 
         done = ungate_checkpoint(gated, output, place=place, overwrite=overwrite, revision=revision, progress=True)
-    _print_lines({"files restored": f"{len(done.files)}", "result": done.output})
+    print_lines({"files restored": f"{len(done.files)}", "result": done.output})
 
 
 def _print_plan(plan: "Plan") -> None:
@@ -162,7 +119,7 @@ def _print_plan(plan: "Plan") -> None:
     from modeling_gated.conversion.errors import printable
 
     config = plan.architecture.config
-    _print_lines(
+    print_lines(
         {
             "source": f"{plan.source.path}" + (f" ({plan.source.revision})" if plan.source.revision else ""),
             "model": f"{plan.checkpoint.raw_config['model_type']}, {plan.base_parameters:,} parameters",
@@ -203,7 +160,7 @@ def _print_summary(done: "Conversion") -> None:
     }
     if not done.shared_bytes:
         del lines["weights shared"]
-    _print_lines(lines)
+    print_lines(lines)
     _print_unread(done.unread)
 
 
@@ -214,10 +171,3 @@ def _print_unread(unread: tuple[str, ...]) -> None:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         names = printable(", ".join(unread[:3]))
         typer.echo(f"note: the model does not read {names}{more}, which the source holds", err=True)
-
-
-def _print_lines(lines: Mapping[str, object]) -> None:
-    from modeling_gated.conversion.errors import printable
-
-    for label, value in lines.items():
-        typer.echo(f"{label:18}{printable(value)}")
