@@ -1,7 +1,17 @@
-"""Configuration of GatedLlama."""
+"""Configuration of GatedLlama, and the extension of a model's context."""
 
 from .configuration_gated_llama import SOURCE_FAMILIES, GatedLlamaConfig, check_source_family
+from .context_extension import ContextExtension, describe_context, extend_context
 from .gate_opening import initial_gate_bias, open_gate
 
 
-__all__ = ["SOURCE_FAMILIES", "GatedLlamaConfig", "check_source_family", "initial_gate_bias", "open_gate"]
+__all__ = [
+    "SOURCE_FAMILIES",
+    "ContextExtension",
+    "GatedLlamaConfig",
+    "check_source_family",
+    "describe_context",
+    "extend_context",
+    "initial_gate_bias",
+    "open_gate",
+]

@@ -1,7 +1,7 @@
 """What model a checkpoint holds: its config.json, checked against its headers, as the config of the gated model."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modeling_gated.configuration import GatedLlamaConfig, check_source_family
+from modeling_gated.configuration import GatedLlamaConfig, check_source_family, extend_context
 
 from .checkpoint import Checkpoint
 from .errors import ConversionError
@@ -67,19 +67,18 @@ def naming(where: object) -> Iterator[None]:
         raise ConversionError(f"{where}: {error or type(error).__name__}") from None
 
 
-def read_architecture(checkpoint: Checkpoint, gate_options: dict[str, Any]) -> Architecture:
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """
-    Find out what an ungated checkpoint, or one with fused gates, holds.
-
-    Args:
-        checkpoint: the source.
-        gate_options: `gate_granularity` and `gate_init`, as far as the user gave them.
+    The config of a checkpoint, gated or to be gated, of its own class; not yet compared with its tensors.
 
     Raises:
-        ConversionError: if it is of an architecture that cannot be converted, or its tensors don't fit its config.
+        ConversionError: if it is of an architecture that is not supported, or damaged.
     """
     raw = checkpoint.raw_config
     with naming(checkpoint.config_path):
+        _check_raw(raw, checkpoint.layers())
+        if raw.get("model_type") == GatedLlamaConfig.model_type:
+            return GatedLlamaConfig.from_dict(raw)
         if raw.get("model_type") == "mistral" and "layer_types" in raw:  # as AutoConfig takes it
             raw = raw | {"model_type": "ministral"}
         if not is_qwen3_next(raw):
@@ -88,9 +87,30 @@ def read_architecture(checkpoint: Checkpoint, gate_options: dict[str, Any]) -> A
             raise ValueError(
                 f"model_type={raw['model_type']!r} is not known to Transformers {transformers.__version__}"
             )
-        _check_raw(raw, checkpoint.layers())
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+
+
+def read_architecture(
+    checkpoint: Checkpoint, gate_options: dict[str, Any], context: Sequence[Mapping[str, Any]] = ()
+) -> Architecture:
+    """
+    Find out what an ungated checkpoint, or one with fused gates, holds.
+
+    Args:
+        checkpoint: the source.
+        gate_options: `gate_granularity` and `gate_init`, as far as the user gave them.
+        context: arguments of `extend_context`, for each of the extensions that both configs get.
+
+    Raises:
+        ConversionError: if it is of an architecture that cannot be converted, its tensors don't fit its config, or
+            its context cannot be extended so.
+    """
+    raw = checkpoint.raw_config
+    source_config = read_config(checkpoint)
+    with naming(checkpoint.config_path):
+        if not is_qwen3_next(raw):
+            check_source_family(source_config.model_type)
         quantization = exclude_gates(raw["quantization_config"]) if raw.get("quantization_config") else None
-        source_config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
         decoder, fused = source_config, None
         if is_fused(raw):
             if quantization is not None:
@@ -99,6 +119,9 @@ def read_architecture(checkpoint: Checkpoint, gate_options: dict[str, Any]) -> A
             fused = fused_gates(raw, decoder)
             gate_options = _options_of_fused(raw, decoder, fused, gate_options)
         config = GatedLlamaConfig.from_source_config(decoder, **gate_options)
+        for options in context:
+            for extended in (source_config, config):
+                extend_context(extended, **options)
         if quantization is not None:
             config.quantization_config = quantization
     tensors = checkpoint.tensors()
@@ -119,12 +142,11 @@ def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
         ConversionError: if it is not a gated checkpoint, its gates are of a form that conversion doesn't write, or its
             tensors don't fit its config.
     """
-    raw = checkpoint.raw_config
+    model_type = checkpoint.raw_config.get("model_type")
     with naming(checkpoint.config_path):
-        if raw.get("model_type") != GatedLlamaConfig.model_type:
-            raise ValueError(f"model_type={raw.get('model_type')!r} is not {GatedLlamaConfig.model_type}")
-        _check_raw(raw, checkpoint.layers())
-        config, converted = GatedLlamaConfig.from_dict(raw), GatedLlamaConfig()
+        if model_type != GatedLlamaConfig.model_type:
+            raise ValueError(f"model_type={model_type!r} is not {GatedLlamaConfig.model_type}")
+        config, converted = read_config(checkpoint), GatedLlamaConfig()
         for name in _OF_OTHER_VARIANTS:
             if (value := getattr(config, name)) != getattr(converted, name):
                 raise ValueError(f"{name}={value!r} is not what conversion writes")
@@ -148,6 +170,8 @@ def _check_raw(raw: dict[str, Any], layers: int) -> None:
             not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES
         ):
             raise ValueError(f"{name}={value!r} is not among {', '.join(DTYPES)}")
+    if not isinstance(raw.get("quantization_config") or {}, dict):
+        raise ValueError(f"quantization_config={raw['quantization_config']!r} is not an object")
     for name in ("per_layer_config", "configuration_files"):
         if raw.get(name):
             raise ValueError(f"{name} is not supported")

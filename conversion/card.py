@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from modeling_gated.configuration import describe_context
+
 from .files import opened
 from .plan import Plan
 
@@ -35,14 +37,17 @@ def model_card(plan: Plan, output: Path, command: str) -> str:
     }
     if not imported:
         rows |= {"gate_init": config.gate_init, "gate_scale": config.gate_scale}
+    if plan.context:
+        rows["context"] = f"extended to {describe_context(config)}"
     link = f"[{source.name}](https://huggingface.co/{source.repo_id})" if source.repo_id else f"`{source.name}`"
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
+    alike = " with its context extended alike" if plan.context else ""
     if imported:
         promise = "The gates are the base model's own, taken out of its `q_proj`; no number was changed."
     else:
         promise = (
             "Gates were added to the base model, open and scaled so that each is exactly 1: the model computes what "
-            "the base model does until they are trained. The base model's tensors are unchanged."
+            f"the base model{alike} does until they are trained. The base model's tensors are unchanged."
         )
     return f"""---
 {data.to_yaml()}

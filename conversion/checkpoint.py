@@ -24,13 +24,14 @@ class Checkpoint:
     A checkpoint, known by its config.json and its headers alone.
 
     `raw_config` is what config.json says, `shards` are in the order of the file names, `index_metadata` is the
-    metadata of the index, if there is one.
+    metadata of the index, if there is one; without, there is one shard.
     """
 
     directory: Path
     raw_config: dict[str, Any]
     shards: tuple[Shard, ...]
     index_metadata: dict[str, Any]
+    has_index: bool = False
 
     @property
     def config_path(self) -> Path:
@@ -101,7 +102,7 @@ def open_checkpoint(source: Path) -> Checkpoint:
         names = sorted(set(weight_map.values()))
         shards = tuple(read_shard(resolve(directory, name), name) for name in names)
         _compare(index, weight_map, shards)
-        return Checkpoint(directory, raw_config, shards, metadata)
+        return Checkpoint(directory, raw_config, shards, metadata, has_index=True)
     raise ConversionError(_why_no_weights(directory))
 
 

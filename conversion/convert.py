@@ -2,32 +2,28 @@
 
 import json
 import os
-import shlex
-import shutil
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 
 from .card import model_card
 from .checkpoint import open_checkpoint
+from .commands import command_line, context_flags
 from .errors import ConversionError
-from .files import errors_naming, read_bytes, sha256, sync
+from .files import errors_naming, read_bytes, sha256
 from .gguf import dequantize_gguf, gguf_headers
-from .manifest import FileRecord, Manifest, as_text, record
+from .manifest import FileRecord, Manifest, as_text
 from .output import check_output, clear_leftovers, replacing, scratch_directory
-from .placement import Place, Placement, check_space, place_file
+from .placement import Place, Placement, check_space
 from .plan import CARD_NAME, OWN_FILES, Plan, make_plan
-from .safetensors_file import Shard, write_safetensors
+from .shards import NewShard, copy_side_files, record_others, write_shards
 from .sources import find_source
 
 
@@ -62,10 +58,11 @@ def convert_checkpoint(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    context: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Conversion:
     """
-    Write a gated checkpoint that computes exactly what `source` does.
+    Write a gated checkpoint that computes exactly what `source` does, or would with its context extended.
 
     The source's tensors are neither loaded nor changed: its shards become shards of the result, and the open gates
     one shard more. If the source has gates already, as rows of `q_proj`, they are taken out of it instead. The result
@@ -83,6 +80,7 @@ def convert_checkpoint(
         overwrite: replace `output` if it is an empty directory or a checkpoint.
         dtype: dtype of the dequantized tensors of a GGUF file, bfloat16 if not given.
         revision: the branch, tag or commit of a model on the hub.
+        context: arguments of `extend_context`, such as `{"length": 32768, "rope_theta": 1e6}`, to extend the context.
         progress: show a progress bar, on a terminal.
 
     Raises:
@@ -90,7 +88,7 @@ def convert_checkpoint(
     """
     started = time.perf_counter()
     given = {"granularity": granularity, "gate_init": gate_init, "place": place, "dtype": dtype, "revision": revision}
-    command = _command(source, output, given, overwrite)
+    command = command_line("convert", source, output, given | context_flags(context), overwrite)
     with errors_naming(output):
         output = Path(output).resolve()
         clear_leftovers(output)
@@ -103,13 +101,15 @@ def convert_checkpoint(
             overwrite=overwrite,
             dtype=dtype,
             revision=revision,
+            context=context,
         )
         if plan.source.is_gguf:
             with scratch_directory(output) as scratch:
                 check_space(plan.new_bytes, plan.placed.values(), scratch, output, "copy")
                 dequantized = scratch / "dequantized"
                 dequantize_gguf(plan.source.path, dequantized, dtype or torch.bfloat16, progress=progress)
-                plan = make_plan(plan.source, open_checkpoint(dequantized), _gate_options(granularity, gate_init))
+                options = _gate_options(granularity, gate_init)
+                plan = make_plan(plan.source, open_checkpoint(dequantized), options, plan.context)
                 written, shared = _write(plan, output, overwrite, "move", command, progress)
         else:
             written, shared = _write(plan, output, overwrite, place, command, progress)
@@ -135,6 +135,7 @@ def plan_conversion(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    context: Mapping[str, Any] | None = None,
 ) -> Plan:
     """
     What `convert_checkpoint` would write with the same arguments, which are checked as there. Nothing is written.
@@ -157,22 +158,14 @@ def plan_conversion(
             except ValueError as error:
                 raise ConversionError(f"--gate-init: {error}") from None
         checkpoint = gguf_headers(found.path, dtype or torch.bfloat16) if found.is_gguf else open_checkpoint(found.path)
-        return make_plan(found, checkpoint, _gate_options(granularity, gate_init))
+        extensions = (context,) if context is not None else ()
+        return make_plan(found, checkpoint, _gate_options(granularity, gate_init), extensions)
 
 
 def _gate_options(granularity: Granularity | None, gate_init: float | None) -> dict[str, Any]:
     """The gate's fields that were given."""
     given = {"gate_granularity": granularity, "gate_init": gate_init}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _command(source: str | os.PathLike, output: str | os.PathLike, given: dict[str, Any], overwrite: bool) -> str:
-    """The command line that does what the call does."""
-    words = ["gated-llama", "convert", os.fspath(source), os.fspath(output)]
-    for name, value in given.items():
-        if value is not None and (name, value) != ("place", "auto"):
-            words += [f"--{name.replace('_', '-')}", str(value).removeprefix("torch.")]
-    return shlex.join(words + ["--overwrite"] * overwrite)
 
 
 def _write(
@@ -182,73 +175,17 @@ def _write(
     with replacing(output, overwrite) as staging:
         needed = plan.new_bytes + sum(os.path.getsize(plan.checkpoint.directory / name) for name in plan.side_files)
         check_space(needed, plan.placed.values(), staging, output, place)
-        records, shared = _write_weights(plan, staging, place, progress)
-        _write_side_files(plan, staging)
+        new = {name: NewShard(tensors, plan.shards[name].metadata) for name, tensors in plan.rewritten.items()}
+        new[plan.gate_shard] = NewShard(plan.gates)
+        records, shared = write_shards(plan.placed, new, staging, place, progress)
+        copy_side_files(plan.checkpoint, plan.side_files, staging)
         (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(plan.index(), indent=2, sort_keys=True) + "\n")
         plan.architecture.config.save_pretrained(staging)
         (staging / CARD_NAME).write_text(model_card(plan, output, command), encoding="utf-8", errors="replace")
-        for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-            name = path.relative_to(staging).as_posix()
-            if name not in records:
-                records[name] = record(path, source=name if name in plan.side_files else None)
-                sync(path)
+        records |= record_others(staging, records, plan.side_files)
         _manifest(plan, command, records).write(staging)
     total = plan.new_bytes + sum(shard.file_bytes for shard in plan.placed.values())
     return total - shared, shared
-
-
-def _write_weights(plan: Plan, staging: Path, place: Placement, progress: bool) -> tuple[dict[str, FileRecord], int]:
-    """Write all shards, each forced to disk and hashed; return their records and the bytes shared with the source."""
-    stop = threading.Event()
-    hidden = None if progress else True  # None: tqdm hides the bar where there is no terminal
-    placed = plan.placed
-    read = 0 if place == "link" else sum(shard.file_bytes for shard in placed.values())
-    total = read + sum(shard.file_bytes for shard in placed.values())
-
-    with tqdm(total=total, desc="Placing and hashing", unit="B", unit_scale=True, disable=hidden) as bar:
-
-        def advance(count: int) -> None:
-            bar.update(count)
-            if stop.is_set():
-                raise InterruptedError
-
-        def one(name: str) -> tuple[FileRecord, int]:
-            path = staging / name
-            if name not in placed:
-                metadata = plan.shards[name].metadata if name in plan.shards else {}
-                digest = write_safetensors(path, plan.rewritten.get(name, plan.gates), metadata | {"format": "pt"})
-                sync(path)
-                return FileRecord(path.stat().st_size, digest), 0
-            return _place(placed[name], path, place, advance)
-
-        names = [*plan.shards, plan.gate_shard]
-        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-            try:
-                results = list(pool.map(one, names))
-            except BaseException:
-                stop.set()  # a copy that runs ends at its next part
-                pool.shutdown(cancel_futures=True)
-                raise
-    return {name: found for name, (found, _) in zip(names, results, strict=True)}, sum(size for _, size in results)
-
-
-def _place(shard: Shard, target: Path, place: Placement, advance: Callable[[int], None]) -> tuple[FileRecord, int]:
-    """Place a shard; return its record, with the source's name of it, and the bytes that it shares."""
-    is_shared = place_file(shard.path, target, place, advance)
-    status = target.stat()
-    if status.st_size != shard.file_bytes:
-        raise ConversionError(f"{shard.path}: changed while it was copied")
-    if place == "link":  # one file with the source: not read, which would take as long as a copy, and on disk already
-        return FileRecord(status.st_size, None, status.st_mtime_ns, source=shard.name), status.st_size
-    sync(target)
-    return FileRecord(status.st_size, sha256(target, advance), source=shard.name), status.st_size if is_shared else 0
-
-
-def _write_side_files(plan: Plan, staging: Path) -> None:
-    for name in plan.side_files:
-        target = staging / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(plan.checkpoint.directory / name, target)
 
 
 def _manifest(plan: Plan, command: str, records: dict[str, FileRecord]) -> Manifest:
@@ -264,4 +201,5 @@ def _manifest(plan: Plan, command: str, records: dict[str, FileRecord]) -> Manif
         gates={name: value for name, value in plan.architecture.config.to_dict().items() if name.startswith("gate_")},
         files=records,
         replaced={name: as_text(read_bytes(path)) for name, path in replaced.items() if path.is_file()},
+        context=[dict(options) for options in plan.context],
     )

@@ -47,7 +47,8 @@ class Manifest:
 
     `source` says where the base tensors come from: `name`, `repo_id`, `revision`, `format` (safetensors, gguf or
     fused) and for a GGUF file its `sha256`. `gates` holds the gate's fields of the config. `files` maps names to
-    records, `replaced` the names of the source's files that own ones replaced to their text. `verification` is what
+    records, `replaced` the names of the source's files that own ones replaced to their text. `context` holds the
+    arguments of `extend_context`, for each time that it was applied to the source's config. `verification` is what
     `gated-llama verify` found last, if it ran.
     """
 
@@ -56,6 +57,7 @@ class Manifest:
     gates: dict[str, Any]
     files: dict[str, FileRecord]
     replaced: dict[str, str]
+    context: list[dict[str, Any]]
     verification: dict[str, Any] | None = None
 
     def write(self, directory: Path) -> None:
@@ -84,7 +86,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise ConversionError(f"{path}: format {content.get('format')!r} is not {_FORMAT}")
     try:
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        fields = {name: content[name] for name in ("command", "source", "gates", "replaced", "verification")}
+        fields = {name: content[name] for name in ("command", "source", "gates", "replaced", "context", "verification")}
         return Manifest(files=files, **fields)
     except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConversionError(f"{path}: not a manifest of gated-llama: {error}") from None
@@ -103,6 +105,18 @@ def as_bytes(text: str) -> bytes:
 def record(path: Path, source: str | None = None) -> FileRecord:
     """The record of a file, which is read for its hash."""
     return FileRecord(path.stat().st_size, sha256(path), source=source)
+
+
+def check_stamp(path: Path, found: FileRecord) -> None:
+    """Raise ConversionError if a file's size, or a hard-linked one's time stamp, is not the recorded one."""
+    status = path.stat()
+    if status.st_size != found.size:
+        raise ConversionError(f"{path}: is not what conversion wrote ({status.st_size} bytes, not {found.size})")
+    if found.sha256 is None and status.st_mtime_ns != found.mtime_ns:
+        raise ConversionError(
+            f"{path}: was hard-linked, not hashed, and has another time stamp since; gated-llama verify, with the "
+            "source, tells whether its content is the same"
+        )
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -1,7 +1,7 @@
 """What a conversion is going to write: every file of the result, where its bytes come from, and how many they are."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -36,7 +36,7 @@ class Plan:
 
     `shards` maps each of the result's base shards to the source's; those in `rewritten` get new tensors, all others
     are placed as they are. `gates` are the tensors of one shard more, `gate_shard`. `side_files` are names of the
-    source's files that come along byte for byte.
+    source's files that come along byte for byte, `context` the arguments of each `extend_context`.
     """
 
     source: Source
@@ -47,6 +47,7 @@ class Plan:
     gate_shard: str
     gates: dict[str, NewTensor]
     side_files: tuple[str, ...]
+    context: tuple[Mapping[str, Any], ...]
 
     @property
     def base_parameters(self) -> int:
@@ -92,14 +93,16 @@ class Plan:
         return {"metadata": metadata, "weight_map": weight_map | dict.fromkeys(self.gates, self.gate_shard)}
 
 
-def make_plan(source: Source, checkpoint: Checkpoint, gate_options: dict[str, Any]) -> Plan:
+def make_plan(
+    source: Source, checkpoint: Checkpoint, gate_options: dict[str, Any], context: tuple[Mapping[str, Any], ...] = ()
+) -> Plan:
     """
-    Check a source and plan its conversion.
+    Check a source and plan its conversion, with the gate's fields and the extensions of the context that are wanted.
 
     Raises:
         ConversionError: if it cannot be converted.
     """
-    architecture = read_architecture(checkpoint, gate_options)
+    architecture = read_architecture(checkpoint, gate_options, context)
     count = len(checkpoint.shards) + 1
     *names, gate_shard = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     shards = dict(zip(names, checkpoint.shards, strict=True))
@@ -113,7 +116,7 @@ def make_plan(source: Source, checkpoint: Checkpoint, gate_options: dict[str, An
     else:
         rewritten, gates = _take_apart(shards, architecture)
     side_files = tuple(name for name in checkpoint.side_files() if name not in OWN_FILES)
-    return Plan(source, checkpoint, architecture, shards, rewritten, gate_shard, gates, side_files)
+    return Plan(source, checkpoint, architecture, shards, rewritten, gate_shard, gates, side_files, context)
 
 
 def _opening(name: str, shape: tuple[int, ...], gate_init: float, dtype: torch.dtype):

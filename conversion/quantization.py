@@ -43,15 +43,13 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-def exclude_gates(quantization_config: Any) -> dict[str, Any]:
+def exclude_gates(quantization_config: dict[str, Any]) -> dict[str, Any]:
     """
     The `quantization_config` of a gated checkpoint: the source's, with the gates among the modules to leave alone.
 
     Raises:
         ValueError: if it is of a scheme that is not known to work.
     """
-    if not isinstance(quantization_config, dict):
-        raise ValueError(f"quantization_config={quantization_config!r} is not an object")
     config = deepcopy(quantization_config)
     method = config.get("quant_method")
     if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):

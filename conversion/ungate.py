@@ -11,7 +11,7 @@ from .checkpoint import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint
 from .errors import ConversionError
 from .files import errors_naming, resolve, sha256, sync
 from .gates import changed_gate_layers, ranges
-from .manifest import FileRecord, Manifest, as_bytes, read_manifest
+from .manifest import Manifest, as_bytes, check_stamp, read_manifest
 from .output import check_output, clear_leftovers, replacing
 from .placement import Place, check_space, place_file
 from .plan import MANIFEST_NAME
@@ -96,7 +96,7 @@ def _restore(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 is_weights = target.suffix in WEIGHT_SUFFIXES
                 path = resolve(directory, name)
-                _check_stamp(path, found)
+                check_stamp(path, found)
                 place_file(path, target, place if is_weights else "copy", bar.update)
                 if found.sha256 is not None and sha256(target, bar.update) != found.sha256:
                     raise ConversionError(f"{directory / name}: is not what conversion wrote (another SHA-256)")
@@ -106,17 +106,6 @@ def _restore(
             (staging / name).write_bytes(as_bytes(text))
             sync(staging / name)
     return Restoration(output, tuple(sorted(str(target) for target in targets)))
-
-
-def _check_stamp(path: Path, found: FileRecord) -> None:
-    status = path.stat()
-    if status.st_size != found.size:
-        raise ConversionError(f"{path}: is not what conversion wrote ({status.st_size} bytes, not {found.size})")
-    if found.sha256 is None and status.st_mtime_ns != found.mtime_ns:
-        raise ConversionError(
-            f"{path}: was hard-linked, not hashed, and has another time stamp since; gated-llama verify, with the "
-            "source, tells whether its content is the same"
-        )
 
 
 def _relative(directory: Path, name: str) -> PurePosixPath:

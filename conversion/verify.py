@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
-from modeling_gated.configuration import GatedLlamaConfig
+from modeling_gated.configuration import GatedLlamaConfig, describe_context
 
 from .architecture import UNREAD, Architecture, naming, read_architecture, read_gated_config, stored_dtype
 from .card import with_verification
@@ -53,7 +53,8 @@ class Verification:
     conversion wrote (none for imported gates), `differing_fields` the fields of the config that are not the source's,
     `changed_code` the code in the directory that is not what the manifest says. `text` says on what the logits were
     compared, over how many `tokens`, and the next three what was found; they are None where logits were not compared,
-    and `text` then says why. `passed` is the verdict. `recorded` says whether the manifest and the model card hold it.
+    and `text` then says why. `context` says to what the source's context was extended for the comparison, if the
+    checkpoint's was. `passed` is the verdict. `recorded` says whether the manifest and the model card hold it.
     """
 
     tensors: int
@@ -61,6 +62,7 @@ class Verification:
     changed_gates: tuple[int, ...]
     differing_fields: tuple[str, ...]
     changed_code: tuple[str, ...]
+    context: str | None
     is_imported: bool
     text: str
     tokens: int
@@ -79,6 +81,8 @@ class Verification:
             rows = ", the gates among the rows of q_proj" if self.is_imported else ""
             tensors = f"all {self.tensors:,} have the source's bytes{rows}"
         found = {"verdict": self.verdict, "base_tensors": tensors}
+        if self.context is not None:
+            found["context"] = f"the source's extended alike: {self.context}"
         if self.differing:
             found["differing"] = ", ".join(self.differing[:5]) + (", ..." if len(self.differing) > 5 else "")
         if self.differing_fields:
@@ -161,7 +165,9 @@ def _compare(
     progress: bool,
 ) -> Verification:
     gate_options = {"gate_granularity": config.gate_granularity, "gate_init": config.gate_init}
-    architecture = read_architecture(source, {} if is_fused(source.raw_config) else gate_options)
+    manifest = read_manifest(gated.directory)
+    context = manifest.context if manifest is not None else []
+    architecture = read_architecture(source, {} if is_fused(source.raw_config) else gate_options, context)
     # Some tensors alone, such as biases, may come and go: then they differ, which the comparison tells.
     shapes = [dict(base_tensor_shapes(both)) for both in (config, architecture.config)]
     if any(shapes[0].get(name, shape) != shape for name, shape in shapes[1].items()) or (
@@ -185,6 +191,7 @@ def _compare(
         changed_gates=changed,
         differing_fields=fields,
         changed_code=code,
+        context=describe_context(architecture.source_config) if context else None,
         is_imported=imported,
         text=text_name,
         tokens=len(ids) if comparison else 0,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .checkpoints import convert, ungate, verify
+from .checkpoints import convert, extend, ungate, verify
 
 
 app = typer.Typer(
@@ -14,7 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (convert, verify, ungate):
+for command in (convert, verify, extend, ungate):
     app.command()(command)
 
 

@@ -10,7 +10,7 @@ from .output import one_clear_line, print_lines
 
 if TYPE_CHECKING:
     from modeling_gated.configuration import GatedLlamaConfig
-    from modeling_gated.conversion import Conversion, Plan
+    from modeling_gated.conversion import Conversion, ExtendedCheckpoint, Plan
     from modeling_gated.conversion.safetensors_file import NewTensor
 
 
@@ -22,6 +22,21 @@ Place = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is a checkpoint.")]
+ContextLength = Annotated[
+    int | None, typer.Option(min=1, help="Extend the context to this many tokens.", show_default="the source's")
+]
+RopeTheta = Annotated[
+    float | None,
+    typer.Option(help="The base of RoPE for the longer context.", show_default="by the rule in the README"),
+]
+Yarn = Annotated[bool, typer.Option("--yarn", help="Extend the context by YaRN instead of a larger base.")]
+Factor = Annotated[float | None, typer.Option(help="YaRN's factor, if you want it checked against the lengths.")]
+OriginalLength = Annotated[
+    int | None, typer.Option(min=1, help="The length the model was trained at.", show_default="max_position_embeddings")
+]
+ReplaceScaling = Annotated[
+    bool, typer.Option("--replace-scaling", help="Take away a scaling of RoPE that is there already, YaRN's too.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
 Source = Annotated[
     str,
@@ -30,6 +45,30 @@ Source = Annotated[
         help="A checkpoint: a directory, a safetensors or GGUF file, or the id of a model on the Hugging Face hub.",
     ),
 ]
+
+
+def _context(
+    length: int | None,
+    rope_theta: float | None,
+    yarn: bool,
+    factor: float | None,
+    original_max_position_embeddings: int | None,
+    replace_scaling: bool,
+) -> dict[str, Any] | None:
+    """The arguments of `extend_context` that were given."""
+    given = {"rope_theta": rope_theta, "factor": factor}
+    given["original_max_position_embeddings"] = original_max_position_embeddings
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if replace_scaling:
+        options["replace_scaling"] = True
+    if yarn:
+        options["method"] = "yarn"
+    if length is None:
+        if options:
+            flag = "yarn" if yarn else next(iter(options)).replace("_", "-")
+            raise typer.BadParameter(f"--{flag} needs --context-length")
+        return None
+    return {"length": length} | options
 
 
 def convert(
@@ -52,9 +91,19 @@ def convert(
         typer.Option(help="Dtype of a GGUF file's dequantized tensors.", show_default="bfloat16"),
     ] = None,
     revision: Revision = None,
+    context_length: ContextLength = None,
+    rope_theta: RopeTheta = None,
+    yarn: Yarn = False,
+    factor: Factor = None,
+    original_max_position_embeddings: OriginalLength = None,
+    replace_scaling: ReplaceScaling = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False,
 ) -> None:
-    """Add open gates to a checkpoint: OUTPUT computes exactly what SOURCE does."""
+    """
+    Add open gates to a checkpoint: OUTPUT computes exactly what SOURCE does.
+
+    With --context-length it does so with its context extended, as by the subcommand extend.
+    """
     with one_clear_line():
         import torch
 
@@ -67,6 +116,9 @@ def convert(
             "overwrite": overwrite,
             "dtype": getattr(torch, dtype) if dtype is not None else None,
             "revision": revision,
+            "context": _context(
+                context_length, rope_theta, yarn, factor, original_max_position_embeddings, replace_scaling
+            ),
         }
         if dry_run:
             _print_plan(plan_conversion(source, output, **options))
@@ -111,6 +163,40 @@ def ungate(
 
         done = ungate_checkpoint(gated, output, place=place, overwrite=overwrite, revision=revision, progress=True)
     print_lines({"files restored": f"{len(done.files)}", "result": done.output})
+
+
+def extend(
+    checkpoint: Source,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
+    context_length: Annotated[int, typer.Option(min=1, help="The tokens of an input that OUTPUT is to take.")],
+    rope_theta: RopeTheta = None,
+    yarn: Yarn = False,
+    factor: Factor = None,
+    original_max_position_embeddings: OriginalLength = None,
+    replace_scaling: ReplaceScaling = False,
+    place: Place = "auto",
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+) -> None:
+    """
+    Extend the context of a checkpoint, gated or not, by a larger base of RoPE or by YaRN; weights stay as they are.
+
+    A larger base (the default method) is meant to be followed by training at the new length; YaRN is not.
+    """
+    with one_clear_line():
+        from modeling_gated.conversion import extend_checkpoint
+
+        context = _context(context_length, rope_theta, yarn, factor, original_max_position_embeddings, replace_scaling)
+        done = extend_checkpoint(
+            checkpoint,
+            output,
+            context=context or {},
+            place=place,
+            overwrite=overwrite,
+            revision=revision,
+            progress=True,
+        )
+    _print_extension(done)
 
 
 def _print_plan(plan: "Plan") -> None:
@@ -162,6 +248,28 @@ def _print_summary(done: "Conversion") -> None:
         del lines["weights shared"]
     print_lines(lines)
     _print_unread(done.unread)
+
+
+def _print_extension(done: "ExtendedCheckpoint") -> None:
+    from rich.filesize import decimal
+
+    lines = {
+        "before": done.before,
+        "after": done.after,
+        "weights written": decimal(done.written_bytes),
+        "weights shared": f"{decimal(done.shared_bytes)} with the source",
+        "seconds": f"{done.seconds:.1f}",
+        "result": done.output,
+    }
+    if not done.shared_bytes:
+        del lines["weights shared"]
+    print_lines(lines)
+    if done.tokenizer_length is not None:
+        typer.echo(
+            f"note: tokenizer_config.json has model_max_length={done.tokenizer_length}, at which tokenizers warn, and "
+            "truncate when asked to",
+            err=True,
+        )
 
 
 def _print_unread(unread: tuple[str, ...]) -> None:

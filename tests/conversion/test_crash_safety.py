@@ -1,5 +1,6 @@
 """Whatever ends a conversion, there is a complete result or none, the source is as it was, and the next run works."""
 
+import itertools
 import json
 import os
 import random
@@ -268,7 +269,7 @@ def test_the_room_on_the_disk_is_checked_before_anything_is_copied(
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - weights, weights))
-        patch.setattr("modeling_gated.conversion.convert.place_file", nothing)
+        patch.setattr("modeling_gated.conversion.shards.place_file", nothing)
         with pytest.raises(ConversionError, match=r"gated: [\d.]+ kB are needed, [\d.]+ kB are free"):
             convert_checkpoint(checkpoint, tmp_path / "gated", place="copy")
         assert not any(tmp_path.iterdir())
@@ -316,12 +317,12 @@ def test_a_read_only_target(checkpoint: Path, unprivileged: Path) -> None:
 def test_a_copy_ends_soon_after_an_interrupt(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that copy stop at their next part; the run does not wait for the rest of their shards."""
     monkeypatch.setattr("modeling_gated.conversion.placement._CHUNK", 1000)
-    copy_file_range, parts = os.copy_file_range, []
+    copy_file_range, parts, counter = os.copy_file_range, [], itertools.count(1)
 
     def slow(*arguments: int) -> int:
         time.sleep(0.01)
         parts.append(arguments)
-        if len(parts) == 10:
+        if next(counter) == 10:  # not the list's length, which two threads may have made 11 before one looks
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return copy_file_range(*arguments)
 

@@ -277,6 +277,6 @@ def test_an_interrupt_ends_in_a_line(llama: Path, tmp_path: Path, monkeypatch: p
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modeling_gated.conversion.convert.place_file", interrupt)
+    monkeypatch.setattr("modeling_gated.conversion.shards.place_file", interrupt)
     assert run("convert", llama, tmp_path / "gated") == (130, "", "error: interrupted; nothing was left behind\n")
     assert {path.name for path in tmp_path.iterdir()} == {"llama"}

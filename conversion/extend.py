@@ -1,0 +1,187 @@
+"""A checkpoint for longer inputs: the same weights and files, with another RoPE in the config."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from modeling_gated.configuration import ContextExtension, describe_context, extend_context
+
+from .architecture import naming, read_config
+from .card import with_verification
+from .checkpoint import Checkpoint, open_checkpoint
+from .commands import command_line, context_flags
+from .errors import ConversionError
+from .files import errors_naming, read_json
+from .manifest import FileRecord, Manifest, as_bytes, as_text, check_stamp, read_manifest
+from .output import check_output, clear_leftovers, replacing
+from .placement import Place, check_space
+from .plan import CARD_NAME, MANIFEST_NAME
+from .shards import copy_side_files, record_others, write_shards
+from .sources import find_source
+
+
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class ExtendedCheckpoint:
+    """
+    What `extend_checkpoint` made: the directory, the extension, what it was and is in words, the bytes of weights
+    that were written and those shared with the source, the `model_max_length` of its tokenizer if that is less than
+    the new length, and the seconds it took.
+    """
+
+    output: Path
+    extension: ContextExtension
+    before: str
+    after: str
+    written_bytes: int
+    shared_bytes: int
+    tokenizer_length: int | None
+    seconds: float
+
+
+def extend_checkpoint(
+    checkpoint: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    context: Mapping[str, Any],
+    place: Place = "auto",
+    overwrite: bool = False,
+    revision: str | None = None,
+    progress: bool = False,
+) -> ExtendedCheckpoint:
+    """
+    Write a checkpoint that differs in `rope_parameters` and `max_position_embeddings`, by `extend_context`.
+
+    `rope_parameters` takes the place of `rope_scaling` and `rope_theta`, the spelling before Transformers 5. All other
+    files are the source's, byte for byte; of a checkpoint that `convert_checkpoint` made, manifest and model card
+    tell of the extension, so that it can still be verified and ungated.
+
+    Args:
+        checkpoint: a checkpoint in safetensors, gated or of a family that can be: a directory, a file, a hub id.
+        output: the directory to make.
+        context: arguments of `extend_context`, such as `{"length": 131072, "method": "yarn"}`.
+        place: how the shards get there, as in `convert_checkpoint`.
+        overwrite: replace `output` if it is an empty directory or a checkpoint.
+        revision: the branch, tag or commit of a model on the hub.
+        progress: show a progress bar, on a terminal.
+
+    Raises:
+        ConversionError: if the context cannot be extended so, the checkpoint not be read or the output not be written.
+            Nothing is left behind.
+    """
+    started = time.perf_counter()
+    flags = context_flags(context) | {"place": place, "revision": revision}
+    command = command_line("extend", checkpoint, output, flags, overwrite)
+    with errors_naming(output):
+        output = Path(output).resolve()
+        clear_leftovers(output)
+        source = find_source(os.fspath(checkpoint), revision)
+        check_output(source.path, output, overwrite)
+        if source.is_gguf:
+            raise ConversionError(f"{source.path}: a GGUF file; gated-llama convert takes the same options for it")
+        found = open_checkpoint(source.path)
+        config = read_config(found)
+        before = describe_context(config)
+        with naming(found.config_path):
+            extension = extend_context(config, **context)
+        manifest = read_manifest(found.directory)
+        with replacing(output, overwrite) as staging:
+            records, shared = _write(found, _new_config(found, extension), staging, output, place, progress)
+            if manifest is not None:
+                _update_manifest(manifest, found, records, command, context).write(staging)
+    total = sum(shard.file_bytes for shard in found.shards)
+    return ExtendedCheckpoint(
+        output=output,
+        extension=extension,
+        before=before,
+        after=describe_context(config),
+        written_bytes=total - shared,
+        shared_bytes=shared,
+        tokenizer_length=_shorter_tokenizer(output, extension.max_position_embeddings),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _new_config(checkpoint: Checkpoint, extension: ContextExtension) -> str:
+    """The text of config.json, of which nothing but the length and RoPE is changed."""
+    raw = {name: value for name, value in checkpoint.raw_config.items() if name not in _ROPE_FIELDS}
+    raw["rope_parameters"] = extension.rope_parameters
+    raw["max_position_embeddings"] = extension.max_position_embeddings
+    if "original_max_position_embeddings" in raw:  # Transformers puts it before that of rope_parameters
+        rope = extension.rope_parameters
+        raw["original_max_position_embeddings"] = rope.get(
+            "original_max_position_embeddings", raw["max_position_embeddings"]
+        )
+    read = read_config(replace(checkpoint, raw_config=raw))
+    if (read.rope_parameters, read.max_position_embeddings) != (raw["rope_parameters"], raw["max_position_embeddings"]):
+        raise ConversionError(
+            f"{checkpoint.config_path}: {raw['rope_parameters']} would be read as {read.rope_parameters}"
+        )
+    return json.dumps(raw, indent=2, sort_keys=True) + "\n"
+
+
+def _write(
+    checkpoint: Checkpoint, config: str, staging: Path, output: Path, place: Place, progress: bool
+) -> tuple[dict[str, FileRecord], int]:
+    """Write all files but the manifest; return their records, and the bytes shared with the source."""
+    side_files = [name for name in checkpoint.side_files() if name not in (MANIFEST_NAME, CONFIG_NAME)]
+    check_space(
+        sum(os.path.getsize(checkpoint.directory / name) for name in side_files),
+        checkpoint.shards,
+        staging,
+        output,
+        place,
+    )
+    placed = {shard.name if checkpoint.has_index else SAFE_WEIGHTS_NAME: shard for shard in checkpoint.shards}
+    records, shared = write_shards(placed, {}, staging, place, progress)
+    if checkpoint.has_index:
+        side_files.append(SAFE_WEIGHTS_INDEX_NAME)
+    copy_side_files(checkpoint, side_files, staging)
+    (staging / CONFIG_NAME).write_text(config)
+    card = staging / CARD_NAME
+    if card.is_file():
+        found = {"verdict": "not verified since the context was extended"}
+        card.write_bytes(as_bytes(with_verification(as_text(card.read_bytes()), found)))
+    return records | record_others(staging, records, ()), shared
+
+
+def _shorter_tokenizer(directory: Path, length: int) -> int | None:
+    """The length at which the tokenizer would truncate, if it is less than the model's."""
+    path = directory / _TOKENIZER_CONFIG
+    found = read_json(path).get("model_max_length") if path.is_file() else None
+    return found if isinstance(found, int) and found < length else None
+
+
+def _update_manifest(
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    records: Mapping[str, FileRecord],
+    command: str,
+    context: Mapping[str, Any],
+) -> Manifest:
+    """The manifest of the result: what came from the first source keeps its place, if it is still what it was."""
+    files = {}
+    for name, found in records.items():
+        known = manifest.files.get(name)
+        files[name] = replace(found, source=known.source if known is not None else None)
+        if known is None or name in (CONFIG_NAME, CARD_NAME):
+            continue
+        check_stamp(checkpoint.directory / name, known)
+        if known.sha256 is not None and found.sha256 not in (None, known.sha256):
+            raise ConversionError(f"{checkpoint.directory / name}: is not what conversion wrote (another SHA-256)")
+    return replace(
+        manifest,
+        command=f"{manifest.command} && {command}",
+        files=files,
+        context=[*manifest.context, dict(context)],
+        verification=None,
+    )

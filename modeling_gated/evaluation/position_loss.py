@@ -1,0 +1,44 @@
+"""The loss of each token of a long text, in the memory of the model, its cache and one chunk's logits."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+from transformers import DynamicCache, PreTrainedModel
+
+
+@torch.no_grad()
+def loss_by_position(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *,
+    chunk_size: int = 512,
+    advance: Callable[[int], object] = lambda _: None,
+) -> torch.Tensor:
+    """
+    Negative log-likelihood of each token of a text, given all tokens before it.
+
+    The text goes through the model in chunks, each attending to the cache of those before it, so that no matrix is
+    larger than [chunk_size, sequence], and no logits are than [chunk_size, vocab_size]. RoPE that changes with the
+    length of the input (`"dynamic"`, `"longrope"`) sees that of the chunks so far.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        input_ids: token ids [sequence], int64.
+        chunk_size: tokens per forward pass.
+        advance: called with the number of tokens after each chunk.
+
+    Returns:
+        Losses in nats [sequence - 1], float32, on the CPU: element i is of token i + 1.
+    """
+    count = len(input_ids) - 1
+    cache = DynamicCache(config=model.config)
+    losses = []
+    for start in range(0, count, chunk_size):
+        end = min(start + chunk_size, count)
+        chunk = input_ids[None, start:end].to(model.device)
+        logits = model(chunk, past_key_values=cache, use_cache=True).logits[0].float()
+        targets = input_ids[start + 1 : end + 1].to(logits.device)
+        losses.append(functional.cross_entropy(logits, targets, reduction="none").cpu())
+        advance(end - start)
+    return torch.cat(losses)
