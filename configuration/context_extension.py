@@ -17,8 +17,8 @@ Method = Literal["rope_base", "yarn"]
 
 # YaRN's, for Llama (arXiv 2309.00071, Section 3.2).
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0
-# What a field of a config, or a rotary module, was made of.
-_Length = tuple[dict[str, Any], int]
+_FIELDS = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
+_MAX_LENGTH = 2**31
 _State = dict[str, Any]
 
 
@@ -33,7 +33,7 @@ class ContextExtension:
     max_position_embeddings: int
     previous_rope_parameters: dict[str, Any]
     previous_max_position_embeddings: int
-    _configs: tuple[PreTrainedConfig, ...]
+    _configs: tuple[tuple[PreTrainedConfig, _State], ...]
     _rotary_states: tuple[tuple[nn.Module, _State], ...]
 
     def undo(self) -> None:
@@ -43,15 +43,18 @@ class ContextExtension:
         Raises:
             ValueError: if `rope_parameters` or `max_position_embeddings` were changed since; undo that first.
         """
-        for config in self._configs:
-            if _length_of(config) != (self.rope_parameters, self.max_position_embeddings):
+        for config, _ in self._configs:
+            if (config.rope_parameters, config.max_position_embeddings) != (
+                self.rope_parameters,
+                self.max_position_embeddings,
+            ):
                 raise ValueError(
                     f"rope_parameters={config.rope_parameters}, "
                     f"max_position_embeddings={config.max_position_embeddings}: changed since, so there is nothing "
                     "to undo; undo later extensions first"
                 )
-        for config in self._configs:
-            _set_length(config, self.previous_rope_parameters, self.previous_max_position_embeddings)
+        for config, fields in self._configs:
+            _set_fields(config, fields)
         for module, state in self._rotary_states:
             _set_rotary_state(module, state)
 
@@ -112,33 +115,38 @@ def extend_context(
         ValueError: if the numbers contradict each other or what is there. Nothing is changed then.
     """
     configs, rotaries = _parts(config_or_model)
-    config = configs[0]
-    previous = _length_of(config)
-    original = _original_length(config, original_max_position_embeddings, replace_scaling)
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"length={length!r} is no number of tokens")
+    extended = copy.deepcopy(configs[0])
+    _standardize(extended)
+    for name, number in (("rope_theta", rope_theta), ("factor", factor)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise ValueError(f"{name}={number!r} is no number")
+    _check_length("length", length)
+    original = _original_length(extended, original_max_position_embeddings, replace_scaling)
     if method == "rope_base":
         if factor is not None:
             raise ValueError(f"factor={factor} is for method='yarn'; method='rope_base' has none")
-        new = _with_larger_base(config, length, original, rope_theta)
+        new = _with_larger_base(extended, length, original, rope_theta)
     elif method == "yarn":
-        new = _yarn(config, length, original, rope_theta, factor)
+        new = _yarn(extended, length, original, rope_theta, factor)
     else:
         raise ValueError(f"method={method!r} is neither 'rope_base' nor 'yarn'")
 
-    extended = copy.deepcopy(config)
-    _set_length(extended, new, length)
+    fields = {"rope_parameters": new, "max_position_embeddings": length}
+    if hasattr(extended, "original_max_position_embeddings"):  # Transformers puts it before rope_parameters'
+        fields["original_max_position_embeddings"] = new.get("original_max_position_embeddings", length)
+    _set_fields(extended, fields)
+    previous = [_fields_of(config) for config in configs]
     states = [(module, _rotary_state(module), _rotary_state(type(module)(extended))) for module in rotaries]
     for config in configs:
-        _set_length(config, new, length)
+        _set_fields(config, fields)
     for module, _, state in states:
         _set_rotary_state(module, state)
     return ContextExtension(
         rope_parameters=new,
         max_position_embeddings=length,
-        previous_rope_parameters=previous[0],
-        previous_max_position_embeddings=previous[1],
-        _configs=configs,
+        previous_rope_parameters=previous[0]["rope_parameters"],
+        previous_max_position_embeddings=previous[0]["max_position_embeddings"],
+        _configs=tuple(zip(configs, previous, strict=True)),
         _rotary_states=tuple((module, before) for module, before, _ in states),
     )
 
@@ -146,14 +154,19 @@ def extend_context(
 def describe_context(config: PreTrainedConfig) -> str:
     """The length that a config says its model is for, and its RoPE, in words."""
     rope = config.rope_parameters
-    words = [f"{config.max_position_embeddings:,} tokens", f"rope_theta {rope['rope_theta']:,.0f}"]
-    if rope["rope_type"] != "default":
+    words = [f"{config.max_position_embeddings:,} tokens", f"rope_theta {_written(rope['rope_theta'], ',.0f')}"]
+    if rope.get("rope_type", "default") != "default":
         words.append(f"{rope['rope_type']}")
     if "factor" in rope:
-        words.append(f"factor {rope['factor']:g}")
+        words.append(f"factor {_written(rope['factor'], 'g')}")
     if "original_max_position_embeddings" in rope:
-        words.append(f"from {rope['original_max_position_embeddings']:,}")
+        words.append(f"from {_written(rope['original_max_position_embeddings'], ',')}")
     return ", ".join(words)
+
+
+def _written(value: object, form: str) -> str:
+    """A number, or whatever else a damaged config has in its place."""
+    return format(value, form) if isinstance(value, int | float) else repr(value)
 
 
 def _parts(config_or_model: PreTrainedConfig | nn.Module) -> tuple[tuple[PreTrainedConfig, ...], list[nn.Module]]:
@@ -172,7 +185,7 @@ def _parts(config_or_model: PreTrainedConfig | nn.Module) -> tuple[tuple[PreTrai
     found = (_config_of(module) for module in modules)
     configs = {id(config): config for config in found if config is not None and config.model_type == first.model_type}
     if any(id(_config_of(module)) not in configs for module in rotaries) or any(
-        _length_of(config) != _length_of(first) for config in configs.values()
+        _fields_of(config) != _fields_of(first) for config in configs.values()
     ):
         raise ValueError(f"{type(config_or_model).__name__} has rotary modules of different rope_parameters")
     return tuple(configs.values()), rotaries
@@ -183,15 +196,26 @@ def _config_of(module: nn.Module) -> PreTrainedConfig | None:
     return config if isinstance(config, PreTrainedConfig) else None
 
 
-def _length_of(config: PreTrainedConfig) -> _Length:
-    return copy.deepcopy(getattr(config, "rope_parameters", None) or {}), config.max_position_embeddings
+def _fields_of(config: PreTrainedConfig) -> _State:
+    return {name: copy.deepcopy(getattr(config, name)) for name in _FIELDS if hasattr(config, name)}
 
 
-def _set_length(config: PreTrainedConfig, rope_parameters: dict[str, Any], length: int) -> None:
-    config.rope_parameters = copy.deepcopy(rope_parameters)
-    config.max_position_embeddings = length
-    if hasattr(config, "original_max_position_embeddings"):  # Transformers puts it before rope_parameters'
-        config.original_max_position_embeddings = rope_parameters.get("original_max_position_embeddings", length)
+def _set_fields(config: PreTrainedConfig, fields: _State) -> None:
+    for name, value in fields.items():
+        setattr(config, name, copy.deepcopy(value))
+
+
+def _standardize(config: PreTrainedConfig) -> None:
+    """Give a config's rope_parameters the fields that Transformers reads, and check those that are computed with."""
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        raise ValueError(f"{type(config).__name__} has no rope_parameters")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"rope_parameters={rope}: differ from layer to layer, which is not supported")
+    config.standardize_rope_params()
+    theta = rope["rope_theta"]
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
+        raise ValueError(f"rope_parameters: rope_theta={theta!r} is no base of RoPE")
 
 
 def _rotary_state(module: nn.Module) -> _State:
@@ -211,12 +235,7 @@ def _set_rotary_state(module: nn.Module, state: _State) -> None:
 
 def _original_length(config: PreTrainedConfig, given: int | None, replace_scaling: bool) -> int:
     """The length that the RoPE without its scaling, if there is one, was made for."""
-    if not getattr(config, "rope_parameters", None):
-        raise ValueError(f"{type(config).__name__} has no rope_parameters")
     rope = config.rope_parameters
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"rope_parameters={rope}: differ from layer to layer, which is not supported")
-    config.standardize_rope_params()
     rope_type = rope["rope_type"]
     if rope_type != "default" and not replace_scaling:
         numbers = ", ".join(f"{name}={value}" for name, value in rope.items() if name != "rope_type")
@@ -232,9 +251,13 @@ def _original_length(config: PreTrainedConfig, given: int | None, replace_scalin
             f"rope_type={rope_type!r} does not say what length the model had before, so "
             "original_max_position_embeddings has to be given"
         )
-    if isinstance(original, bool) or not isinstance(original, int) or original < 1:
-        raise ValueError(f"original_max_position_embeddings={original!r} is no number of tokens")
+    _check_length("original_max_position_embeddings", original)
     return original
+
+
+def _check_length(name: str, length: object) -> None:
+    if isinstance(length, bool) or not isinstance(length, int) or not 0 < length < _MAX_LENGTH:
+        raise ValueError(f"{name}={length!r} is no number of tokens")
 
 
 def _kept(config: PreTrainedConfig) -> dict[str, Any]:

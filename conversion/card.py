@@ -86,6 +86,14 @@ def with_verification(card: str, found: dict[str, Any]) -> str:
     return re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", lambda _: section, card, count=1, flags=re.DOTALL)
 
 
+def with_context(card: str, described: str) -> str:
+    """A model card that tells of the last extension of the context, and of no verification from before it."""
+    row = f"| context | extended to {_cell(described)} |\n"
+    card = re.sub(r"^\| context \| extended to .*\n", "", card, count=1, flags=re.MULTILINE)
+    card = re.sub(r"^\| gates \| .*\n", lambda found: found[0] + row, card, count=1, flags=re.MULTILINE)
+    return with_verification(card, {"verdict": "not verified since the context was extended"})
+
+
 def _metadata(path: Path) -> dict[str, Any]:
     """License and language of the source's card, as far as it has them and they are plain words."""
     try:

@@ -106,6 +106,13 @@ def open_checkpoint(source: Path) -> Checkpoint:
     raise ConversionError(_why_no_weights(directory))
 
 
+def shorter_tokenizer(directory: Path, length: int) -> int | None:
+    """The `model_max_length` of a checkpoint's tokenizer, at which it would truncate, if it is less than `length`."""
+    path = directory / "tokenizer_config.json"
+    found = read_json(path).get("model_max_length") if path.is_file() else None
+    return found if isinstance(found, int) and found < length else None
+
+
 def rewriting_command(source: str, target: str) -> str:
     """The command that saves a model with pickled weights as safetensors."""
     return (

@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 
 from .card import model_card
-from .checkpoint import open_checkpoint
+from .checkpoint import open_checkpoint, shorter_tokenizer
 from .commands import command_line, context_flags
 from .errors import ConversionError
 from .files import errors_naming, read_bytes, sha256
@@ -35,7 +35,8 @@ class Conversion:
     """
     What a conversion made: the directory and its config, the parameters of the source and of the gates, the bytes
     of weights that were written and those shared with the source (by reflink or link), the tensors of the source that
-    the model does not read, and the seconds it took.
+    the model does not read, the `model_max_length` of the tokenizer if that is less than an extended context, and the
+    seconds it took.
     """
 
     output: Path
@@ -45,6 +46,7 @@ class Conversion:
     written_bytes: int
     shared_bytes: int
     unread: tuple[str, ...]
+    tokenizer_length: int | None
     seconds: float
 
 
@@ -121,6 +123,9 @@ def convert_checkpoint(
         written_bytes=written,
         shared_bytes=shared,
         unread=plan.architecture.unread,
+        tokenizer_length=shorter_tokenizer(output, plan.architecture.config.max_position_embeddings)
+        if context
+        else None,
         seconds=time.perf_counter() - started,
     )
 

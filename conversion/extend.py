@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from modeling_gated.configuration import ContextExtension, describe_context, extend_context
 
 from .architecture import naming, read_config
-from .card import with_verification
-from .checkpoint import Checkpoint, open_checkpoint
+from .card import with_context
+from .checkpoint import Checkpoint, open_checkpoint, shorter_tokenizer
 from .commands import command_line, context_flags
 from .errors import ConversionError
-from .files import errors_naming, read_json
+from .files import errors_naming
 from .manifest import FileRecord, Manifest, as_bytes, as_text, check_stamp, read_manifest
 from .output import check_output, clear_leftovers, replacing
 from .placement import Place, check_space
@@ -27,7 +28,7 @@ from .sources import find_source
 
 
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+_WHY = f"(if that is meant, as after training, delete its {MANIFEST_NAME}: there is no way back to the source then)"
 
 
 @dataclass(frozen=True)
@@ -90,23 +91,25 @@ def extend_checkpoint(
             raise ConversionError(f"{source.path}: a GGUF file; gated-llama convert takes the same options for it")
         found = open_checkpoint(source.path)
         config = read_config(found)
-        before = describe_context(config)
+        before = deepcopy(config)
         with naming(found.config_path):
             extension = extend_context(config, **context)
         manifest = read_manifest(found.directory)
         with replacing(output, overwrite) as staging:
-            records, shared = _write(found, _new_config(found, extension), staging, output, place, progress)
+            records, shared = _write(
+                found, _new_config(found, extension), describe_context(config), staging, output, place, progress
+            )
             if manifest is not None:
                 _update_manifest(manifest, found, records, command, context).write(staging)
     total = sum(shard.file_bytes for shard in found.shards)
     return ExtendedCheckpoint(
         output=output,
         extension=extension,
-        before=before,
+        before=describe_context(before),
         after=describe_context(config),
         written_bytes=total - shared,
         shared_bytes=shared,
-        tokenizer_length=_shorter_tokenizer(output, extension.max_position_embeddings),
+        tokenizer_length=shorter_tokenizer(output, extension.max_position_embeddings),
         seconds=time.perf_counter() - started,
     )
 
@@ -130,7 +133,7 @@ def _new_config(checkpoint: Checkpoint, extension: ContextExtension) -> str:
 
 
 def _write(
-    checkpoint: Checkpoint, config: str, staging: Path, output: Path, place: Place, progress: bool
+    checkpoint: Checkpoint, config: str, described: str, staging: Path, output: Path, place: Place, progress: bool
 ) -> tuple[dict[str, FileRecord], int]:
     """Write all files but the manifest; return their records, and the bytes shared with the source."""
     side_files = [name for name in checkpoint.side_files() if name not in (MANIFEST_NAME, CONFIG_NAME)]
@@ -149,16 +152,8 @@ def _write(
     (staging / CONFIG_NAME).write_text(config)
     card = staging / CARD_NAME
     if card.is_file():
-        found = {"verdict": "not verified since the context was extended"}
-        card.write_bytes(as_bytes(with_verification(as_text(card.read_bytes()), found)))
+        card.write_bytes(as_bytes(with_context(as_text(card.read_bytes()), described)))
     return records | record_others(staging, records, ()), shared
-
-
-def _shorter_tokenizer(directory: Path, length: int) -> int | None:
-    """The length at which the tokenizer would truncate, if it is less than the model's."""
-    path = directory / _TOKENIZER_CONFIG
-    found = read_json(path).get("model_max_length") if path.is_file() else None
-    return found if isinstance(found, int) and found < length else None
 
 
 def _update_manifest(
@@ -172,12 +167,17 @@ def _update_manifest(
     files = {}
     for name, found in records.items():
         known = manifest.files.get(name)
-        files[name] = replace(found, source=known.source if known is not None else None)
+        files[name] = found
         if known is None or name in (CONFIG_NAME, CARD_NAME):
             continue
         check_stamp(checkpoint.directory / name, known)
         if known.sha256 is not None and found.sha256 not in (None, known.sha256):
-            raise ConversionError(f"{checkpoint.directory / name}: is not what conversion wrote (another SHA-256)")
+            raise ConversionError(f"{checkpoint.directory / name}: is not what conversion wrote {_WHY}")
+        files[name] = replace(found, sha256=found.sha256 or known.sha256, source=known.source)
+    if gone := [name for name, known in manifest.files.items() if known.source is not None and name not in files]:
+        raise ConversionError(
+            f"{checkpoint.directory / gone[0]}: is missing, or no part of the checkpoint any more {_WHY}"
+        )
     return replace(
         manifest,
         command=f"{manifest.command} && {command}",

@@ -15,8 +15,7 @@ if not (Path(__path__[0]) / "configuration").is_dir():
 
 # The gated-llama command needs neither torch nor the model to answer --help, so it imports what it needs itself.
 if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name not in ("gated-llama", "gated-llama.exe"):
-    from transformers import AutoConfig
-
+    from . import registration  # noqa: F401
     from .configuration import GatedLlamaConfig
     from .modeling_gated_llama import (
         GatedLlamaForCausalLM,
@@ -26,8 +25,6 @@ if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name not in ("gated-ll
         GatedLlamaModel,
         GatedLlamaPreTrainedModel,
     )
-
-    AutoConfig.register("gated_llama", GatedLlamaConfig, exist_ok=True)
 
     __all__ = [
         "GatedLlamaConfig",

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .checkpoints import convert, extend, ungate, verify
+from .context import evaluate_context
 
 
 app = typer.Typer(
@@ -14,7 +15,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (convert, verify, extend, ungate):
+for command in (convert, verify, extend, ungate, evaluate_context):
     app.command()(command)
 
 

@@ -5,6 +5,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .options import (
+    ContextLength,
+    Factor,
+    OriginalLength,
+    Overwrite,
+    Place,
+    ReplaceScaling,
+    Revision,
+    RopeTheta,
+    Source,
+    Yarn,
+)
 from .output import one_clear_line, print_lines
 
 
@@ -12,39 +24,6 @@ if TYPE_CHECKING:
     from modeling_gated.configuration import GatedLlamaConfig
     from modeling_gated.conversion import Conversion, ExtendedCheckpoint, Plan
     from modeling_gated.conversion.safetensors_file import NewTensor
-
-
-Place = Annotated[
-    Literal["auto", "reflink", "link", "copy"],
-    typer.Option(
-        help="How shards get into OUTPUT: sharing blocks (reflink), as hard links (link: instant, but writing into one "
-        "later changes the other too) or as copies. auto: reflink where the filesystem can, else copy."
-    ),
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT if it is a checkpoint.")]
-ContextLength = Annotated[
-    int | None, typer.Option(min=1, help="Extend the context to this many tokens.", show_default="the source's")
-]
-RopeTheta = Annotated[
-    float | None,
-    typer.Option(help="The base of RoPE for the longer context.", show_default="by the rule in the README"),
-]
-Yarn = Annotated[bool, typer.Option("--yarn", help="Extend the context by YaRN instead of a larger base.")]
-Factor = Annotated[float | None, typer.Option(help="YaRN's factor, if you want it checked against the lengths.")]
-OriginalLength = Annotated[
-    int | None, typer.Option(min=1, help="The length the model was trained at.", show_default="max_position_embeddings")
-]
-ReplaceScaling = Annotated[
-    bool, typer.Option("--replace-scaling", help="Take away a scaling of RoPE that is there already, YaRN's too.")
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")]
-Source = Annotated[
-    str,
-    typer.Argument(
-        metavar="SOURCE",
-        help="A checkpoint: a directory, a safetensors or GGUF file, or the id of a model on the Hugging Face hub.",
-    ),
-]
 
 
 def _context(
@@ -202,6 +181,7 @@ def extend(
 def _print_plan(plan: "Plan") -> None:
     from rich.filesize import decimal
 
+    from modeling_gated.configuration import describe_context
     from modeling_gated.conversion.errors import printable
 
     config = plan.architecture.config
@@ -210,6 +190,7 @@ def _print_plan(plan: "Plan") -> None:
             "source": f"{plan.source.path}" + (f" ({plan.source.revision})" if plan.source.revision else ""),
             "model": f"{plan.checkpoint.raw_config['model_type']}, {plan.base_parameters:,} parameters",
             "gates": _gates(config),
+            "context": describe_context(config),
             "tensors to add": f"{len(plan.gates)}, {plan.gate_parameters:,} parameters",
         }
     )
@@ -235,9 +216,12 @@ def _gates(config: "GatedLlamaConfig") -> str:
 def _print_summary(done: "Conversion") -> None:
     from rich.filesize import decimal
 
+    from modeling_gated.configuration import describe_context
+
     share = 100 * done.gate_parameters / done.base_parameters
     lines = {
         "gates": _gates(done.config),
+        "context": describe_context(done.config),
         "gate parameters": f"{done.gate_parameters:,} ({share:.2g} % of {done.base_parameters:,})",
         "weights written": decimal(done.written_bytes),
         "weights shared": f"{decimal(done.shared_bytes)} with the source",
@@ -248,6 +232,7 @@ def _print_summary(done: "Conversion") -> None:
         del lines["weights shared"]
     print_lines(lines)
     _print_unread(done.unread)
+    _print_tokenizer(done.tokenizer_length)
 
 
 def _print_extension(done: "ExtendedCheckpoint") -> None:
@@ -264,10 +249,14 @@ def _print_extension(done: "ExtendedCheckpoint") -> None:
     if not done.shared_bytes:
         del lines["weights shared"]
     print_lines(lines)
-    if done.tokenizer_length is not None:
+    _print_tokenizer(done.tokenizer_length)
+
+
+def _print_tokenizer(length: int | None) -> None:
+    if length is not None:
         typer.echo(
-            f"note: tokenizer_config.json has model_max_length={done.tokenizer_length}, at which tokenizers warn, and "
-            "truncate when asked to",
+            f"note: tokenizer_config.json has model_max_length={length}, at which tokenizers warn, and truncate when "
+            "asked to",
             err=True,
         )
 

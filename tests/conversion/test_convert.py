@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from word_tokenizer import save_word_tokenizer
 
 from modeling_gated.configuration import open_gate
-from modeling_gated.conversion import ConversionError, convert, convert_checkpoint
+from modeling_gated.conversion import ConversionError, convert, convert_checkpoint, shards
 
 
 def files(directory: Path) -> set[str]:
@@ -218,7 +218,7 @@ def test_a_failure_leaves_nothing_and_what_was_there(
     def fail(*_: object) -> bool:
         raise error
 
-    monkeypatch.setattr(convert, "place_file", fail)
+    monkeypatch.setattr(shards, "place_file", fail)
     expected = ConversionError if isinstance(error, OSError) else KeyboardInterrupt
     for target in (tmp_path / "new", output):
         with pytest.raises(expected):

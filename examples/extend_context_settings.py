@@ -1,0 +1,131 @@
+"""What examples/extend_context.py is to do, as a TOML file says it."""
+
+import math
+import tomllib
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from huggingface_hub.errors import StrictDataclassError
+from packed_text import files
+from transformers import AutoConfig, PreTrainedConfig
+
+from modeling_gated.configuration import GatedLlamaConfig, extend_context
+
+
+Table = TypeVar("Table")
+MAY_BE_ZERO = ("seed", "warmup_steps")
+
+
+class SettingsError(ValueError):
+    """A line that says which setting of which file is wrong."""
+
+
+@dataclass(frozen=True)
+class FromScratch:
+    """A model to train at a short length first, where there is no checkpoint to start from."""
+
+    length: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    vocabulary_size: int = 2048  # of the tokenizer that is trained if none is given
+    config: dict[str, Any] = field(default_factory=dict)  # fields of GatedLlamaConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole recipe. Lengths are in tokens, and a batch size is in sequences per process and forward pass."""
+
+    rope_theta: float
+    length: int
+    steps: int
+    batch_size: int
+    learning_rate: float
+    yarn_length: int
+    model: str = ""  # a checkpoint's folder; or else from_scratch
+    tokenizer: str = ""  # a folder, too; the model's if not given
+    text: list[str] = field(default_factory=list)  # globs of UTF-8 files; none: Python's language reference
+    gradient_accumulation_steps: int = 1
+    warmup_steps: int = 0
+    evaluation_windows: int = 8
+    save_every: int = 100
+    seed: int = 0
+    mixed_precision: str = "no"
+    from_scratch: FromScratch | None = None
+
+
+def read_settings(path: Path) -> Settings:
+    """
+    Read a TOML file, and check what can be checked before any text is read.
+
+    Raises:
+        SettingsError: if a setting is missing, not known or wrong.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    settings = _from_table(Settings, table, f"{path}: ")
+
+    problem = None
+    if bool(settings.model) == (settings.from_scratch is not None):
+        problem = f"model={settings.model!r}: either a model or a table [from_scratch] is needed"
+    elif settings.model and not (Path(settings.model) / "config.json").is_file():
+        problem = f"model={settings.model!r}: there is no config.json"
+    elif settings.tokenizer and not Path(settings.tokenizer).is_dir():
+        problem = f"tokenizer={settings.tokenizer!r}: there is no such folder"
+    elif settings.text and not files(settings.text):
+        problem = f"text={settings.text}: matches no file"
+    elif settings.mixed_precision not in ("no", "bf16"):
+        problem = f"mixed_precision={settings.mixed_precision!r} is neither 'no' nor 'bf16'"
+    if problem is not None:
+        raise SettingsError(f"{path}: {problem}")
+    try:
+        config = starting_config(settings)
+        extend_context(config, settings.length, "rope_base", settings.rope_theta)
+        extend_context(config, settings.yarn_length, "yarn")
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise SettingsError(f"{path}: {error.__cause__ or error}") from error
+    return settings
+
+
+def starting_config(settings: Settings) -> PreTrainedConfig:
+    """The config of the model before its context is extended; one from scratch doesn't have its tokens yet."""
+    if settings.from_scratch is None:
+        return AutoConfig.from_pretrained(settings.model)
+    scratch = settings.from_scratch
+    if unknown := scratch.config.keys() - {known.name for known in fields(GatedLlamaConfig)}:
+        raise ValueError(f"from_scratch.config.{min(unknown)}: GatedLlamaConfig has no such field")
+    return GatedLlamaConfig(**{"max_position_embeddings": scratch.length} | scratch.config)
+
+
+def _from_table(kind: type[Table], table: dict[str, Any], where: str) -> Table:
+    types = get_type_hints(kind)
+    values = {}
+    for name, value in table.items():
+        if name not in types:
+            raise SettingsError(f"{where}{name}={value!r} is not known; known are {', '.join(types)}")
+        values[name] = _checked(types[name], name, value, where)
+    for known in fields(kind):  # type: ignore[arg-type]
+        if known.name not in values and known.default is MISSING and known.default_factory is MISSING:
+            raise SettingsError(f"{where}{known.name} is missing")
+    return kind(**values)
+
+
+def _checked(kind: Any, name: str, value: Any, where: str) -> Any:
+    """The value as the type that a field has."""
+    if isinstance(kind, UnionType) and isinstance(value, dict):
+        return _from_table(get_args(kind)[0], value, f"{where}{name}.")
+    plain = get_origin(kind) or kind
+    if kind is float and type(value) is int:
+        value = float(value)
+    if isinstance(kind, UnionType) or type(value) is not plain:
+        expected = "a table" if isinstance(kind, UnionType) else f"of type {plain.__name__}"
+        raise SettingsError(f"{where}{name}={value!r} is not {expected}")
+    if plain is list and not all(isinstance(element, str) for element in value):
+        raise SettingsError(f"{where}{name}={value!r} is not a list of str")
+    if plain in (int, float) and not (0 < value < math.inf or (value == 0 and name in MAY_BE_ZERO)):
+        raise SettingsError(f"{where}{name}={value!r} is not positive")
+    return value

@@ -1,0 +1,164 @@
+"""The subcommand that evaluates long contexts."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from .output import one_clear_line
+
+
+if TYPE_CHECKING:
+    from modeling_gated.evaluation import ContextEvaluation
+
+
+_JSON, _PLOT = "context.json", "context.png"
+_FORMAT = 1
+
+
+def evaluate_context(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT", help="Directories with safetensors, or models on the hub: gated, or any causal model."
+        ),
+    ],
+    lengths: Annotated[str, typer.Option(help="Lengths in tokens, separated by commas.")] = "1024,2048,4096,8192",
+    tasks: Annotated[
+        str, typer.Option(help="What to measure, separated by commas.")
+    ] = "loss,passkey,multi_key_needle,variable_tracking",
+    text: Annotated[
+        Path | None, typer.Option(help="A text file, UTF-8.", show_default="Python's language reference")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the text, as long as the longest length, for the loss.")] = 1,
+    samples: Annotated[int, typer.Option(help="Prompts per task and length.")] = 10,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Ask in the tokenizer's chat template, or in plain text.",
+            show_default="as the tokenizer has one",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is hidden in the text, and where.")] = 0,
+    chunk_size: Annotated[int, typer.Option(help="Tokens per forward pass; memory grows with it.")] = 512,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="auto: the checkpoint's own.")
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:0 or cpu.", show_default="cuda if there is one")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help=f"A directory for {_JSON} and {_PLOT}.", show_default="none")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=f"Replace {_JSON} and {_PLOT} if they exist.")] = False,
+) -> None:
+    """
+    Measure how well models use long inputs: loss by position, and tasks that hide something in a text.
+
+    passkey: a number that is said once; multi_key_needle: the number of one word of four; variable_tracking: five
+    variables with one value, through a chain of assignments. Scores are shares of the answers that were found.
+    Lengths beyond a model's max_position_embeddings are marked with *.
+    """
+    with one_clear_line():
+        from modeling_gated.evaluation import EvaluationError
+        from modeling_gated.evaluation.plot import check_plots, plot_context
+
+        if not (lengths.strip() and all(word.strip().isdecimal() for word in lengths.split(","))):
+            raise EvaluationError(f"--lengths {lengths}: not numbers of tokens, separated by commas")
+        if output is not None:
+            check_plots()
+            existing = [name for name in (_JSON, _PLOT) if (output / name).exists()]
+            if existing and not overwrite:
+                raise EvaluationError(f"{output / existing[0]}: already exists; --overwrite replaces it")
+            if output.exists() and not output.is_dir():
+                raise EvaluationError(f"{output}: not a directory")
+        found = [
+            _evaluate(
+                given,
+                name,
+                dtype,
+                device,
+                lengths=[int(word) for word in lengths.split(",")],
+                tasks=[word.strip() for word in tasks.split(",")],
+                text=text,
+                windows=windows,
+                samples=samples,
+                chat=chat,
+                seed=seed,
+                chunk_size=chunk_size,
+                progress=True,
+            )
+            for given, name in zip(checkpoints, _names(checkpoints), strict=True)
+        ]
+        _print_table(found)
+        if output is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            plot_context(found, output / _PLOT)
+            (output / _JSON).write_text(json.dumps(_as_json(found), indent=2) + "\n", encoding="utf-8")
+            typer.echo(f"written: {output / _JSON}, {output / _PLOT}")
+
+
+def _names(checkpoints: list[str]) -> list[str]:
+    """The last part of each path or hub id; the whole of it where that is not enough."""
+    last = [Path(given).name for given in checkpoints]
+    return [name if last.count(name) == 1 else given for given, name in zip(checkpoints, last, strict=True)]
+
+
+def _evaluate(given: str, name: str, dtype: str, device: str | None, **options) -> "ContextEvaluation":
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import modeling_gated.registration  # noqa: F401 - makes the Auto classes know gated_llama
+    from modeling_gated.conversion.architecture import naming
+    from modeling_gated.conversion.sources import find_source
+    from modeling_gated.evaluation import EvaluationError, evaluate_context
+
+    source = find_source(given)
+    if not source.path.is_dir():
+        raise EvaluationError(f"{source.path}: not a directory with a checkpoint in safetensors")
+    with naming(source.path):
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+        model = model.eval().to(place)
+    # Gates that a checkpoint lacks are open; anything else would be random.
+    if missing := [key for key in info["missing_keys"] if ".self_attn.g_" not in key]:
+        raise EvaluationError(f"{source.path}: has no {sorted(missing)[0]}")
+    return evaluate_context(model, tokenizer, name=name, **options)
+
+
+def _as_json(found: list["ContextEvaluation"]) -> dict:
+    packages = {name: version(name) for name in ("modeling-gated", "torch", "transformers")}
+    return {"format": _FORMAT, "versions": packages, "evaluations": [evaluation.as_json() for evaluation in found]}
+
+
+def _print_table(found: list["ContextEvaluation"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("up to tokens")
+    table.add_column("model", overflow="fold")
+    for length in found[0].lengths:
+        table.add_column(f"{length:,}", justify="right")
+    for evaluation in found:
+        if evaluation.losses:
+            marks = ["*" if part.end in evaluation.beyond else " " for part in evaluation.losses]
+            values = [f"{part.loss:.3f}{mark}" for part, mark in zip(evaluation.losses, marks, strict=True)]
+            table.add_row("loss", evaluation.name, *values)
+    for task in dict.fromkeys(score.task for score in found[0].scores):
+        for evaluation in found:
+            scores = [score for score in evaluation.scores if score.task == task]
+            marks = ["*" if score.length in evaluation.beyond else " " for score in scores]
+            values = [f"{score.score:.2f}{mark}" for score, mark in zip(scores, marks, strict=True)]
+            table.add_row(task, evaluation.name, *values)
+    Console(soft_wrap=True).print(table)
+    if any(evaluation.beyond for evaluation in found):
+        typer.echo("* more than max_position_embeddings")
+    if len({(evaluation.text_tokens, evaluation.text_characters) for evaluation in found}) > 1:
+        typer.echo("note: the tokenizers take the text for different tokens, so losses do not compare", err=True)

@@ -1,0 +1,244 @@
+"""How well a model uses a long context: loss by position, and tasks whose answer lies somewhere in the input."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import EvaluationError
+from .position_loss import loss_by_position
+from .prompts import build_prompt, can_chat
+from .tasks import TASKS
+
+
+LOSS = "loss"
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Mean loss, in nats per token, of the tokens at positions `start` to `end` (exclusive) of all windows."""
+
+    start: int
+    end: int
+    tokens: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Mean score, from 0 to 1, of `samples` prompts of at most `length` tokens; `prompt_tokens` is their mean."""
+
+    task: str
+    length: int
+    samples: int
+    prompt_tokens: float
+    score: float
+
+
+@dataclass(frozen=True)
+class ContextEvaluation:
+    """
+    What `evaluate_context` found of one model, and all that it depends on.
+
+    `beyond` are the lengths for which the model was not made (more than its `max_position_embeddings`). `text_tokens`
+    and `text_characters` tell how its tokenizer takes the text: losses of models that differ in them do not compare.
+    """
+
+    name: str
+    dtype: str
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+    lengths: tuple[int, ...]
+    beyond: tuple[int, ...]
+    text: str
+    text_tokens: int
+    text_characters: int
+    chat_template: bool
+    seed: int
+    windows: int
+    losses: tuple[PositionLoss, ...]
+    scores: tuple[TaskScore, ...]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The evaluation as JSON takes it."""
+        return asdict(self)
+
+
+def read_text(path: Path | None) -> tuple[str, str]:
+    """A text file, UTF-8, or Python's language reference; and what to call it."""
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics.values()), "Python's language reference"
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise EvaluationError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    if not content.strip():
+        raise EvaluationError(f"{path}: is empty")
+    return content, path.name
+
+
+def evaluate_context(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str,
+    lengths: Sequence[int],
+    tasks: Sequence[str] = (LOSS, *TASKS),
+    text: Path | None = None,
+    windows: int = 1,
+    samples: int = 10,
+    chat: bool | None = None,
+    seed: int = 0,
+    chunk_size: int = 512,
+    progress: bool = False,
+) -> ContextEvaluation:
+    """
+    Measure how well a causal language model uses inputs of some lengths.
+
+    `"loss"` is the mean loss of the tokens between each length and the one before it, over windows of the text as
+    long as the longest. The tasks hide something in the text and ask for it; each prompt is as long as can be within
+    its length, answer included, none is truncated, and the same (`seed`) for every model with the same tokenizer.
+    Answers are greedy. Everything goes through the model in chunks, so that memory is that of the model, its cache
+    and one chunk.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: the model's.
+        name: what to call the model.
+        lengths: in tokens; sorted here.
+        tasks: `"loss"` and names of `TASKS`.
+        text: a text file, UTF-8; Python's language reference if not given.
+        windows: windows of the text to take losses of.
+        samples: prompts per task and length, with depths spread evenly over the text.
+        chat: whether prompts are messages in the tokenizer's chat template; if not given, whether it has one.
+        seed: of what is hidden, and where.
+        chunk_size: tokens per forward pass.
+        progress: show a progress bar, on a terminal.
+
+    Raises:
+        EvaluationError: if a setting is out of range, the text too short for the windows, or a prompt cannot be built.
+    """
+    started = time.perf_counter()
+    lengths = tuple(sorted(lengths))
+    _check(lengths, tasks, windows=windows, samples=samples, chunk_size=chunk_size)
+    if chat and not can_chat(tokenizer):
+        raise EvaluationError(f"{name}: its tokenizer has no chat template")
+    chat = can_chat(tokenizer) if chat is None else chat
+    content, text_name = read_text(text)
+    input_ids = tokenizer(content, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    longest = model.config.max_position_embeddings
+
+    asked = [task for task in tasks if task != LOSS]
+    total = windows * lengths[-1] * (LOSS in tasks) + samples * len(asked) * sum(lengths)
+    with tqdm(total=total, desc=name, unit=" tokens", unit_scale=True, disable=None if progress else True) as bar:
+        losses: tuple[PositionLoss, ...] = ()
+        if LOSS in tasks:
+            losses = _losses(model, _windows(input_ids, tokenizer, lengths[-1], windows), lengths, chunk_size, bar)
+        lines = [line for line in content.splitlines() if line.strip()]
+        scores = tuple(
+            _score(model, tokenizer, task, length, lines, samples, chat, seed, chunk_size, bar)
+            for task in asked
+            for length in lengths
+        )
+    return ContextEvaluation(
+        name=name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_position_embeddings=longest,
+        rope_parameters=dict(model.config.rope_parameters),
+        lengths=lengths,
+        beyond=tuple(length for length in lengths if length > longest),
+        text=text_name,
+        text_tokens=len(input_ids),
+        text_characters=len(content),
+        chat_template=chat,
+        seed=seed,
+        windows=windows,
+        losses=losses,
+        scores=scores,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check(lengths: Sequence[int], tasks: Sequence[str], **counts: int) -> None:
+    if not lengths or lengths[0] < 2 or len(set(lengths)) < len(lengths):
+        raise EvaluationError(f"lengths {list(lengths)}: needed are different numbers of tokens, each at least 2")
+    if unknown := [task for task in tasks if task not in (LOSS, *TASKS)]:
+        raise EvaluationError(f"task {unknown[0]!r} is not among {', '.join((LOSS, *TASKS))}")
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise EvaluationError(f"tasks {list(tasks)}: needed are different ones, at least one")
+    for field, value in counts.items():
+        if value < 1:
+            raise EvaluationError(f"{field} {value}: at least 1 is needed")
+
+
+def _windows(input_ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[torch.Tensor]:
+    """Windows of a text, spread evenly over it, each beginning as the tokenizer begins an input."""
+    start = tokenizer("")["input_ids"]
+    begin = start[:1] if start and start[0] == tokenizer.bos_token_id else []
+    own = length - len(begin)
+    if own * count > len(input_ids):
+        raise EvaluationError(
+            f"{count} windows of {length} tokens are more than the {len(input_ids)} tokens of the text"
+        )
+    step = len(input_ids) // count
+    return [torch.tensor(begin + input_ids[first * step : first * step + own]) for first in range(count)]
+
+
+def _losses(
+    model: PreTrainedModel, windows: list[torch.Tensor], lengths: tuple[int, ...], chunk_size: int, bar: tqdm
+) -> tuple[PositionLoss, ...]:
+    found = torch.stack(
+        [loss_by_position(model, window, chunk_size=chunk_size, advance=bar.update) for window in windows]
+    )
+    buckets = []
+    for start, end in pairwise((0, *lengths)):
+        part = found[:, max(start - 1, 0) : end - 1]  # element i is the loss of the token at position i + 1
+        buckets.append(PositionLoss(max(start, 1), end, part.numel(), part.double().mean().item()))
+    return tuple(buckets)
+
+
+def _score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    length: int,
+    lines: list[str],
+    samples: int,
+    chat: bool,
+    seed: int,
+    chunk_size: int,
+    bar: tqdm,
+) -> TaskScore:
+    found, sizes = [], []
+    for sample in range(samples):
+        generator = random.Random(f"{seed} {name} {length} {sample}")
+        task = TASKS[name](generator, (sample + 0.5) / samples)
+        first = generator.randrange(len(lines))
+        prompt = build_prompt(task, lines[first:] + lines[:first], tokenizer, length, chat=chat)
+        input_ids = torch.tensor([prompt.input_ids], device=model.device)
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=task.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            prefill_chunk_size=chunk_size,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        answer = tokenizer.decode(output[0, len(prompt.input_ids) :], skip_special_tokens=True)
+        found.append(task.score(answer))
+        sizes.append(len(prompt.input_ids))
+        bar.update(length)
+    return TaskScore(name, length, samples, sum(sizes) / samples, sum(found) / samples)

@@ -1,0 +1,84 @@
+"""Prompts of a given number of tokens, built so that what is asked for is really in them."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from .errors import EvaluationError
+from .tasks import Task
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt, and how many tokens of the text are among them."""
+
+    input_ids: list[int]
+    text_tokens: int
+
+
+def build_prompt(
+    task: Task, lines: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, *, chat: bool
+) -> Prompt:
+    """
+    A prompt that with its answer takes at most `length` tokens, and less than that by one line of the text at most.
+
+    Nothing is truncated: the text is shortened by lines until all fits. The whole prompt is tokenized at once, so
+    that needles are as the model would see them in a text, and decoded again: each must still be there.
+
+    Args:
+        task: what to hide and to ask.
+        lines: the text, which is repeated if it is too short.
+        tokenizer: the model's.
+        length: tokens of prompt and answer.
+        chat: whether the prompt is a user's message in the tokenizer's chat template.
+
+    Raises:
+        EvaluationError: if not even the question fits, a word to hide is in the text, or the tokenizer changes it.
+    """
+    text = "\n".join(lines)
+    if twice := [word for word in task.hidden if word in text]:
+        raise EvaluationError(f"{twice[0]!r}, which is to be hidden, is in the text already")
+    budget = length - task.max_new_tokens
+
+    def tokens_of(count: int) -> list[int]:
+        return _tokenize(_prompt(task, lines, count), tokenizer, chat, task.answer_prefix)
+
+    question = len(tokens_of(0))
+    if question > budget:
+        raise EvaluationError(f"length {length}: question and answer alone take {question + task.max_new_tokens}")
+    most = 1
+    while len(tokens_of(most)) <= budget:
+        most *= 2
+    count = bisect_right(range(most), budget, key=lambda count: len(tokens_of(count))) - 1
+    input_ids = tokens_of(count)
+    decoded = tokenizer.decode(input_ids)
+    if lost := [needle for _, needle in task.needles if needle not in decoded]:
+        raise EvaluationError(f"the tokenizer does not keep {lost[0]!r}")
+    return Prompt(input_ids, len(input_ids) - question)
+
+
+def can_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has a chat template."""
+    return bool(tokenizer.chat_template)
+
+
+def _prompt(task: Task, lines: Sequence[str], count: int) -> str:
+    chosen = [lines[number % len(lines)] for number in range(count)]
+    places = sorted((min(int(depth * (count + 1)), count), number) for number, (depth, _) in enumerate(task.needles))
+    for place, number in reversed(places):
+        chosen.insert(place, task.needles[number][1])
+    return "\n".join([task.instruction, "", *chosen, "", task.question])
+
+
+def _tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool, answer_prefix: str) -> list[int]:
+    """Never truncated. A chat template writes the special tokens itself, so that none comes twice."""
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # type: ignore[assignment]
+    else:
+        prompt = f"{prompt}\n"
+    return tokenizer(f"{prompt}{answer_prefix}", add_special_tokens=not chat, truncation=False, verbose=False)[
+        "input_ids"
+    ]
