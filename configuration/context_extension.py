@@ -19,6 +19,7 @@ Method = Literal["rope_base", "yarn"]
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0
 _FIELDS = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
 _MAX_LENGTH = 2**31
+_PLAIN_FIELDS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _State = dict[str, Any]
 
 
@@ -82,8 +83,8 @@ def extend_context(
         rope_theta' = rope_theta * (length / original length) ** (d / (d - 2)),    d: head_dim
 
     with which the slowest pair of channels turns as far over the new length as over the old (NTK-aware scaling,
-    arXiv 2309.00071, Section 3.1). That is the least that can be asked for, and what a model bears without training;
-    the paper, which trains, takes more: 1e6 for 10k to reach 32k tokens, where the rule gives 83k.
+    arXiv 2309.00071, Section 3.1). That is the least that can be asked for; the paper takes more, 1e6 for 10k to reach
+    32k tokens, where the rule gives 83k.
 
     `"yarn"` interpolates the pairs that turn slowly and leaves the fast ones, and scales attention logits
     (arXiv 2309.00071, Section 3.2 and 3.3), with factor = length / original length, attention_factor =
@@ -93,7 +94,8 @@ def extend_context(
     is linear in the number of turns r. It acts on every input, short ones too, and costs them some quality.
 
     Positions that are scaled already (`rope_type` `"yarn"`, `"llama3"`, `"linear"`, `"dynamic"`, `"longrope"`) are
-    left alone unless `replace_scaling=True`, which takes that scaling away and starts from the plain RoPE under it. A
+    left alone unless `replace_scaling=True`, which takes that scaling away and starts from the plain RoPE under it, so
+    that `length` may then be less than `max_position_embeddings`, though not than the length before the scaling. A
     model that was trained with its scaling, as Llama 3.1 was, then has to be trained again.
 
     Args:
@@ -118,8 +120,9 @@ def extend_context(
     extended = copy.deepcopy(configs[0])
     _standardize(extended)
     for name, number in (("rope_theta", rope_theta), ("factor", factor)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-            raise ValueError(f"{name}={number!r} is no number")
+        is_number = isinstance(number, float) or (type(number) is int and number < 1e300)
+        if number is not None and not is_number:
+            raise ValueError(f"{name}={number!r} is no number to compute with")
     _check_length("length", length)
     original = _original_length(extended, original_max_position_embeddings, replace_scaling)
     if method == "rope_base":
@@ -131,12 +134,15 @@ def extend_context(
     else:
         raise ValueError(f"method={method!r} is neither 'rope_base' nor 'yarn'")
 
+    if length < extended.max_position_embeddings and extended.rope_parameters["rope_type"] == "default":
+        raise ValueError(f"length={length} is less than max_position_embeddings={extended.max_position_embeddings}")
+
     fields = {"rope_parameters": new, "max_position_embeddings": length}
     if hasattr(extended, "original_max_position_embeddings"):  # Transformers puts it before rope_parameters'
         fields["original_max_position_embeddings"] = new.get("original_max_position_embeddings", length)
     _set_fields(extended, fields)
     previous = [_fields_of(config) for config in configs]
-    states = [(module, _rotary_state(module), _rotary_state(type(module)(extended))) for module in rotaries]
+    states = [(module, _rotary_state(module), _rotary_state(_rebuilt(module, extended))) for module in rotaries]
     for config in configs:
         _set_fields(config, fields)
     for module, _, state in states:
@@ -213,6 +219,8 @@ def _standardize(config: PreTrainedConfig) -> None:
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_parameters={rope}: differ from layer to layer, which is not supported")
     config.standardize_rope_params()
+    if rope["rope_type"] == "default" and (others := rope.keys() - _PLAIN_FIELDS):
+        raise ValueError(f"rope_parameters={rope}: {min(others)} is not known of a plain RoPE")
     theta = rope["rope_theta"]
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
         raise ValueError(f"rope_parameters: rope_theta={theta!r} is no base of RoPE")
@@ -223,6 +231,11 @@ def _rotary_state(module: nn.Module) -> _State:
     attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     state = attributes | {name: buffer.clone() for name, buffer in module.named_buffers()}
     return {name: value for name, value in state.items() if name not in ("config", "training")}
+
+
+def _rebuilt(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
+    """A rotary module like `module`, on its device, of another config."""
+    return type(module)(config).to(module.inv_freq.device)  # type: ignore[arg-type]
 
 
 def _set_rotary_state(module: nn.Module, state: _State) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -108,8 +109,9 @@ def open_checkpoint(source: Path) -> Checkpoint:
 
 def shorter_tokenizer(directory: Path, length: int) -> int | None:
     """The `model_max_length` of a checkpoint's tokenizer, at which it would truncate, if it is less than `length`."""
-    path = directory / "tokenizer_config.json"
-    found = read_json(path).get("model_max_length") if path.is_file() else None
+    path, found = directory / "tokenizer_config.json", None
+    with suppress(ConversionError):  # nothing depends on it
+        found = read_json(path).get("model_max_length") if path.is_file() else None
     return found if isinstance(found, int) and found < length else None
 
 

@@ -15,7 +15,7 @@ from modeling_gated.configuration import GatedLlamaConfig, open_gate
 
 from .card import model_card
 from .checkpoint import open_checkpoint, shorter_tokenizer
-from .commands import command_line, context_flags
+from .command_line import command_line, context_flags
 from .errors import ConversionError
 from .files import errors_naming, read_bytes, sha256
 from .gguf import dequantize_gguf, gguf_headers

@@ -16,7 +16,7 @@ from modeling_gated.configuration import ContextExtension, describe_context, ext
 from .architecture import naming, read_config
 from .card import with_context
 from .checkpoint import Checkpoint, open_checkpoint, shorter_tokenizer
-from .commands import command_line, context_flags
+from .command_line import command_line, context_flags
 from .errors import ConversionError
 from .files import errors_naming
 from .manifest import FileRecord, Manifest, as_bytes, as_text, check_stamp, read_manifest

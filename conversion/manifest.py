@@ -86,8 +86,8 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise ConversionError(f"{path}: format {content.get('format')!r} is not {_FORMAT}")
     try:
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        fields = {name: content[name] for name in ("command", "source", "gates", "replaced", "context", "verification")}
-        return Manifest(files=files, **fields)
+        fields = {name: content[name] for name in ("command", "source", "gates", "replaced", "verification")}
+        return Manifest(files=files, context=content.get("context", []), **fields)
     except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConversionError(f"{path}: not a manifest of gated-llama: {error}") from None
 

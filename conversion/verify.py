@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from modeling_gated.configuration import GatedLlamaConfig, describe_context
+from modeling_gated.default_text import DEFAULT_TEXT_NAME, default_text
 
 from .architecture import UNREAD, Architecture, naming, read_architecture, read_gated_config, stored_dtype
 from .card import with_verification
@@ -315,9 +316,7 @@ def _token_ids(
         generator = torch.Generator().manual_seed(0)
         return torch.randint(vocab_size, (count,), generator=generator), "random numbers (there is no tokenizer.json)"
     if text is None:
-        from pydoc_data.topics import topics
-
-        content, name = "\n".join(topics.values())[: 100 * count], "Python's language reference"
+        content, name = default_text()[: 100 * count], DEFAULT_TEXT_NAME
     else:
         with open(text, encoding="utf-8", errors="replace") as file:
             content, name = file.read(100 * count), Path(text).name

@@ -16,6 +16,9 @@ The paper's recipe for a longer context (arXiv 2505.06708, Table 5), from a chec
 Started again with the same output, it goes on where it was: from the last state that was saved (OUTPUT/state), with the
 batch that would have come next. Settings are explained in examples/extend_context_settings.py. The plot needs
 matplotlib: pip install '.[plot]'.
+
+Logits are held one chunk at a time. Attention is sdpa's, without a mask; of a source with sliding windows (Mistral) it
+has one of [length, length] bits.
 """
 
 import argparse
@@ -322,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with accelerator.main_process_first():
             check_output(settings, parsed.output, accelerator.num_processes)
             text = prepare_text(settings, parsed.output)
-    except SettingsError as error:
+    except (OSError, ValueError) as error:  # SettingsError, and what texts and tokenizers are refused with
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
     if accelerator.is_fsdp2 and settings.mixed_precision == "bf16":
         # Accelerate's policy would round the loss, and sums of gradients, to bfloat16.

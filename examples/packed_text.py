@@ -23,10 +23,18 @@ def files(patterns: Iterable[str]) -> list[Path]:
 
 
 def documents(patterns: Sequence[str]) -> Iterator[str]:
-    """The text of each file that the globs match; without globs the topics of Python's language reference."""
+    """
+    The text of each file that the globs match; without globs the topics of Python's language reference.
+
+    Raises:
+        ValueError: if a file is not UTF-8.
+    """
     if patterns:
         for path in files(patterns):
-            yield path.read_text(encoding="utf-8")
+            try:
+                yield path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
     else:
         yield from topics.values()
 
@@ -56,7 +64,14 @@ def train_tokenizer(patterns: Sequence[str], vocabulary_size: int) -> PreTrained
 
 
 def write_tokens(patterns: Sequence[str], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Write the tokens of all documents, each with the end-of-sequence token after it, as uint32."""
+    """
+    Write the tokens of all documents, each with the end-of-sequence token after it, as uint32.
+
+    Raises:
+        ValueError: if the tokenizer has no such token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{tokenizer.name_or_path}: its tokenizer has no end-of-sequence token")
     partial = path.with_suffix(".partial")
     texts = documents(patterns)
     with partial.open("wb") as file, tqdm(desc="tokenizing", unit=" documents", leave=False) as progress:

@@ -1,9 +1,11 @@
 """The subcommand that evaluates long contexts."""
 
 import json
+import math
+import os
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,6 +13,8 @@ from .output import one_clear_line
 
 
 if TYPE_CHECKING:
+    import torch
+
     from modeling_gated.evaluation import ContextEvaluation
 
 
@@ -22,7 +26,9 @@ def evaluate_context(
     checkpoints: Annotated[
         list[str],
         typer.Argument(
-            metavar="CHECKPOINT", help="Directories with safetensors, or models on the hub: gated, or any causal model."
+            metavar="CHECKPOINT",
+            help="Directories with safetensors, or models on the hub: gated ones, or any that generate with a cache of "
+            "keys and values.",
         ),
     ],
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, separated by commas.")] = "1024,2048,4096,8192",
@@ -63,6 +69,7 @@ def evaluate_context(
     Lengths beyond a model's max_position_embeddings are marked with *.
     """
     with one_clear_line():
+        from modeling_gated.conversion.sources import find_source
         from modeling_gated.evaluation import EvaluationError
         from modeling_gated.evaluation.plot import check_plots, plot_context
 
@@ -70,35 +77,60 @@ def evaluate_context(
             raise EvaluationError(f"--lengths {lengths}: not numbers of tokens, separated by commas")
         if output is not None:
             check_plots()
-            existing = [name for name in (_JSON, _PLOT) if (output / name).exists()]
-            if existing and not overwrite:
-                raise EvaluationError(f"{output / existing[0]}: already exists; --overwrite replaces it")
-            if output.exists() and not output.is_dir():
-                raise EvaluationError(f"{output}: not a directory")
-        found = [
-            _evaluate(
-                given,
-                name,
-                dtype,
-                device,
-                lengths=[int(word) for word in lengths.split(",")],
-                tasks=[word.strip() for word in tasks.split(",")],
-                text=text,
-                windows=windows,
-                samples=samples,
-                chat=chat,
-                seed=seed,
-                chunk_size=chunk_size,
-                progress=True,
+            _check_output(output, overwrite)
+        sources = [find_source(given).path for given in checkpoints]
+        if files := [path for path in sources if not path.is_dir()]:
+            raise EvaluationError(f"{files[0]}: not a directory with a checkpoint in safetensors")
+        place = _device(device)
+        found: list[ContextEvaluation] = []
+        for path, name in zip(sources, _names(checkpoints), strict=True):
+            found.append(
+                _evaluate(
+                    path,
+                    dtype,
+                    place,
+                    name=name,
+                    lengths=[int(word) for word in lengths.split(",")],
+                    tasks=[word.strip() for word in tasks.split(",")],
+                    text=text,
+                    windows=windows,
+                    samples=samples,
+                    chat=chat,
+                    seed=seed,
+                    chunk_size=chunk_size,
+                    progress=True,
+                )
             )
-            for given, name in zip(checkpoints, _names(checkpoints), strict=True)
-        ]
+            if output is not None:  # at once, as the next one may fail after hours
+                _write(found, output)
         _print_table(found)
         if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
             plot_context(found, output / _PLOT)
-            (output / _JSON).write_text(json.dumps(_as_json(found), indent=2) + "\n", encoding="utf-8")
             typer.echo(f"written: {output / _JSON}, {output / _PLOT}")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    from modeling_gated.evaluation import EvaluationError
+
+    existing = [name for name in (_JSON, _PLOT) if (output / name).exists()]
+    if existing and not overwrite:
+        raise EvaluationError(f"{output / existing[0]}: already exists; --overwrite replaces it")
+    nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise EvaluationError(f"{output}: cannot be made, as {nearest} is not a directory to write to")
+
+
+def _device(given: str | None) -> "torch.device":
+    import torch
+
+    from modeling_gated.evaluation import EvaluationError
+
+    try:
+        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there
+        raise EvaluationError(f"--device {given}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _names(checkpoints: list[str]) -> list[str]:
@@ -107,34 +139,31 @@ def _names(checkpoints: list[str]) -> list[str]:
     return [name if last.count(name) == 1 else given for given, name in zip(checkpoints, last, strict=True)]
 
 
-def _evaluate(given: str, name: str, dtype: str, device: str | None, **options) -> "ContextEvaluation":
-    import torch
+def _evaluate(path: Path, dtype: str, device: "torch.device", **options: Any) -> "ContextEvaluation":
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import modeling_gated.registration  # noqa: F401 - makes the Auto classes know gated_llama
     from modeling_gated.conversion.architecture import naming
-    from modeling_gated.conversion.sources import find_source
     from modeling_gated.evaluation import EvaluationError, evaluate_context
 
-    source = find_source(given)
-    if not source.path.is_dir():
-        raise EvaluationError(f"{source.path}: not a directory with a checkpoint in safetensors")
-    with naming(source.path):
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        tokenizer = AutoTokenizer.from_pretrained(source.path, trust_remote_code=False)
+    with naming(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
-        model = model.eval().to(place)
-    # Gates that a checkpoint lacks are open; anything else would be random.
-    if missing := [key for key in info["missing_keys"] if ".self_attn.g_" not in key]:
-        raise EvaluationError(f"{source.path}: has no {sorted(missing)[0]}")
-    return evaluate_context(model, tokenizer, name=name, **options)
+    if info["missing_keys"]:
+        raise EvaluationError(f"{path}: has no {min(info['missing_keys'])}")
+    return evaluate_context(model.eval().to(device), tokenizer, **options)
 
 
-def _as_json(found: list["ContextEvaluation"]) -> dict:
+def _write(found: list["ContextEvaluation"], output: Path) -> None:
+    from modeling_gated.conversion.manifest import replace_file
+
     packages = {name: version(name) for name in ("modeling-gated", "torch", "transformers")}
-    return {"format": _FORMAT, "versions": packages, "evaluations": [evaluation.as_json() for evaluation in found]}
+    evaluations = [evaluation.as_json() for evaluation in found]
+    content = {"format": _FORMAT, "versions": packages, "evaluations": evaluations}
+    output.mkdir(parents=True, exist_ok=True)
+    replace_file(output / _JSON, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _print_table(found: list["ContextEvaluation"]) -> None:
@@ -149,7 +178,8 @@ def _print_table(found: list["ContextEvaluation"]) -> None:
     for evaluation in found:
         if evaluation.losses:
             marks = ["*" if part.end in evaluation.beyond else " " for part in evaluation.losses]
-            values = [f"{part.loss:.3f}{mark}" for part, mark in zip(evaluation.losses, marks, strict=True)]
+            numbers = [math.nan if part.loss is None else part.loss for part in evaluation.losses]
+            values = [f"{loss:.3f}{mark}" for loss, mark in zip(numbers, marks, strict=True)]
             table.add_row("loss", evaluation.name, *values)
     for task in dict.fromkeys(score.task for score in found[0].scores):
         for evaluation in found:
@@ -160,5 +190,7 @@ def _print_table(found: list["ContextEvaluation"]) -> None:
     Console(soft_wrap=True).print(table)
     if any(evaluation.beyond for evaluation in found):
         typer.echo("* more than max_position_embeddings")
+    if len({evaluation.chat_template for evaluation in found}) > 1:
+        typer.echo("note: some were asked in their chat template, others in plain text (--chat, --no-chat)", err=True)
     if len({(evaluation.text_tokens, evaluation.text_characters) for evaluation in found}) > 1:
         typer.echo("note: the tokenizers take the text for different tokens, so losses do not compare", err=True)

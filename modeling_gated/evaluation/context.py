@@ -1,8 +1,10 @@
 """How well a model uses a long context: loss by position, and tasks whose answer lies somewhere in the input."""
 
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -10,12 +12,14 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_gated.default_text import DEFAULT_TEXT_NAME, default_text
 
 from .errors import EvaluationError
 from .position_loss import loss_by_position
-from .prompts import build_prompt, can_chat
-from .tasks import TASKS
+from .prompts import beginning, build_prompt, can_chat, lines_of
+from .tasks import TASKS, draw
 
 
 LOSS = "loss"
@@ -23,12 +27,15 @@ LOSS = "loss"
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """Mean loss, in nats per token, of the tokens at positions `start` to `end` (exclusive) of all windows."""
+    """
+    Mean loss, in nats per token, of the tokens at positions `start` to `end` (exclusive) of all windows; None if it is
+    not finite.
+    """
 
     start: int
     end: int
     tokens: int
-    loss: float
+    loss: float | None
 
 
 @dataclass(frozen=True)
@@ -53,8 +60,8 @@ class ContextEvaluation:
 
     name: str
     dtype: str
-    max_position_embeddings: int
-    rope_parameters: dict[str, Any]
+    max_position_embeddings: int | None
+    rope_parameters: dict[str, Any] | None
     lengths: tuple[int, ...]
     beyond: tuple[int, ...]
     text: str
@@ -75,9 +82,7 @@ class ContextEvaluation:
 def read_text(path: Path | None) -> tuple[str, str]:
     """A text file, UTF-8, or Python's language reference; and what to call it."""
     if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n".join(topics.values()), "Python's language reference"
+        return default_text(), DEFAULT_TEXT_NAME
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -110,8 +115,8 @@ def evaluate_context(
     `"loss"` is the mean loss of the tokens between each length and the one before it, over windows of the text as
     long as the longest. The tasks hide something in the text and ask for it; each prompt is as long as can be within
     its length, answer included, none is truncated, and the same (`seed`) for every model with the same tokenizer.
-    Answers are greedy. Everything goes through the model in chunks, so that memory is that of the model, its cache
-    and one chunk.
+    Answers are greedy, whatever the checkpoint's generation config says. Everything goes through the model in chunks,
+    so that memory is that of the model, its cache and one chunk.
 
     Args:
         model: in evaluation mode, on its device.
@@ -138,27 +143,30 @@ def evaluate_context(
     chat = can_chat(tokenizer) if chat is None else chat
     content, text_name = read_text(text)
     input_ids = tokenizer(content, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-    longest = model.config.max_position_embeddings
+    longest = getattr(model.config, "max_position_embeddings", None)
 
     asked = [task for task in tasks if task != LOSS]
+    lines = lines_of(content)
+    for task in asked:  # before anything takes long
+        build_prompt(draw(task, random.Random(seed), 0.5, content), lines, tokenizer, lengths[0], chat=chat)
     total = windows * lengths[-1] * (LOSS in tasks) + samples * len(asked) * sum(lengths)
     with tqdm(total=total, desc=name, unit=" tokens", unit_scale=True, disable=None if progress else True) as bar:
         losses: tuple[PositionLoss, ...] = ()
         if LOSS in tasks:
             losses = _losses(model, _windows(input_ids, tokenizer, lengths[-1], windows), lengths, chunk_size, bar)
-        lines = [line for line in content.splitlines() if line.strip()]
-        scores = tuple(
-            _score(model, tokenizer, task, length, lines, samples, chat, seed, chunk_size, bar)
-            for task in asked
-            for length in lengths
-        )
+        with _plain_generation(model):
+            scores = tuple(
+                _score(model, tokenizer, task, length, content, samples, chat, seed, chunk_size, bar)
+                for task in asked
+                for length in lengths
+            )
     return ContextEvaluation(
         name=name,
         dtype=str(model.dtype).removeprefix("torch."),
         max_position_embeddings=longest,
-        rope_parameters=dict(model.config.rope_parameters),
+        rope_parameters=getattr(model.config, "rope_parameters", None),
         lengths=lengths,
-        beyond=tuple(length for length in lengths if length > longest),
+        beyond=tuple(length for length in lengths if longest is not None and length > longest),
         text=text_name,
         text_tokens=len(input_ids),
         text_characters=len(content),
@@ -185,8 +193,7 @@ def _check(lengths: Sequence[int], tasks: Sequence[str], **counts: int) -> None:
 
 def _windows(input_ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[torch.Tensor]:
     """Windows of a text, spread evenly over it, each beginning as the tokenizer begins an input."""
-    start = tokenizer("")["input_ids"]
-    begin = start[:1] if start and start[0] == tokenizer.bos_token_id else []
+    begin = beginning(tokenizer)
     own = length - len(begin)
     if own * count > len(input_ids):
         raise EvaluationError(
@@ -205,8 +212,23 @@ def _losses(
     buckets = []
     for start, end in pairwise((0, *lengths)):
         part = found[:, max(start - 1, 0) : end - 1]  # element i is the loss of the token at position i + 1
-        buckets.append(PositionLoss(max(start, 1), end, part.numel(), part.double().mean().item()))
+        mean = part.double().mean().item()
+        buckets.append(PositionLoss(max(start, 1), end, part.numel(), mean if math.isfinite(mean) else None))
     return tuple(buckets)
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Put a checkpoint's own generation config aside, but for the tokens that end an answer: a repetition_penalty, for
+    one, would forbid the very digits that are asked for.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _score(
@@ -214,17 +236,18 @@ def _score(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     length: int,
-    lines: list[str],
+    text: str,
     samples: int,
     chat: bool,
     seed: int,
     chunk_size: int,
     bar: tqdm,
 ) -> TaskScore:
+    lines = lines_of(text)
     found, sizes = [], []
     for sample in range(samples):
         generator = random.Random(f"{seed} {name} {length} {sample}")
-        task = TASKS[name](generator, (sample + 0.5) / samples)
+        task = draw(name, generator, (sample + 0.5) / samples, text)
         first = generator.randrange(len(lines))
         prompt = build_prompt(task, lines[first:] + lines[:first], tokenizer, length, chat=chat)
         input_ids = torch.tensor([prompt.input_ids], device=model.device)
@@ -233,7 +256,6 @@ def _score(
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=task.max_new_tokens,
             do_sample=False,
-            num_beams=1,
             prefill_chunk_size=chunk_size,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )

@@ -3,11 +3,15 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 
 from transformers import PreTrainedTokenizerBase
 
 from .errors import EvaluationError
 from .tasks import Task
+
+
+_LINE = 200
 
 
 @dataclass(frozen=True)
@@ -29,17 +33,14 @@ def build_prompt(
 
     Args:
         task: what to hide and to ask.
-        lines: the text, which is repeated if it is too short.
+        lines: those of the text, as `lines_of` gives them; repeated if there are too few.
         tokenizer: the model's.
         length: tokens of prompt and answer.
         chat: whether the prompt is a user's message in the tokenizer's chat template.
 
     Raises:
-        EvaluationError: if not even the question fits, a word to hide is in the text, or the tokenizer changes it.
+        EvaluationError: if not even the question fits, or the tokenizer changes what is hidden.
     """
-    text = "\n".join(lines)
-    if twice := [word for word in task.hidden if word in text]:
-        raise EvaluationError(f"{twice[0]!r}, which is to be hidden, is in the text already")
     budget = length - task.max_new_tokens
 
     def tokens_of(count: int) -> list[int]:
@@ -59,6 +60,18 @@ def build_prompt(
     return Prompt(input_ids, len(input_ids) - question)
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, long ones broken, so that prompts can be filled and needles spread evenly."""
+    broken = (wrap(line, _LINE) if len(line) > _LINE else [line] for line in text.splitlines() if line.strip())
+    return [line for lines in broken for line in lines]
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, if the tokenizer puts it before an input. (Some also put an end after it.)"""
+    ids = tokenizer("")["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
 def can_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer has a chat template."""
     return bool(tokenizer.chat_template)
@@ -76,9 +89,8 @@ def _tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool, answe
     """Never truncated. A chat template writes the special tokens itself, so that none comes twice."""
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # type: ignore[assignment]
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     else:
         prompt = f"{prompt}\n"
-    return tokenizer(f"{prompt}{answer_prefix}", add_special_tokens=not chat, truncation=False, verbose=False)[
-        "input_ids"
-    ]
+    ids = tokenizer(f"{prompt}{answer_prefix}", add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    return ids if chat else beginning(tokenizer) + ids

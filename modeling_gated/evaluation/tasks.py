@@ -29,7 +29,10 @@ class Task:
     max_new_tokens: int
 
     def score(self, answer: str) -> float:
-        """The share of `answers` that an answer holds, as words of their own (RULER's string match)."""
+        """
+        The share of `answers` that an answer holds, as words of their own: RULER's string match. What else it holds
+        does not count against it.
+        """
         found = (re.search(rf"(?<![0-9A-Za-z]){re.escape(word)}(?![0-9A-Za-z])", answer) for word in self.answers)
         return sum(match is not None for match in found) / len(self.answers)
 
@@ -94,6 +97,14 @@ def variable_tracking(generator: random.Random, depth: float) -> Task:
         hidden=(*names, *values),
         max_new_tokens=48,
     )
+
+
+def draw(name: str, generator: random.Random, depth: float, text: str) -> Task:
+    """A task of `TASKS` that hides nothing which is in the text already."""
+    while True:
+        task = TASKS[name](generator, depth)
+        if not any(word in text for word in task.hidden):
+            return task
 
 
 TASKS: dict[str, Callable[[random.Random, float], Task]] = {

@@ -683,3 +683,28 @@ def test_lengths_beyond_float64_are_refused_too(method: str, digits: int) -> Non
     with pytest.raises(ValueError, match="length=1000"):
         extend_context(config, 10**digits, method)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("method", ["rope_base", "yarn"])
+def test_a_model_is_not_shortened(method: str) -> None:
+    """Even if it was trained at less than it says it is for."""
+    config = LlamaConfig(**SIZES)
+    before = config.to_dict()
+    with pytest.raises(ValueError, match="length=200 is less than max_position_embeddings=256"):
+        extend_context(config, 200, method, original_max_position_embeddings=128)
+    assert config.to_dict() == before
+
+
+def test_fields_of_another_kind_of_rope_are_not_dropped() -> None:
+    config = LlamaConfig(**SIZES)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2]}
+    with pytest.raises(ValueError, match="mrope_section is not known of a plain RoPE"):
+        extend_context(config, 1024)
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "factor"])
+@pytest.mark.parametrize("value", [10**400, True, "2"])
+def test_what_is_no_number_is_refused(name: str, value: object) -> None:
+    method = "yarn" if name == "factor" else "rope_base"
+    with pytest.raises(ValueError, match=f"{name}=.* is no number to compute with"):
+        extend_context(LlamaConfig(**SIZES), 1024, method, **{name: value})

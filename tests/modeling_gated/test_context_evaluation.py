@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,19 +10,20 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from gated_models import VARIANTS, gated_model
+from tokenizers import processors
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from modeling_gated.cli import app
 from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.evaluation import TASKS, EvaluationError, evaluate_context, loss_by_position
 from modeling_gated.evaluation.context import read_text
-from modeling_gated.evaluation.prompts import build_prompt
-from modeling_gated.evaluation.tasks import Task
+from modeling_gated.evaluation.prompts import build_prompt, lines_of
+from modeling_gated.evaluation.tasks import Task, draw
 
 
-LINES = [line for line in read_text(None)[0].splitlines() if line.strip()]
+LINES = lines_of(read_text(None)[0])
 
 
 def plain_losses(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -101,13 +103,39 @@ def test_prompts_that_would_mean_nothing_are_refused() -> None:
     task = TASKS["passkey"](random.Random(1), 0.5)
     with pytest.raises(EvaluationError, match="length 100: question and answer alone take"):
         build_prompt(task, LINES, byte_tokenizer(), 100, chat=False)
-    with pytest.raises(EvaluationError, match=f"'{task.answers[0]}', which is to be hidden, is in the text already"):
-        build_prompt(task, [*LINES, f"x {task.answers[0]} y"], byte_tokenizer(), 1000, chat=False)
     tokenizer = byte_tokenizer()
     decode = tokenizer.decode
     tokenizer.decode = lambda ids: decode(ids).lower()
     with pytest.raises(EvaluationError, match="the tokenizer does not keep 'The pass key is"):
         build_prompt(task, LINES, tokenizer, 1000, chat=False)
+
+
+def test_text_of_long_lines_fills_prompts_too() -> None:
+    """A book in one line, too."""
+    task = TASKS["passkey"](random.Random(1), 0.5)
+    prompt = build_prompt(task, lines_of(" ".join(LINES)), byte_tokenizer(), 3000, chat=False)
+    assert 3000 - 201 <= len(prompt.input_ids) + task.max_new_tokens <= 3000
+
+
+def test_a_tokenizer_that_ends_inputs_does_not_end_prompts() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    assert tokenizer("a")["input_ids"][-1] == 257
+    task = TASKS["passkey"](random.Random(1), 0.5)
+    prompt = build_prompt(task, LINES, tokenizer, 1000, chat=False)
+    assert prompt.input_ids[0] == 256
+    assert 257 not in prompt.input_ids
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_what_is_hidden_is_nowhere_else(name: str) -> None:
+    first = TASKS[name](random.Random(1), 0.5)
+    assert draw(name, random.Random(1), 0.5, "a text") == first
+    again = draw(name, random.Random(1), 0.5, f"a text with {first.answers[0]} in it")
+    assert again != first
+    assert not set(again.hidden) & {first.answers[0]}
 
 
 def test_scores_count_words_of_their_own() -> None:
@@ -136,8 +164,11 @@ class Reader:
         self.config = SimpleNamespace(max_position_embeddings=max_position_embeddings, rope_parameters=rope)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.tokenizer, self.answer = tokenizer, answer
+        self.generation_config = GenerationConfig(repetition_penalty=2.0, num_beams=3, eos_token_id=257)
 
     def generate(self, input_ids: torch.Tensor, *, max_new_tokens: int, **_: object) -> torch.Tensor:
+        assert not self.generation_config.repetition_penalty and not self.generation_config.num_beams
+        assert self.generation_config.eos_token_id == 257
         answer = self.tokenizer(self.answer(self.tokenizer.decode(input_ids[0])), add_special_tokens=False)["input_ids"]
         return torch.cat([input_ids, torch.tensor([answer], dtype=torch.int64)], 1)
 
@@ -157,6 +188,7 @@ def test_who_reads_to_the_needle_scores() -> None:
             assert score.score == pytest.approx(expected, abs=0.11)
             assert score.length - 120 < score.prompt_tokens <= score.length - 16
         assert found.beyond == (2000,)
+        assert model.generation_config.repetition_penalty == 2.0
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +284,41 @@ def test_models_that_would_be_random_are_refused(checkpoints: tuple[Path, Path],
     code, _, err = run(tmp_path / "model.gguf", "--lengths", "800")
     assert code == 1
     assert "model.gguf: not a directory" in err
-    code, _, err = run(checkpoints[0], "--no-chat", "--lengths", "800", "--tasks", "loss")
-    assert code == 0
-    code, _, err = run(tmp_path / "headless", "--chat")
+    lost = gated.state_dict() | {"model.layers.0.self_attn.g_proj.bias": None}
+    gated.save_pretrained(
+        tmp_path / "lost", state_dict={name: tensor for name, tensor in lost.items() if tensor is not None}
+    )
+    byte_tokenizer().save_pretrained(tmp_path / "lost")
+    code, _, err = run(tmp_path / "lost", "--lengths", "800", "--chat")
     assert code == 1
+    assert err.splitlines()[-1] == f"error: {tmp_path / 'lost'}: has no model.layers.0.self_attn.g_proj.bias"
+
+
+def test_a_template_that_is_not_there_cannot_be_used(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints[0], tmp_path / "plain")
+    byte_tokenizer().save_pretrained(tmp_path / "plain")
+    (tmp_path / "plain" / "chat_template.jinja").unlink()
+    code, _, err = run(tmp_path / "plain", "--lengths", "800", "--chat")
+    assert code == 1
+    assert err.splitlines()[-1] == "error: plain: its tokenizer has no chat template"
+    code, _, err = run(checkpoints[0], tmp_path / "plain", "--lengths", "800", "--tasks", "loss")
+    assert code == 0
+    assert "others in plain text" in err
+
+
+def test_what_was_found_is_kept_when_the_next_one_fails(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    """Paths are looked at before anything is measured; what a checkpoint holds, when its turn comes."""
+    options = ("--lengths", "800", "--tasks", "loss", "--output", tmp_path / "found")
+    code, _, err = run(checkpoints[0], tmp_path / "nowhere" / "at" / "all", *options)
+    assert code == 1
+    assert not (tmp_path / "found").exists()
+    shutil.copytree(checkpoints[0], tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text("{}")
+    code, _, err = run(checkpoints[0], tmp_path / "damaged", *options)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'damaged'}")
+    content = json.loads((tmp_path / "found" / "context.json").read_text())
+    assert [found["name"] for found in content["evaluations"]] == ["plain"]
+    code, _, err = run(checkpoints[0], *options[:-1], tmp_path / "damaged" / "config.json" / "below")
+    assert code == 1
+    assert "is not a directory to write to" in err
