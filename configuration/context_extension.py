@@ -243,7 +243,7 @@ def _set_rotary_state(module: nn.Module, state: _State) -> None:
     device = module.inv_freq.device
     buffers = dict(module.named_buffers())
     for name, value in state.items():
-        setattr(module, name, value.to(device) if name in buffers else value)  # type: ignore[union-attr]
+        setattr(module, name, value.to(device) if name in buffers else value)
 
 
 def _original_length(config: PreTrainedConfig, given: int | None, replace_scaling: bool) -> int:

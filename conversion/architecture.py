@@ -147,6 +147,7 @@ def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
         if model_type != GatedLlamaConfig.model_type:
             raise ValueError(f"model_type={model_type!r} is not {GatedLlamaConfig.model_type}")
         config, converted = read_config(checkpoint), GatedLlamaConfig()
+        assert isinstance(config, GatedLlamaConfig)
         for name in _OF_OTHER_VARIANTS:
             if (value := getattr(config, name)) != getattr(converted, name):
                 raise ValueError(f"{name}={value!r} is not what conversion writes")

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
-from modeling_gated.configuration import SOURCE_FAMILIES
+from modeling_gated.configuration import SOURCE_FAMILIES, extend_context
 from modeling_gated.conversion.quantization import SCHEMES
 
 
@@ -26,6 +26,13 @@ def test_every_quantization_scheme_is_in_the_table() -> None:
     for method in SCHEMES:
         assert any(re.search(rf"\b{re.escape(method)}\b", line) for line in known), method
         assert method not in re.findall(r"[\w-]+", refused)
+
+
+def test_the_base_that_the_rule_gives_the_paper_s_model() -> None:
+    """The paper takes 4,096 tokens to 32,768."""
+    config = GatedLlamaConfig(hidden_size=2048, num_attention_heads=16, max_position_embeddings=4096)
+    base = extend_context(config, 32768).rope_parameters["rope_theta"]
+    assert f"where the rule gives {base / 1000:.0f}k" in README
 
 
 def variants() -> list[tuple[str, str, str]]:

@@ -214,7 +214,6 @@ def _gates(config: "GatedLlamaConfig") -> str:
 
 
 def _print_summary(done: "Conversion") -> None:
-    from rich.filesize import decimal
 
     from modeling_gated.configuration import describe_context
 
@@ -223,33 +222,23 @@ def _print_summary(done: "Conversion") -> None:
         "gates": _gates(done.config),
         "context": describe_context(done.config),
         "gate parameters": f"{done.gate_parameters:,} ({share:.2g} % of {done.base_parameters:,})",
-        "weights written": decimal(done.written_bytes),
-        "weights shared": f"{decimal(done.shared_bytes)} with the source",
-        "seconds": f"{done.seconds:.1f}",
-        "result": done.output,
     }
-    if not done.shared_bytes:
-        del lines["weights shared"]
-    print_lines(lines)
+    print_lines(lines | _written(done))
     _print_unread(done.unread)
     _print_tokenizer(done.tokenizer_length)
 
 
 def _print_extension(done: "ExtendedCheckpoint") -> None:
+    print_lines({"before": done.before, "after": done.after} | _written(done))
+    _print_tokenizer(done.tokenizer_length)
+
+
+def _written(done: "Conversion | ExtendedCheckpoint") -> dict[str, object]:
     from rich.filesize import decimal
 
-    lines = {
-        "before": done.before,
-        "after": done.after,
-        "weights written": decimal(done.written_bytes),
-        "weights shared": f"{decimal(done.shared_bytes)} with the source",
-        "seconds": f"{done.seconds:.1f}",
-        "result": done.output,
-    }
-    if not done.shared_bytes:
-        del lines["weights shared"]
-    print_lines(lines)
-    _print_tokenizer(done.tokenizer_length)
+    shared = {"weights shared": f"{decimal(done.shared_bytes)} with the source"} if done.shared_bytes else {}
+    written = {"weights written": decimal(done.written_bytes)}
+    return written | shared | {"seconds": f"{done.seconds:.1f}", "result": done.output}
 
 
 def _print_tokenizer(length: int | None) -> None:

@@ -148,9 +148,10 @@ def _evaluate(path: Path, dtype: str, device: "torch.device", **options: Any) ->
 
     with naming(path):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
+        model, info = loaded
     if info["missing_keys"]:
         raise EvaluationError(f"{path}: has no {min(info['missing_keys'])}")
     return evaluate_context(model.eval().to(device), tokenizer, **options)

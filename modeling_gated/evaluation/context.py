@@ -251,7 +251,7 @@ def _score(
         first = generator.randrange(len(lines))
         prompt = build_prompt(task, lines[first:] + lines[:first], tokenizer, length, chat=chat)
         input_ids = torch.tensor([prompt.input_ids], device=model.device)
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]  # it may be any class of Transformers' that has it
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             max_new_tokens=task.max_new_tokens,
@@ -260,7 +260,7 @@ def _score(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         answer = tokenizer.decode(output[0, len(prompt.input_ids) :], skip_special_tokens=True)
-        found.append(task.score(answer))
+        found.append(task.score(str(answer)))
         sizes.append(len(prompt.input_ids))
         bar.update(length)
     return TaskScore(name, length, samples, sum(sizes) / samples, sum(found) / samples)
