@@ -11,6 +11,8 @@ import pytest
 import torch
 from extend_context import Accelerator, WindowLoss
 from extend_context_settings import SettingsError, read_settings
+from gated_models import gated_model
+from largest_tensor import Largest
 from packed_text import PackedText
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -181,6 +183,18 @@ def test_loss_of_bfloat16_is_summed_in_float32() -> None:
     assert (
         WindowLoss(GatedLlamaForCausalLM(config).bfloat16())(torch.zeros(1, 5, dtype=torch.long)).dtype == torch.float32
     )
+
+
+def test_no_tensor_of_a_step_grows_with_the_square_of_the_length() -> None:
+    """Nor are there logits of all tokens."""
+    model = gated_model(vocab_size=258, max_position_embeddings=2048).bfloat16().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    largest = {}
+    for length in (512, 2048):
+        with Largest() as largest[length]:
+            WindowLoss(model, chunk_size=32)(torch.arange(length + 1)[None] % 258).backward()
+    assert largest[2048].elements < 4.2 * largest[512].elements
+    assert largest[2048].elements < 2048 * 258 / 3
 
 
 def test_held_out_text_is_not_trained_on(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from gated_models import VARIANTS, gated_model
+from largest_tensor import Largest
 from tokenizers import processors
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
@@ -40,23 +40,6 @@ def test_losses_are_those_of_one_forward_pass(variant: str, chunk_size: int, tok
     found = loss_by_position(model, tokens[0], chunk_size=chunk_size)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), plain_losses(model, tokens[0]), rtol=1e-4, atol=1e-5)
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that an operation made, and of the largest in float32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements, self.float32 = 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-                if tensor.dtype == torch.float32:
-                    self.float32 = max(self.float32, tensor.numel())
-        return result
 
 
 def test_no_tensor_grows_with_the_square_of_the_length() -> None:
