@@ -87,7 +87,12 @@ def with_verification(card: str, found: dict[str, Any]) -> str:
 
 
 def with_context(card: str, described: str) -> str:
-    """A model card that tells of the last extension of the context, and of no verification from before it."""
+    """
+    A model card that tells of the last extension of the context, and of no verification from before it; unchanged if
+    conversion didn't write it.
+    """
+    if _BEGIN not in card:
+        return card
     row = f"| context | extended to {_cell(described)} |\n"
     card = re.sub(r"^\| context \| extended to .*\n", "", card, count=1, flags=re.MULTILINE)
     card = re.sub(r"^\| gates \| .*\n", lambda found: found[0] + row, card, count=1, flags=re.MULTILINE)

@@ -7,6 +7,8 @@ import torch
 from source_models import SIZES, SOURCES, randomize
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from modeling_gated.conversion import convert_checkpoint
+
 
 @pytest.fixture(params=list(SOURCES))
 def source_config(request: pytest.FixtureRequest) -> PreTrainedConfig:
@@ -44,3 +46,10 @@ def sharded(tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     return tmp_path / "sharded"
+
+
+@pytest.fixture
+def gated(llama: Path, tmp_path: Path) -> Path:
+    """The tiny Llama checkpoint, converted."""
+    convert_checkpoint(llama, tmp_path / "gated", place="copy")
+    return tmp_path / "gated"

@@ -1,95 +1,35 @@
-"""Longer contexts of configs and of loaded models, against RoPE and YaRN in float64 NumPy by the papers' formulas."""
+"""Longer contexts of configs are RoPE and YaRN by the papers' formulas; contradictions are refused with the numbers."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from gated_models import gated_model
-from source_models import LLAMA3_ROPE, SIZES, randomize
+from rope_reference import (
+    HEAD_DIM,
+    SCALED,
+    check_rotation,
+    config_of,
+    frequencies,
+    plain_frequencies,
+    relative_difference,
+    rotary_of,
+    small_config,
+    yarn_frequencies,
+    yarn_frequencies_by_turns,
+    yarn_of,
+)
+from source_models import SIZES, randomize
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from modeling_gated import (
-    GatedLlamaConfig,
-    GatedLlamaForCausalLM,
-    GatedLlamaForSequenceClassification,
-    GatedLlamaModel,
-)
+from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.configuration import describe_context, extend_context
 
 
 LENGTH = SIZES["max_position_embeddings"]  # 256
-HEAD_DIM = SIZES["hidden_size"] // SIZES["num_attention_heads"]  # 8
-
-
-def plain_frequencies(theta: float, head_dim: int) -> np.ndarray:
-    """RoPE's, in radians per token: theta^(-2i/d) of pair i."""
-    return theta ** (-np.arange(0, head_dim, 2) / head_dim)
-
-
-def yarn_frequencies(theta: float, head_dim: int, factor: float, original: int, truncate: bool = True) -> np.ndarray:
-    """YaRN's as in its authors' code: a ramp over pairs from the one that turns 32 times to the one that turns once."""
-    plain = plain_frequencies(theta, head_dim)
-
-    def pair(turns: int) -> float:
-        # original * theta^(-2i/d) = 2 pi turns, solved for i
-        return head_dim * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta))
-
-    low, high = pair(32), pair(1)
-    if truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0, 1)
-    return plain * (1 - ramp) + plain / factor * ramp
-
-
-def yarn_frequencies_by_turns(theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:
-    """YaRN's as in the paper, arXiv 2309.00071, Eq. 18 and 19: a ramp over the number of turns r."""
-    plain = plain_frequencies(theta, head_dim)
-    gamma = np.clip((original * plain / (2 * np.pi) - 1) / (32 - 1), 0, 1)
-    return (1 - gamma) * plain / factor + gamma * plain
-
-
-def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found / expected - 1).max())
-
-
-def rotary_of(model: nn.Module) -> nn.Module:
-    (found,) = (module for module in model.modules() if isinstance(module, LlamaRotaryEmbedding))
-    return found
-
-
-def frequencies(model: nn.Module) -> np.ndarray:
-    return rotary_of(model).inv_freq.double().numpy()
-
-
-def small_config(theta: float, head_dim: int, length: int) -> GatedLlamaConfig:
-    """A config of a model that is nothing but its RoPE."""
-    return GatedLlamaConfig(
-        vocab_size=8,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=head_dim,
-        max_position_embeddings=length,
-        rope_parameters={"rope_type": "default", "rope_theta": theta},
-    )
-
-
-def check_rotation(rotary: nn.Module, expected: np.ndarray, attention_factor: float) -> None:
-    """What the module computes: cosines and sines of all angles, times the attention factor."""
-    positions = np.array([0, 1, 7, 100, 2000])
-    cos, sin = rotary(torch.zeros(1), torch.from_numpy(positions)[None])
-    angles = np.tile(positions[:, None] * expected, 2)
-    tolerance = attention_factor * (1e-6 + 1e-6 * positions[:, None])  # float32's angles err in proportion
-    assert (np.abs(cos[0].double().numpy() - attention_factor * np.cos(angles)) < tolerance).all()
-    assert (np.abs(sin[0].double().numpy() - attention_factor * np.sin(angles)) < tolerance).all()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -212,55 +152,6 @@ def test_plain_rope_in_old_and_new_spellings(fields: dict[str, Any], through_lla
         assert "rope_scaling" not in config.to_dict()
 
 
-def config_of(fields: dict[str, Any], through_llama: bool) -> PreTrainedConfig:
-    """A gated config of the fields that a config.json may have."""
-    fields = SIZES | fields
-    if through_llama:
-        return GatedLlamaConfig.from_source_config(LlamaConfig.from_dict(fields))
-    return GatedLlamaConfig.from_dict(fields)
-
-
-def yarn_of(length: int, original: int, **fields: Any) -> dict[str, Any]:
-    return {"rope_type": "yarn", "rope_theta": 5e5, "factor": length / original} | fields
-
-
-SCALED: dict[str, tuple[dict[str, Any], int | None]] = {
-    # and the length that the RoPE under the scaling was made for, if the config says so
-    "yarn": ({"rope_parameters": yarn_of(256, 64, original_max_position_embeddings=64)}, 64),
-    "llama3": ({"rope_parameters": LLAMA3_ROPE}, 64),
-    "linear": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}, None),
-    "dynamic": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 2.0}}, 256),
-    "longrope": (
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 5e5,
-                "short_factor": [1.0] * 4,
-                "long_factor": [2.0] * 4,
-                "original_max_position_embeddings": 128,
-            }
-        },
-        128,
-    ),
-    "yarn, old spelling": (
-        {
-            "rope_theta": 5e5,
-            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-        },
-        64,
-    ),
-    "linear, old spelling": ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, None),
-    "dynamic, old spelling": ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 256),
-    "llama3, old spelling": (
-        {
-            "rope_theta": 5e5,
-            "rope_scaling": {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"},
-        },
-        64,
-    ),
-}
-
-
 @pytest.mark.parametrize("through_llama", [False, True])
 @pytest.mark.parametrize("case", list(SCALED))
 def test_a_scaling_that_is_there_is_left_alone_or_replaced(case: str, through_llama: bool) -> None:
@@ -294,23 +185,6 @@ def test_a_scaling_that_is_there_is_left_alone_or_replaced(case: str, through_ll
         else:
             theta = 5e5 * (1024 / start) ** (HEAD_DIM / (HEAD_DIM - 2))
             assert config.rope_parameters == {"rope_type": "default", "rope_theta": pytest.approx(theta)}
-
-
-@pytest.mark.parametrize("case", [case for case in SCALED if "," not in case])
-def test_a_replaced_scaling_is_gone_from_a_loaded_model(case: str) -> None:
-    fields, original = SCALED[case]
-    model = GatedLlamaForCausalLM(config_of(fields, False))
-    before = frequencies(model)
-    done = extend_context(model, 1024, "yarn", original_max_position_embeddings=original or 128, replace_scaling=True)
-    factor = 1024 / (original or 128)
-    expected = yarn_frequencies(5e5, HEAD_DIM, factor, original or 128)
-    # Longer than the original length: neither dynamic scaling nor longrope may come back.
-    rotary_of(model)(torch.zeros(1), torch.arange(512)[None])
-    assert relative_difference(frequencies(model), expected) < 1e-6
-    check_rotation(rotary_of(model), expected, 0.1 * math.log(factor) + 1)
-    done.undo()
-    assert (frequencies(model) == before).all()
-    assert rotary_of(model).rope_type == case
 
 
 NONSENSE: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -410,175 +284,6 @@ def test_rope_that_differs_from_layer_to_layer_is_refused() -> None:
     assert [model.config.max_position_embeddings for model in models] == [64, 256]
 
 
-def any_model(kind: str) -> PreTrainedModel:
-    """A small model for 32 tokens."""
-    if kind == "LlamaForCausalLM":
-        model = LlamaForCausalLM(LlamaConfig(**SIZES | {"max_position_embeddings": 32})).eval()
-        randomize(model)
-        return model
-    classes = {
-        "GatedLlamaForCausalLM": GatedLlamaForCausalLM,
-        "GatedLlamaForSequenceClassification": GatedLlamaForSequenceClassification,
-        "GatedLlamaModel": GatedLlamaModel,
-    }
-    model = gated_model("headwise", classes[kind], max_position_embeddings=32)
-    randomize(model)
-    return model
-
-
-MODELS = ["LlamaForCausalLM", "GatedLlamaForCausalLM", "GatedLlamaForSequenceClassification", "GatedLlamaModel"]
-EXTENSIONS: dict[str, dict[str, Any]] = {
-    "rule": {"length": 256},
-    "rope_base": {"length": 128, "rope_theta": 1e6},
-    "yarn": {"length": 128, "method": "yarn"},
-}
-
-
-@torch.no_grad()
-def output_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return model(tokens)[0]
-
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal but for the last bits, which weights elsewhere in memory may move."""
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("kind", "extension"),
-    [(kind, extension) for kind in MODELS for extension in EXTENSIONS if "Causal" in kind or extension == "yarn"],
-)
-def test_a_loaded_model_is_extended_at_once_and_back(
-    kind: str, extension: str, tokens: torch.Tensor, tmp_path: Path
-) -> None:
-    model = any_model(kind)
-    config, before, rotary = model.config, model.config.to_dict(), rotary_of(model)
-    plain, buffers = output_of(model, tokens), {name: value.clone() for name, value in rotary.named_buffers()}
-    done = extend_context(model, **EXTENSIONS[extension])
-    assert rotary_of(model) is rotary
-    assert model.config is config
-    extended = output_of(model, tokens)
-    assert (extended - plain).abs().max() > 1e-2
-
-    config.save_pretrained(tmp_path / "config")
-    built = type(model)(type(config).from_pretrained(tmp_path / "config")).eval()
-    built.load_state_dict(model.state_dict())
-    assert_close(extended, output_of(built, tokens))
-    assert {module.config.max_position_embeddings for module in model.modules() if hasattr(module, "config")} == {
-        EXTENSIONS[extension]["length"]
-    }
-    if extension == "yarn":
-        model.save_pretrained(tmp_path / "model")
-        assert_close(extended, output_of(type(model).from_pretrained(tmp_path / "model").eval(), tokens))
-
-    done.undo()
-    assert rotary_of(model) is rotary
-    assert torch.equal(output_of(model, tokens), plain)
-    assert all(torch.equal(value, buffers[name]) for name, value in rotary.named_buffers())
-    assert without_saving(config.to_dict()) == without_saving(before)
-    assert {module.config.max_position_embeddings for module in model.modules() if hasattr(module, "config")} == {32}
-
-
-def without_saving(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without the fields that save_pretrained fills in."""
-    return {name: value for name, value in fields.items() if name not in ("architectures", "auto_map", "dtype")}
-
-
-def test_a_head_and_its_decoder_with_configs_of_their_own_are_both_extended(tokens: torch.Tensor) -> None:
-    model = any_model("GatedLlamaForSequenceClassification")
-    if model.config is model.model.config:
-        other = GatedLlamaConfig.from_dict(model.config.to_dict())
-        for module in model.model.modules():
-            if hasattr(module, "config"):
-                module.config = other
-    assert model.config is not model.model.config
-    plain = output_of(model, tokens)
-    done = extend_context(model, 128, "yarn")
-    for config in (model.config, model.model.config):
-        assert (config.max_position_embeddings, config.rope_parameters["factor"]) == (128, 4)
-    assert model.config.rope_parameters is not model.model.config.rope_parameters
-    assert (output_of(model, tokens) - plain).abs().max() > 1e-3
-    done.undo()
-    for config in (model.config, model.model.config):
-        assert (config.max_position_embeddings, config.rope_parameters["rope_type"]) == (32, "default")
-    assert torch.equal(output_of(model, tokens), plain)
-
-
-@pytest.mark.parametrize("method", ["rope_base", "yarn"])
-def test_a_model_with_an_adapter(method: str, tokens: torch.Tensor) -> None:
-    peft = pytest.importorskip("peft")
-    adapter = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
-    model = peft.get_peft_model(any_model("GatedLlamaForCausalLM"), peft.LoraConfig(**adapter)).eval()
-    plain, rotary = output_of(model, tokens), rotary_of(model)
-    done = extend_context(model, 128, method)
-    assert rotary_of(model) is rotary
-    extended = output_of(model, tokens)
-    assert (extended - plain).abs().max() > 1e-2
-    config = model.get_base_model().config
-    assert config.max_position_embeddings == 128
-    fresh = GatedLlamaForCausalLM(GatedLlamaConfig.from_dict(config.to_dict())).eval()
-    built = peft.get_peft_model(fresh, peft.LoraConfig(**adapter)).eval()
-    built.load_state_dict(model.state_dict())
-    assert_close(extended, output_of(built, tokens))
-    done.undo()
-    assert torch.equal(output_of(model, tokens), plain)
-
-
-@pytest.mark.parametrize("method", ["rope_base", "yarn"])
-def test_frequencies_stay_float32_in_a_bfloat16_model(method: str, tokens: torch.Tensor) -> None:
-    model = any_model("GatedLlamaForCausalLM").to(torch.bfloat16)
-    plain, dtype = output_of(model, tokens), rotary_of(model).inv_freq.dtype
-    assert dtype == torch.bfloat16  # .to() rounds them, which an extension must not build upon
-    done = extend_context(model, 128, method)
-    assert {buffer.dtype for buffer in rotary_of(model).buffers()} == {torch.float32}
-    theta = model.config.rope_parameters["rope_theta"]
-    expected = yarn_frequencies(1e4, HEAD_DIM, 4, 32) if method == "yarn" else plain_frequencies(theta, HEAD_DIM)
-    assert relative_difference(frequencies(model), expected) < 1e-6
-    assert output_of(model, tokens).dtype == torch.bfloat16
-    done.undo()
-    assert torch.equal(output_of(model, tokens), plain)
-
-
-def test_frequencies_stay_on_their_device() -> None:
-    """Of the meta device, as others are not everywhere."""
-    with torch.device("meta"):
-        model = GatedLlamaForCausalLM(small_config(1e4, 64, 4096))
-    done = extend_context(model, 8192, "yarn")
-    assert {buffer.device.type for buffer in rotary_of(model).buffers()} == {"meta"}
-    assert rotary_of(model).attention_scaling == pytest.approx(0.1 * math.log(2) + 1)
-    done.undo()
-    assert {buffer.device.type for buffer in rotary_of(model).buffers()} == {"meta"}
-    assert rotary_of(model).attention_scaling == 1
-
-
-def test_frequencies_are_not_saved_and_have_no_names_in_the_state_dict() -> None:
-    model = any_model("GatedLlamaForCausalLM")
-    names = set(model.state_dict())
-    extend_context(model, 128, "yarn")
-    assert set(model.state_dict()) == names
-
-
-def test_extensions_are_undone_in_their_order(tokens: torch.Tensor) -> None:
-    model = any_model("GatedLlamaForCausalLM")
-    plain = output_of(model, tokens)
-    first = extend_context(model, 64, rope_theta=1e6)
-    middle = output_of(model, tokens)
-    second = extend_context(model, 256, "yarn")
-    last, fields = output_of(model, tokens), model.config.to_dict()
-    assert model.config.rope_parameters["rope_theta"] == 1e6
-    assert model.config.rope_parameters["factor"] == 4
-    with pytest.raises(ValueError, match=r"max_position_embeddings=256.*undo later extensions first"):
-        first.undo()
-    assert torch.equal(output_of(model, tokens), last)
-    assert model.config.to_dict() == fields
-    second.undo()
-    assert torch.equal(output_of(model, tokens), middle)
-    with pytest.raises(ValueError, match=r"max_position_embeddings=64.*nothing to undo"):
-        second.undo()
-    first.undo()
-    assert torch.equal(output_of(model, tokens), plain)
-
-
 def test_what_was_changed_by_hand_since_is_not_undone() -> None:
     for field, value in (("max_position_embeddings", 999), ("rope_parameters", {"rope_type": "default"})):
         config = LlamaConfig(**SIZES)
@@ -600,18 +305,6 @@ def test_what_is_returned_is_no_part_of_the_config() -> None:
     assert done.previous_rope_parameters["rope_theta"] == 1e4
 
 
-@pytest.mark.parametrize("method", ["rope_base", "yarn"])
-@torch.no_grad()
-def test_a_cache_from_before_is_invalid(method: str, tokens: torch.Tensor) -> None:
-    model = any_model("GatedLlamaForCausalLM")
-    old = model(tokens[:, :20], use_cache=True).past_key_values
-    extend_context(model, 128, method)
-    expected = model(tokens).logits[:, 20:]
-    new = model(tokens[:, :20], use_cache=True).past_key_values
-    assert_close(model(tokens[:, 20:], past_key_values=new).logits, expected)
-    assert (model(tokens[:, 20:], past_key_values=old).logits - expected).abs().max() > 1e-2
-
-
 def test_describe_context() -> None:
     config = LlamaConfig(**SIZES)
     assert describe_context(config) == "256 tokens, rope_theta 10,000"
@@ -619,28 +312,6 @@ def test_describe_context() -> None:
     assert describe_context(config) == "4,096 tokens, rope_theta 1,000,000"
     extend_context(config, 32768, "yarn")
     assert describe_context(config) == "32,768 tokens, rope_theta 1,000,000, yarn, factor 8, from 4,096"
-
-
-def test_partial_rotation_is_kept() -> None:
-    """Of a family that has it: the rule and the frequencies are of the channels that turn."""
-    glm = pytest.importorskip("transformers.models.glm.modeling_glm")
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    model = glm.GlmModel(
-        glm.GlmConfig(
-            **sizes,
-            vocab_size=16,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            pad_token_id=0,
-            max_position_embeddings=256,
-            rope_parameters=rope,
-        )
-    )
-    extend_context(model, 1024)
-    theta = 1e4 * 4 ** (8 / 6)
-    assert model.config.rope_parameters == rope | {"rope_theta": pytest.approx(theta)}
-    assert relative_difference(model.rotary_emb.inv_freq.double().numpy(), plain_frequencies(theta, 8)) < 1e-6
 
 
 def test_an_original_length_beside_rope_parameters_follows() -> None:
