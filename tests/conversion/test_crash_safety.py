@@ -88,6 +88,14 @@ class SlowConversions:
         return int(self.server.stdout.readline())
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Shells start what runs in the background with interrupts ignored, which its children then inherit."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def slow_conversions() -> Iterator[SlowConversions]:
     conversions = SlowConversions()
