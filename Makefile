@@ -9,12 +9,12 @@ demo: .venv/ready
 
 ## The whole test suite. No network is needed once the environment is set up.
 test: .venv/ready
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 ## The suite's core on the oldest supported Transformers, which lies before the newest in the path.
 test-oldest: build/oldest/ready
 	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -c "import transformers as t; assert t.__version__ == '5.16.1', t.__file__"
-	PYTHONPATH=$(CURDIR)/build/oldest OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile \
+	PYTHONPATH=$(CURDIR)/build/oldest OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
 		tests/configuration tests/modeling_gated tests/conversion/test_identity.py tests/integration/test_remote_code.py \
 		tests/integration/test_trainer.py $(ARGS)
 
