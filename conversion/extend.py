@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_gated.configuration import ContextExtension, describe_context, extend_context
@@ -97,7 +98,7 @@ def extend_checkpoint(
         manifest = read_manifest(found.directory)
         with replacing(output, overwrite) as staging:
             records, shared = _write(
-                found, _new_config(found, extension), describe_context(config), staging, output, place, progress
+                found, _new_config(found, config), describe_context(config), staging, output, place, progress
             )
             if manifest is not None:
                 _update_manifest(manifest, found, records, command, context).write(staging)
@@ -114,20 +115,16 @@ def extend_checkpoint(
     )
 
 
-def _new_config(checkpoint: Checkpoint, extension: ContextExtension) -> str:
-    """The text of config.json, of which nothing but the length and RoPE is changed."""
+def _new_config(checkpoint: Checkpoint, config: PreTrainedConfig) -> str:
+    """The text of config.json, of which nothing is changed but the length and RoPE, which become the config's."""
     raw = {name: value for name, value in checkpoint.raw_config.items() if name not in _ROPE_FIELDS}
-    raw["rope_parameters"] = extension.rope_parameters
-    raw["max_position_embeddings"] = extension.max_position_embeddings
-    if "original_max_position_embeddings" in raw:  # Transformers puts it before that of rope_parameters
-        rope = extension.rope_parameters
-        raw["original_max_position_embeddings"] = rope.get(
-            "original_max_position_embeddings", raw["max_position_embeddings"]
-        )
+    raw |= {"rope_parameters": config.rope_parameters, "max_position_embeddings": config.max_position_embeddings}
+    if "original_max_position_embeddings" in raw:
+        raw["original_max_position_embeddings"] = config.original_max_position_embeddings
     read = read_config(replace(checkpoint, raw_config=raw))
-    if (read.rope_parameters, read.max_position_embeddings) != (raw["rope_parameters"], raw["max_position_embeddings"]):
+    if (read.rope_parameters, read.max_position_embeddings) != (config.rope_parameters, config.max_position_embeddings):
         raise ConversionError(
-            f"{checkpoint.config_path}: {raw['rope_parameters']} would be read as {read.rope_parameters}"
+            f"{checkpoint.config_path}: {config.rope_parameters} would be read as {read.rope_parameters}"
         )
     return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -71,35 +72,31 @@ def evaluate_context(
     with one_clear_line():
         from modeling_gated.conversion.sources import find_source
         from modeling_gated.evaluation import EvaluationError
+        from modeling_gated.evaluation.context import check_settings, read_text
         from modeling_gated.evaluation.plot import check_plots, plot_context
 
         if not (lengths.strip() and all(word.strip().isdecimal() for word in lengths.split(","))):
             raise EvaluationError(f"--lengths {lengths}: not numbers of tokens, separated by commas")
+        settings: dict[str, Any] = {
+            "lengths": [int(word) for word in lengths.split(",")],
+            "tasks": [word.strip() for word in tasks.split(",")],
+            "windows": windows,
+            "samples": samples,
+            "chunk_size": chunk_size,
+        }
+        check_settings(**settings)
+        read_text(text)
         if output is not None:
             check_plots()
             _check_output(output, overwrite)
         sources = [find_source(given).path for given in checkpoints]
         if files := [path for path in sources if not path.is_dir()]:
             raise EvaluationError(f"{files[0]}: not a directory with a checkpoint in safetensors")
-        place = _device(device)
+        target = _device(device)
         found: list[ContextEvaluation] = []
         for path, name in zip(sources, _names(checkpoints), strict=True):
             found.append(
-                _evaluate(
-                    path,
-                    dtype,
-                    place,
-                    name=name,
-                    lengths=[int(word) for word in lengths.split(",")],
-                    tasks=[word.strip() for word in tasks.split(",")],
-                    text=text,
-                    windows=windows,
-                    samples=samples,
-                    chat=chat,
-                    seed=seed,
-                    chunk_size=chunk_size,
-                    progress=True,
-                )
+                _evaluate(path, dtype, target, name=name, text=text, chat=chat, seed=seed, progress=True, **settings)
             )
             if output is not None:  # at once, as the next one may fail after hours
                 _write(found, output)
@@ -161,7 +158,7 @@ def _write(found: list["ContextEvaluation"], output: Path) -> None:
     from modeling_gated.conversion.manifest import replace_file
 
     packages = {name: version(name) for name in ("modeling-gated", "torch", "transformers")}
-    evaluations = [evaluation.as_json() for evaluation in found]
+    evaluations = [asdict(evaluation) for evaluation in found]
     content = {"format": _FORMAT, "versions": packages, "evaluations": evaluations}
     output.mkdir(parents=True, exist_ok=True)
     replace_file(output / _JSON, (json.dumps(content, indent=2) + "\n").encode())

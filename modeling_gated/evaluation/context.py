@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from modeling_gated.default_text import DEFAULT_TEXT_NAME, default_text
 
 from .errors import EvaluationError
 from .position_loss import loss_by_position
-from .prompts import beginning, build_prompt, can_chat, lines_of
+from .prompts import beginning, build_prompt, lines_of
 from .tasks import TASKS, draw
 
 
@@ -73,10 +73,6 @@ class ContextEvaluation:
     losses: tuple[PositionLoss, ...]
     scores: tuple[TaskScore, ...]
     seconds: float
-
-    def as_json(self) -> dict[str, Any]:
-        """The evaluation as JSON takes it."""
-        return asdict(self)
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
@@ -137,10 +133,11 @@ def evaluate_context(
     """
     started = time.perf_counter()
     lengths = tuple(sorted(lengths))
-    _check(lengths, tasks, windows=windows, samples=samples, chunk_size=chunk_size)
-    if chat and not can_chat(tokenizer):
+    check_settings(lengths, tasks, windows=windows, samples=samples, chunk_size=chunk_size)
+    has_template = bool(tokenizer.chat_template)
+    if chat and not has_template:
         raise EvaluationError(f"{name}: its tokenizer has no chat template")
-    chat = can_chat(tokenizer) if chat is None else chat
+    chat = has_template if chat is None else chat
     content, text_name = read_text(text)
     input_ids = tokenizer(content, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -156,7 +153,7 @@ def evaluate_context(
             losses = _losses(model, _windows(input_ids, tokenizer, lengths[-1], windows), lengths, chunk_size, bar)
         with _plain_generation(model):
             scores = tuple(
-                _score(model, tokenizer, task, length, content, samples, chat, seed, chunk_size, bar)
+                _score(model, tokenizer, task, length, content, lines, samples, chat, seed, chunk_size, bar)
                 for task in asked
                 for length in lengths
             )
@@ -179,8 +176,14 @@ def evaluate_context(
     )
 
 
-def _check(lengths: Sequence[int], tasks: Sequence[str], **counts: int) -> None:
-    if not lengths or lengths[0] < 2 or len(set(lengths)) < len(lengths):
+def check_settings(lengths: Sequence[int], tasks: Sequence[str], **counts: int) -> None:
+    """
+    Check what can be checked without a model.
+
+    Raises:
+        EvaluationError: for lengths or tasks that are none or come twice, and for counts below 1.
+    """
+    if not lengths or min(lengths) < 2 or len(set(lengths)) < len(lengths):
         raise EvaluationError(f"lengths {list(lengths)}: needed are different numbers of tokens, each at least 2")
     if unknown := [task for task in tasks if task not in (LOSS, *TASKS)]:
         raise EvaluationError(f"task {unknown[0]!r} is not among {', '.join((LOSS, *TASKS))}")
@@ -237,20 +240,20 @@ def _score(
     name: str,
     length: int,
     text: str,
+    lines: list[str],
     samples: int,
     chat: bool,
     seed: int,
     chunk_size: int,
     bar: tqdm,
 ) -> TaskScore:
-    lines = lines_of(text)
     found, sizes = [], []
     for sample in range(samples):
         generator = random.Random(f"{seed} {name} {length} {sample}")
         task = draw(name, generator, (sample + 0.5) / samples, text)
         first = generator.randrange(len(lines))
         prompt = build_prompt(task, lines[first:] + lines[:first], tokenizer, length, chat=chat)
-        input_ids = torch.tensor([prompt.input_ids], device=model.device)
+        input_ids = torch.tensor([prompt], device=model.device)
         output = model.generate(  # type: ignore[operator]  # it may be any class of Transformers' that has it
             input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -259,8 +262,8 @@ def _score(
             prefill_chunk_size=chunk_size,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-        answer = tokenizer.decode(output[0, len(prompt.input_ids) :], skip_special_tokens=True)
+        answer = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
         found.append(task.score(str(answer)))
-        sizes.append(len(prompt.input_ids))
+        sizes.append(len(prompt))
         bar.update(length)
     return TaskScore(name, length, samples, sum(sizes) / samples, sum(found) / samples)

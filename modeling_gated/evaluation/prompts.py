@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from textwrap import wrap
 
 from transformers import PreTrainedTokenizerBase
@@ -14,19 +13,12 @@ from .tasks import Task
 _LINE = 200
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of a prompt, and how many tokens of the text are among them."""
-
-    input_ids: list[int]
-    text_tokens: int
-
-
 def build_prompt(
     task: Task, lines: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, *, chat: bool
-) -> Prompt:
+) -> list[int]:
     """
-    A prompt that with its answer takes at most `length` tokens, and less than that by one line of the text at most.
+    Token ids of a prompt that with its answer takes at most `length` tokens, and less than that by one line of the
+    text at most.
 
     Nothing is truncated: the text is shortened by lines until all fits. The whole prompt is tokenized at once, so
     that needles are as the model would see them in a text, and decoded again: each must still be there.
@@ -57,7 +49,7 @@ def build_prompt(
     decoded = tokenizer.decode(input_ids)
     if lost := [needle for _, needle in task.needles if needle not in decoded]:
         raise EvaluationError(f"the tokenizer does not keep {lost[0]!r}")
-    return Prompt(input_ids, len(input_ids) - question)
+    return input_ids
 
 
 def lines_of(text: str) -> list[str]:
@@ -70,11 +62,6 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-sequence token, if the tokenizer puts it before an input. (Some also put an end after it.)"""
     ids = tokenizer("")["input_ids"]
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-
-
-def can_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer has a chat template."""
-    return bool(tokenizer.chat_template)
 
 
 def _prompt(task: Task, lines: Sequence[str], count: int) -> str:

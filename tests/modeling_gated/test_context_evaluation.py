@@ -62,11 +62,11 @@ def test_prompts_fill_their_length_and_hold_the_needles(name: str, length: int, 
     for depth in (0.0, 0.5, 1.0):
         task = TASKS[name](random.Random(1), depth)
         prompt = build_prompt(task, LINES, tokenizer, length, chat=chat)
-        room = length - len(prompt.input_ids) - task.max_new_tokens
+        room = length - len(prompt) - task.max_new_tokens
         assert 0 <= room <= max(map(len, LINES[:60]))
-        assert prompt.input_ids.count(256) == 1  # no second beginning
-        assert prompt.input_ids[0] == 256
-        text = tokenizer.decode(prompt.input_ids)
+        assert prompt.count(256) == 1  # no second beginning
+        assert prompt[0] == 256
+        text = tokenizer.decode(prompt)
         places = [text.index(needle) for _, needle in task.needles]
         assert all(text.count(needle) == 1 for _, needle in task.needles)
         assert text.endswith(f"{task.question}\n{'[assistant] ' if chat else ''}{task.answer_prefix}")
@@ -79,7 +79,7 @@ def test_prompts_fill_their_length_and_hold_the_needles(name: str, length: int, 
 def test_a_longer_text_than_the_haystack_is_repeated() -> None:
     task = TASKS["passkey"](random.Random(1), 0.5)
     prompt = build_prompt(task, ["one line", "another"], byte_tokenizer(), 1000, chat=False)
-    assert len(prompt.input_ids) + task.max_new_tokens >= 1000 - len("one line\n")
+    assert len(prompt) + task.max_new_tokens >= 1000 - len("one line\n")
 
 
 def test_prompts_that_would_mean_nothing_are_refused() -> None:
@@ -97,7 +97,7 @@ def test_text_of_long_lines_fills_prompts_too() -> None:
     """A book in one line, too."""
     task = TASKS["passkey"](random.Random(1), 0.5)
     prompt = build_prompt(task, lines_of(" ".join(LINES)), byte_tokenizer(), 3000, chat=False)
-    assert 3000 - 201 <= len(prompt.input_ids) + task.max_new_tokens <= 3000
+    assert 3000 - 201 <= len(prompt) + task.max_new_tokens <= 3000
 
 
 def test_a_tokenizer_that_ends_inputs_does_not_end_prompts() -> None:
@@ -108,8 +108,8 @@ def test_a_tokenizer_that_ends_inputs_does_not_end_prompts() -> None:
     assert tokenizer("a")["input_ids"][-1] == 257
     task = TASKS["passkey"](random.Random(1), 0.5)
     prompt = build_prompt(task, LINES, tokenizer, 1000, chat=False)
-    assert prompt.input_ids[0] == 256
-    assert 257 not in prompt.input_ids
+    assert prompt[0] == 256
+    assert 257 not in prompt
 
 
 @pytest.mark.parametrize("name", list(TASKS))
