@@ -146,6 +146,8 @@ class GatedLlamaConfig(LlamaConfig):
       below 0.4 within 0.015. Gates that a checkpoint lacks start so too. Additive gates start at 0 instead.
     - **gate_scale** (`float`, defaults to 1.0) -- The constant factor, positive. Conversion sets 1 / sigmoid(b), with
       which a gate that is still at its start is exactly 1.
+    - **gate_dtype** (`str`, *optional*) -- `"float32"`: the gates' parameters are float32 whatever dtype the model is
+      loaded in, so that their small updates don't round away: `from_pretrained(path, gate_dtype="float32")`.
 
     Attention:
 
@@ -213,6 +215,7 @@ class GatedLlamaConfig(LlamaConfig):
     gate_bias: bool = True
     gate_init: float = interval(min=0, max=1, exclude_min=True, exclude_max=True)(default=0.85)
     gate_scale: float | int = 1.0
+    gate_dtype: Literal["float32"] | None = None
     use_attention_output_norm: bool = False
     attention_output_activation: Literal["sigmoid", "silu", "tanh", "relu"] | None = None
     use_sandwich_norm: bool = False

@@ -13,7 +13,11 @@
 # limitations under the License.
 """GatedLlama: Llama with attention output gates (arXiv 2505.06708), as the difference from Transformers' own."""
 
-from .configuration.configuration_gated_llama import GatedLlamaConfig, initial_gate_bias  # first: it checks versions
+from .configuration.configuration_gated_llama import (  # first: it checks versions
+    GATE_PROJECTIONS,
+    GatedLlamaConfig,
+    initial_gate_bias,
+)
 
 
 # isort: split
@@ -65,8 +69,12 @@ from transformers.utils import TransformersKwargs
 class GatedLlamaGate(nn.Linear):
     """
     The projection from hidden states, or from the constant 1 of shape [1, 1], to gate logits. A class of its own for
-    `_init_weights` to recognise; it has no behaviour, since serving engines replace every linear layer.
+    `_init_weights` to recognise. It takes any floating-point input, so that its weights can be float32 in a model that
+    isn't; serving engines, which replace every linear layer, give all weights one dtype and lose nothing by it.
     """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.to(self.weight.dtype))
 
 
 def non_sparse_sigmoid(x: torch.Tensor) -> torch.Tensor:
@@ -97,9 +105,10 @@ def gate_projection(config: GatedLlamaConfig, position: str, heads: int) -> Gate
     channels = config.hidden_size if position == "G5" else config.head_dim
     gates_of_head = 1 if config.gate_granularity == "headwise" else channels
     rows = gates_of_head if config.gate_head_shared else heads * gates_of_head
+    dtype = torch.float32 if config.gate_dtype == "float32" else None
     if config.gate_input_independent:
-        return GatedLlamaGate(1, rows, bias=False)
-    return GatedLlamaGate(config.hidden_size, rows, bias=config.gate_bias)
+        return GatedLlamaGate(1, rows, bias=False, dtype=dtype)
+    return GatedLlamaGate(config.hidden_size, rows, bias=config.gate_bias, dtype=dtype)
 
 
 class SharedGateParallel(TensorParallelLayer):
@@ -309,6 +318,8 @@ class GatedLlamaModel(GatedLlamaPreTrainedModel):
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.has_sliding_layers = "sliding_attention" in (config.layer_types or ())
+        if config.gate_dtype == "float32":  # loaded so, too
+            self._keep_in_fp32_modules_strict = {GATE_PROJECTIONS[position] for position in config.gate_position}
 
         self.post_init()
 

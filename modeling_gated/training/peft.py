@@ -1,0 +1,77 @@
+"""PEFT configs that treat gates in a way of their own."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Literal
+
+from modeling_gated.configuration.configuration_gated_llama import GATE_PROJECTIONS
+
+from .gate_parameters import GATE_NAMES
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+ALL_GATES = r".*\.g_(.*_)?proj"
+
+
+def gate_peft_config(
+    base: "PeftConfig | None" = None,
+    gates: Literal["full", "frozen"] = "full",
+    gate_position: Sequence[str] = ("G1",),
+) -> "PeftConfig":
+    """
+    The PEFT config with which a gated model's gates are trained in full, or left alone.
+
+    | `base` | `gates` | what is trained |
+    | --- | --- | --- |
+    | None | `"full"` | gates only: weights and biases, as PEFT's LayerNorm tuning trains layers (`LNTuningConfig`) |
+    | `LoraConfig(...)` | `"full"` | `base`, and the gates' weights and biases (`modules_to_save`) |
+    | `LoraConfig(...)` | `"frozen"` | `base` alone; the gates stay as they are, also with `"all-linear"` |
+
+    With gates in full, adapters can be saved, loaded, switched and merged into the model; what averages or swaps them
+    in place, `add_weighted_adapter` and `hotswap_adapter`, is refused by PEFT. Both work with gates frozen.
+
+    Args:
+        base: a config of any PEFT method that has `modules_to_save` and `exclude_modules`. It is not changed.
+        gates: `"full"` or `"frozen"`.
+        gate_position: what is gated in the model: `model.config.gate_position`, unless it has G1 gates alone.
+
+    Raises:
+        ImportError: if PEFT is not installed.
+        ValueError: if nothing would be trained, `base` targets the gates itself or can't leave modules out, or `gates`
+            or `gate_position` is not known.
+    """
+    if gates not in ("full", "frozen"):
+        raise ValueError(f"gates={gates!r} is neither 'full' nor 'frozen'")
+    if unknown := [position for position in gate_position if position not in GATE_PROJECTIONS]:
+        raise ValueError(
+            f"gate_position={list(gate_position)}: {unknown[0]!r} is not among {', '.join(GATE_PROJECTIONS)}"
+        )
+    names = [GATE_PROJECTIONS[position] for position in gate_position]
+    if gates == "full" and not names:
+        raise ValueError("gate_position=[]: there is no gate to train")
+    if base is None:
+        if gates == "frozen":
+            raise ValueError("gates='frozen' without a base: nothing would be trained")
+        from peft import LNTuningConfig
+
+        return LNTuningConfig(target_modules=names, task_type="CAUSAL_LM")
+
+    config = deepcopy(base)
+    for field in ("target_modules", "modules_to_save", "exclude_modules"):
+        if not hasattr(config, field):
+            raise ValueError(f"base={type(base).__name__} has no {field}: it can't treat gates in a way of their own")
+    targets = [] if isinstance(config.target_modules, str) else config.target_modules or []
+    for field, named in (("target_modules", targets), ("modules_to_save", config.modules_to_save or [])):
+        if theirs := [name for name in named if not GATE_NAMES.isdisjoint(name.split("."))]:
+            raise ValueError(f"base.{field} names {theirs[0]!r}: what is done with the gates, gates={gates!r} says")
+    if gates == "full":
+        config.modules_to_save = [*(config.modules_to_save or []), *names]
+    if isinstance(config.target_modules, str):  # "all-linear", or an expression that the gates' names may match
+        excluded = config.exclude_modules
+        if isinstance(excluded, str):
+            config.exclude_modules = f"(?:{excluded})|(?:{ALL_GATES})"
+        else:
+            config.exclude_modules = [*(excluded or []), *sorted(GATE_NAMES)]
+    return config
