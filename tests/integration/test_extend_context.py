@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import accelerate_training
 import extend_context
 import numpy as np
 import pytest
 import torch
-from extend_context import Accelerator, WindowLoss
+from accelerate import Accelerator
+from accelerate_training import WindowLoss
 from extend_context_settings import SettingsError, read_settings
 from gated_models import gated_model
 from largest_tensor import Largest
@@ -78,8 +80,8 @@ class Interruptions:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *steps: tuple[str, int]) -> None:
         self.left, self.taken = list(steps), []
-        self.train_step = extend_context.train_step
-        monkeypatch.setattr(extend_context, "train_step", self)
+        self.train_step = accelerate_training.train_step
+        monkeypatch.setattr(accelerate_training, "train_step", self)
 
     def __call__(self, *args: object) -> float:
         *_, stage, step = args
