@@ -125,6 +125,8 @@ def train(run: Run, module: nn.Module, groups: Iterable[dict[str, Any]], stage: 
     module.train()
     optimizer = torch.optim.AdamW(groups, plan.learning_rate, betas=(0.9, 0.95))
     shares = [group["lr"] / plan.learning_rate for group in optimizer.param_groups]
+    if accelerator.state.deepspeed_plugin is not None:  # which else asks a data loader
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = plan.batch_size
     module, optimizer = accelerator.prepare(module, optimizer)
     start = load_state(run, stage)
     losses = read_losses(run.output, stage.name)[:start]
@@ -216,15 +218,16 @@ def load_state(run: Run, stage: Stage) -> int:
     return step
 
 
-def save_model(run: Run, module: nn.Module, name: str) -> None:
-    """Save what has been trained as OUTPUT/name, where it appears when it is complete."""
+def save_model(run: Run, module: nn.Module, name: str, attribute: str = "model") -> None:
+    """Save the module's model as OUTPUT/name, where it appears when it is complete."""
     weights = run.accelerator.get_state_dict(module)  # gathered from all processes
     if run.accelerator.is_main_process:
-        model = run.accelerator.unwrap_model(module).model
+        model = getattr(run.accelerator.unwrap_model(module), attribute)
         # Gathered tied weights are copies of each other, and saved would both be: the first name is enough.
-        tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-        names = {key: key.removeprefix("model.") for key in weights}
-        write_checkpoint(run, model, name, {new: weights[key] for key, new in names.items() if new not in tied})
+        names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
+        prefixed = {key: key.removeprefix(f"{attribute}.") for key in weights if key.startswith(f"{attribute}.")}
+        own = {new: weights[key] for key, new in prefixed.items() if new in names}
+        write_checkpoint(run, model, name, own)
         shutil.rmtree(run.output / "state", ignore_errors=True)
     run.accelerator.wait_for_everyone()
 

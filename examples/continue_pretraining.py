@@ -1,0 +1,121 @@
+"""
+All weights are trained on, gates among them, with accelerate; the control is the ungated model.
+
+    python examples/continue_pretraining.py [--steps 40] [--text 'FILES/*.txt'] [--output build/continue_pretraining]
+
+    # several processes: by configuration alone
+    accelerate launch --config_file examples/accelerate_fsdp2.yaml examples/continue_pretraining.py [--model CHECKPOINT]
+    accelerate launch --config_file examples/accelerate_deepspeed_zero3.yaml examples/continue_pretraining.py
+
+Both models see the same batches: each seed's order of the text's windows. Weights, their gradients and AdamW's states
+are float32, computation is bfloat16 unless --mixed_precision no. Each training ends with a checkpoint,
+OUTPUT/gated-seedN and OUTPUT/control-seedN. Started again, it goes on where it was: from the last state that was saved.
+Needs pip install '.[plot]'.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate_training import (
+    Run,
+    Stage,
+    WindowLoss,
+    checkpoint_layers,
+    make_accelerator,
+    read_losses,
+    save_model,
+    train,
+)
+from comparison import report
+from recipe import (
+    KINDS,
+    RESULT,
+    RecipeSettings,
+    held_out,
+    measure,
+    one_clear_line,
+    packed_text,
+    prepare,
+    read_flags,
+    setting,
+    trainable_parameters,
+    write_result,
+)
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+
+from modeling_gated.training import gate_param_groups
+
+
+@dataclass
+class Settings(RecipeSettings):
+    output: str = setting("build/continue_pretraining", "folder for all that is made")
+    learning_rate: float = setting(1e-4, "of all but the gates")
+    gate_learning_rate: float = setting(1e-3, "of the gates")
+    weight_decay: float = setting(0.1, "of all weights but norms and biases")
+    gradient_accumulation_steps: int = setting(1, "batches per step of the optimizer")
+    mixed_precision: str = setting("bf16", "bf16 or no")
+    gradient_checkpointing: bool = setting(False, "whether layers are computed again for the backward pass")
+
+    def check(self) -> None:
+        super().check()
+        if self.mixed_precision not in ("bf16", "no"):
+            raise ValueError(f"--mixed_precision={self.mixed_precision} is neither bf16 nor no")
+        if self.gradient_accumulation_steps < 1 or self.weight_decay < 0:
+            raise ValueError("--gradient_accumulation_steps is at least 1, and --weight_decay is not negative")
+
+
+def load(path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def train_model(run: Run, settings: Settings, start: Path, name: str) -> None:
+    """Train a checkpoint on, and save it as OUTPUT/name."""
+    model = load(start)
+    if settings.gradient_checkpointing:
+        checkpoint_layers(model)
+    gate_lr = settings.gate_learning_rate if start != run.tokenizer else None
+    groups = gate_param_groups(model, settings.learning_rate, gate_lr, settings.weight_decay)
+    module = train(run, WindowLoss(model), groups, Stage(name, settings))
+    save_model(run, module, name)
+    run.accelerator.free_memory(module)
+
+
+def measure_models(run: Run, settings: Settings, start: Path, name: str) -> None:
+    """Write OUTPUT/name/result.json: what the checkpoint does before and after."""
+    evaluation = held_out(settings, run.text)
+    before = measure(load(start).to(run.accelerator.device), evaluation)
+    model = load(run.output / name).to(run.accelerator.device)
+    result = {"before": before, "after": measure(model, evaluation), "losses": read_losses(run.output, name)}
+    write_result(run.output / name, result | {"trainable_parameters": trainable_parameters(model)})
+
+
+def main(flags: Sequence[str] | None = None) -> None:
+    settings = read_flags(Settings, __doc__, flags)
+    output = Path(settings.output)
+    with one_clear_line():
+        accelerator = make_accelerator(settings.mixed_precision, settings.gradient_accumulation_steps)
+        with accelerator.main_process_first():
+            models = prepare(settings, processes=accelerator.num_processes)
+            text = packed_text(settings)
+    for seed in settings.seeds:
+        set_seed(seed)
+        accumulation = settings.gradient_accumulation_steps
+        run = Run(
+            output, accelerator, text, models.control, settings.warmup_steps, accumulation, settings.save_every, seed
+        )
+        for kind in KINDS:
+            name = f"{kind}-seed{seed}"
+            if not (output / name).is_dir():
+                train_model(run, settings, models[kind], name)
+            if accelerator.is_main_process and not (output / name / RESULT).is_file():
+                measure_models(run, settings, models[kind], name)
+            accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        report(output, settings.seeds)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""
+A teacher, by default the model without its gates, teaches a gated model: attention outputs layer by layer, and the
+predictions' KL divergence.
+
+    python examples/distill.py [--steps 40] [--gate_scale 1.0] [--student CHECKPOINT [--teacher CHECKPOINT]]
+
+By default the student is the converted SmolLM2-135M-Instruct with gate_scale 1, which is what adding gates of 0.85 to a
+model without rescaling them does to it; its gates alone are trained, to make up for that. Base weights are frozen, and
+teacher and student have them in common, so that both together take the memory of one. With a student of your own, whose
+base weights are other than the source's, give the source as --teacher. Weights are in OUTPUT/distilled. Started again,
+it goes on where it was.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import DistributedType
+from accelerate_training import Run, Stage, make_accelerator, read_losses, save_model, train
+from comparison import spread
+from matplotlib.figure import Figure
+from recipe import (
+    RESULT,
+    RecipeSettings,
+    held_out,
+    measure,
+    one_clear_line,
+    packed_text,
+    prepare,
+    read_flags,
+    setting,
+    write_result,
+)
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+
+from modeling_gated.training import Distillation, gate_param_groups
+
+
+@dataclass
+class Settings(RecipeSettings):
+    output: str = setting("build/distill", "folder for all that is made")
+    student: str = setting("", "folder of a gated checkpoint; by default --model, converted")
+    teacher: str = setting("", "folder of a checkpoint of the same sizes; by default the student without its gates")
+    gate_scale: float = setting(0.0, "of the student's gates; by default 1 for the converted model, else as it is")
+    dtype: str = setting("bfloat16", "of all but the gates, which are float32: bfloat16 or float32")
+    trained: str = setting("gates", "gates, or attention: with q, k, v and o_proj, which the teacher then has apart")
+    attention_weight: float = setting(1.0, "of the attention outputs' relative squared error")
+    kl_weight: float = setting(1.0, "of the predictions' KL divergence")
+    learning_rate: float = setting(1e-4, "of q, k, v and o_proj")
+
+    def check(self) -> None:
+        super().check()
+        for name in ("student", "teacher"):
+            path = getattr(self, name)
+            if path and not (Path(path) / "config.json").is_file():
+                raise ValueError(f"--{name}={path}: there is no config.json")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"--dtype={self.dtype} is neither bfloat16 nor float32")
+        if self.trained not in ("gates", "attention"):
+            raise ValueError(f"--trained={self.trained} is neither gates nor attention")
+        if self.gate_scale < 0:
+            raise ValueError(f"--gate_scale={self.gate_scale} is negative")
+
+
+class WindowDistillation(Distillation):
+    """Distillation on windows, whose last token is not an input; its forward gives the loss alone."""
+
+    def forward(self, windows: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        loss = super().forward(windows[:, :-1]).loss
+        assert loss is not None
+        return loss
+
+
+def load_student(settings: Settings, path: Path) -> PreTrainedModel:
+    """The student, with what is not to be trained frozen."""
+    scale = settings.gate_scale or (0.0 if settings.student else 1.0)
+    options = {"gate_scale": scale} if scale else {}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=settings.dtype, gate_dtype="float32", **options)
+    trained = ("g_proj",) if settings.trained == "gates" else ("g_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[-2] in trained)
+    return model
+
+
+def distillation(settings: Settings, student: PreTrainedModel, share_weights: bool = True) -> WindowDistillation:
+    teacher = AutoModelForCausalLM.from_pretrained(settings.teacher, dtype=settings.dtype) if settings.teacher else None
+    weights = {"attention_weight": settings.attention_weight, "kl_weight": settings.kl_weight}
+    return WindowDistillation(student, teacher, share_weights=share_weights, **weights)
+
+
+def size(model: torch.nn.Module) -> int:
+    """Bytes of a model's parameters, each once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def evaluate(settings: Settings, run: Run, path: Path) -> dict[str, float]:
+    """What a student does on held-out text, beside its teacher."""
+    evaluation = held_out(settings, run.text)
+    student = load_student(settings, path).to(run.accelerator.device)
+    both = distillation(settings, student).eval()
+    found = measure(student, evaluation)
+    losses = [Distillation.forward(both, sequence.tokens[None, :-1].to(student.device)) for sequence in evaluation]
+    for name in ("kl_loss", "attention_loss"):
+        values = [loss[name] for loss in losses if name in loss]
+        if values:
+            found[name] = torch.stack(values).mean().item()
+    return found | {"teacher's loss": measure(both.teacher, evaluation)["loss"]}
+
+
+def distil(settings: Settings, run: Run) -> None:
+    """Train one seed's student, and write what came of it."""
+    start, name = run.tokenizer, f"distilled-seed{run.seed}"
+    if not (run.output / name).is_dir():
+        student = load_student(settings, start)
+        is_sharded = run.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        module = distillation(settings, student, share_weights=not is_sharded)
+        ratio = size(module) / size(student)
+        run.accelerator.print(f"teacher and student: {size(module) / 1e6:,.0f} MB, {ratio:.2f} x the student's weights")
+        groups = gate_param_groups(student, settings.learning_rate, settings.gate_learning_rate)
+        prepared = train(run, module, groups, Stage(name, settings))
+        save_model(run, prepared, name, "student")
+        run.accelerator.free_memory(prepared)
+    if run.accelerator.is_main_process and not (run.output / name / RESULT).is_file():
+        before, after = evaluate(settings, run, start), evaluate(settings, run, run.output / name)
+        write_result(run.output / name, {"before": before, "after": after, "losses": read_losses(run.output, name)})
+    run.accelerator.wait_for_everyone()
+
+
+def report(output: Path, seeds: list[int]) -> None:
+    """Print the table of all seeds, and draw their losses: OUTPUT/distillation.png."""
+    results = [json.loads((output / f"distilled-seed{seed}" / RESULT).read_text(encoding="utf-8")) for seed in seeds]
+    table = Table(box=box.MARKDOWN)
+    table.add_column(f"held-out text, mean (min to max) of {len(seeds)} seeds")
+    for moment in ("before", "after"):
+        table.add_column(moment, justify="right")
+    for name in results[0]["before"]:
+        table.add_row(name, *(spread([result[moment][name] for result in results]) for moment in ("before", "after")))
+    Console(width=120, highlight=False).print(table)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for seed, result in zip(seeds, results, strict=True):
+        axes.plot(range(1, len(result["losses"]) + 1), result["losses"], label=f"seed {seed}")
+    axes.set(xlabel="step", ylabel="attention outputs' error + KL divergence", yscale="log")
+    axes.legend()
+    figure.savefig(output / "distillation.png", dpi=150)
+
+
+def main(flags: Sequence[str] | None = None) -> None:
+    settings = read_flags(Settings, __doc__, flags)
+    output = Path(settings.output)
+    with one_clear_line():
+        accelerator = make_accelerator("no", 1)
+        with accelerator.main_process_first():
+            models = prepare(settings, processes=accelerator.num_processes)
+            text = packed_text(settings)
+    start = Path(settings.student or models.gated)
+    for seed in settings.seeds:
+        set_seed(seed)
+        run = Run(output, accelerator, text, start, settings.warmup_steps, 1, settings.save_every, seed)
+        distil(settings, run)
+    if accelerator.is_main_process:
+        report(output, settings.seeds)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

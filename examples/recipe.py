@@ -1,0 +1,189 @@
+"""What the training recipes share: their settings, what they start from, and what they measure of a model."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate_training import check_output
+from packed_text import PackedText, files, write_tokens
+from smollm2 import write_checkpoint
+from torch.nn import functional
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from modeling_gated.conversion import ConversionError, convert_checkpoint
+from modeling_gated.evaluation import EvaluationError
+
+
+KINDS = ("gated", "control")
+RESULT = "result.json"
+DEFAULT_MODEL = Path("build/demo/SmolLM2-135M-Instruct")
+AnySettings = TypeVar("AnySettings", bound="RecipeSettings")
+
+
+def setting(default: Any, explanation: str) -> Any:
+    """A field that is a flag."""
+    return field(default=default, metadata={"help": explanation})
+
+
+@dataclass
+class RecipeSettings:
+    """The flags that all recipes have."""
+
+    output: str = setting("", "folder for all that is made; where there is a part of it, that is gone on from")
+    model: str = setting("", "folder of an ungated checkpoint; by default the real SmolLM2-135M-Instruct")
+    text: list[str] = field(
+        default_factory=list, metadata={"help": "globs of UTF-8 files; by default Python's language reference"}
+    )
+    steps: int = setting(40, "steps of the optimizer")
+    length: int = setting(256, "tokens of a training sequence")
+    batch_size: int = setting(2, "sequences per process and forward pass")
+    learning_rate: float = setting(1e-4, "of all but the gates")
+    gate_learning_rate: float = setting(1e-2, "of the gates")
+    warmup_steps: int = setting(4, "over which learning rates rise; then they fall along a cosine")
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "one training of both models each"})
+    save_every: int = setting(20, "steps between two states to go on from")
+    evaluation_windows: int = setting(8, "held-out sequences")
+
+    def check(self) -> None:
+        for name in ("steps", "length", "batch_size", "save_every", "evaluation_windows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} is not positive")
+        for name in ("learning_rate", "gate_learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"--{name}={getattr(self, name)} is not positive")
+        if self.warmup_steps < 0:
+            raise ValueError(f"--warmup_steps={self.warmup_steps} is negative")
+        if len(set(self.seeds)) < max(1, len(self.seeds)):
+            raise ValueError(f"--seeds={self.seeds}: each once, and at least one")
+        if self.model and not (Path(self.model) / "config.json").is_file():
+            raise ValueError(f"--model={self.model}: there is no config.json")
+        if self.text and not files(self.text):
+            raise ValueError(f"--text={self.text}: matches no file")
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where both start: the same function, with gates and without."""
+
+    control: Path
+    gated: Path
+
+    def __getitem__(self, kind: str) -> Path:
+        return {"gated": self.gated, "control": self.control}[kind]
+
+
+@contextmanager
+def one_clear_line() -> Iterator[None]:
+    """Ends the program with one line for what the user can mend."""
+    try:
+        yield
+    except (OSError, ValueError, ConversionError, EvaluationError) as error:
+        sys.exit(f"error: {error}")
+
+
+def read_flags(kind: type[AnySettings], description: str, arguments: Sequence[str] | None) -> AnySettings:
+    disable_progress_bar()  # of loading, beside those of training
+    (settings,) = HfArgumentParser(kind, description=description).parse_args_into_dataclasses(arguments)
+    with one_clear_line():
+        settings.check()
+    return settings
+
+
+def prepare(settings: RecipeSettings, **others: Any) -> Models:
+    """The source and its gated conversion, in the output's folder; made once."""
+    output = Path(settings.output)
+    # More seeds may be added to those that are there.
+    check_output({name: value for name, value in asdict(settings).items() if name != "seeds"} | others, output)
+    source = Path(settings.model or DEFAULT_MODEL)
+    if not settings.model:
+        write_checkpoint(source)
+    if not (output / "start").is_dir():
+        convert_checkpoint(source, output / "start")
+    return Models(source, output / "start")
+
+
+def packed_text(settings: RecipeSettings) -> PackedText:
+    """The text's tokens, in a file of the output's folder; made once."""
+    path = Path(settings.output) / "tokens.bin"
+    if not path.is_file():
+        write_tokens(settings.text, AutoTokenizer.from_pretrained(settings.model or DEFAULT_MODEL), path)
+    text = PackedText(path)
+    if text.training_windows(settings.length) < 1 or text.held_out_size <= settings.length:
+        raise ValueError(
+            f"--length={settings.length}: the text has {text.training_size:,} tokens to train on, and "
+            f"{text.held_out_size:,} are held out"
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Tokens [seq], and how many of the first are not to be predicted."""
+
+    tokens: torch.Tensor
+    given: int = 1
+
+
+def held_out(settings: RecipeSettings, text: PackedText) -> list[HeldOut]:
+    return [HeldOut(window) for window in text.held_out_windows(settings.length, settings.evaluation_windows)]
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, sequences: Iterable[HeldOut]) -> dict[str, float]:
+    """
+    What a model, with PEFT's modules in it or not, does on held-out sequences. In evaluation mode meanwhile.
+
+    Returns:
+        `loss`, nats per token; `first_token_attention`, the probability of token 0, mean over sequences, queries but
+        the first, heads and layers; of a gated model `gate`, its mean value, and `gate_drift`, the mean of |gate - 1|.
+    """
+    was_training, implementation = model.training, model.config._attn_implementation
+    model.eval().set_attn_implementation("eager")  # which gives the probabilities
+    gates: list[torch.Tensor] = []
+    attentions: list[torch.Tensor] = []
+    loss, predicted = 0.0, 0
+    with ExitStack() as hooks:
+        for layer in model.base_model.layers:
+            attention = layer.self_attn
+            hooks.callback(attention.register_forward_hook(_first_token_attention(attentions)).remove)
+            if getattr(attention, "g_proj", None) is not None:
+                hooks.callback(attention.g_proj.register_forward_hook(_gate_values(attention, gates)).remove)
+        for sequence in sequences:
+            logits = model(sequence.tokens[None].to(model.device), use_cache=False).logits[0].float()
+            labels = sequence.tokens[sequence.given :].to(logits.device)
+            loss += functional.cross_entropy(logits[sequence.given - 1 : -1], labels, reduction="sum").item()
+            predicted += len(labels)
+    model.set_attn_implementation(implementation)
+    model.train(was_training)
+    found = {"loss": loss / predicted, "first_token_attention": torch.stack(attentions).mean().item()}
+    if gates:
+        values = torch.cat(gates)
+        found |= {"gate": values.mean().item(), "gate_drift": (values - 1).abs().mean().item()}
+    return found
+
+
+def _first_token_attention(found: list[torch.Tensor]) -> Any:
+    # [batch, heads, queries, keys]; query 0 has nothing else to look at.
+    return lambda module, inputs, output: found.append(output[1][:, :, 1:, 0].float().mean())
+
+
+def _gate_values(attention: Any, found: list[torch.Tensor]) -> Any:
+    return lambda module, inputs, output: found.append(
+        (attention.gate_act_fn(output.float()) * attention.gate_scale).flatten()
+    )
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    partial = folder / "result.partial"
+    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    partial.rename(folder / RESULT)
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,160 @@
+"""
+LoRA, and the gates in full, on conversations, with TRL's SFTTrainer; the control is LoRA on the ungated model.
+
+    python examples/tune_chat.py [--steps 40] [--chat conversations.jsonl] [--output build/tune_chat]
+
+Each line of the file is an object with "messages", a list of {"role", "content"}, as TRL has them; the last is the
+assistant's, and is what is learnt. By default the conversations are questions about Python that its own language
+reference answers, a topic each. A tenth of them is held out. Both models see the same batches. Each seed's adapter is
+in OUTPUT/gated-seedN/adapter. Started again, it goes on where it was. Needs pip install '.[trl,plot]'.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from comparison import report
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from peft import LoraConfig
+from recipe import (
+    KINDS,
+    RESULT,
+    HeldOut,
+    Models,
+    RecipeSettings,
+    measure,
+    one_clear_line,
+    prepare,
+    read_flags,
+    setting,
+    trainable_parameters,
+    write_result,
+)
+from trainer_recipe import arguments, train
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from modeling_gated.training import GateTrainerMixin, gate_peft_config
+
+
+Conversation = list[dict[str, str]]
+
+
+@dataclass
+class Settings(RecipeSettings):
+    output: str = setting("build/tune_chat", "folder for all that is made")
+    chat: str = setting("", "file of conversations, one JSON object a line; by default about Python")
+    rank: int = setting(8, "of LoRA")
+    learning_rate: float = setting(5e-4, "of LoRA")
+
+    def check(self) -> None:
+        if self.text:
+            raise ValueError("--text: this recipe learns from --chat")
+        super().check()
+        if self.rank < 1:
+            raise ValueError(f"--rank={self.rank} is not positive")
+
+
+class GateSFTTrainer(GateTrainerMixin, SFTTrainer):
+    """TRL's SFTTrainer, with groups of parameters that suit gates."""
+
+
+def conversations(path: str) -> Iterator[Conversation]:
+    """
+    The conversations of a file, or about Python.
+
+    Raises:
+        ValueError: if a line is none.
+    """
+    if not path:
+        for name, topic in topics.items():
+            # The heading and its underline, then paragraphs.
+            paragraphs = [part.strip() for part in topic.split("\n\n")[1:] if part.strip()]
+            question = f"What does Python's language reference say about {name.replace('-', ' ')!r}?"
+            yield [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": "\n\n".join(paragraphs[:3]) or topic.strip()},
+            ]
+        return
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            messages = json.loads(line)["messages"]
+            spoken = [{"role": str(message["role"]), "content": str(message["content"])} for message in messages]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number}: no conversation: {error!r}") from None
+        if len(spoken) < 2 or spoken[-1]["role"] != "assistant":
+            raise ValueError(f"{path}: line {number}: does not end with an answer of the assistant's")
+        yield spoken
+
+
+def split(settings: Settings) -> tuple[list[Conversation], list[Conversation]]:
+    """Conversations to train on and held-out ones, which no seed trains on."""
+    shuffled = list(conversations(settings.chat))
+    random.Random(0).shuffle(shuffled)
+    kept = len(shuffled) // 10
+    if kept < 1:
+        raise ValueError(f"--chat={settings.chat}: {len(shuffled)} conversations are too few; 10 are needed")
+    return shuffled[kept:], shuffled[:kept]
+
+
+def held_out(settings: Settings, found: list[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[HeldOut]:
+    """The tokens of conversations, cut to the length, of which the answers' are to be predicted."""
+    sequences = []
+    for messages in found:
+        tokens, prompt = (
+            tokenizer.apply_chat_template(part, add_generation_prompt=generation, return_dict=True)["input_ids"]
+            for part, generation in ((messages, False), (messages[:-1], True))
+        )
+        if len(prompt) < min(len(tokens), settings.length):
+            sequences.append(HeldOut(torch.tensor(tokens[: settings.length]), given=len(prompt)))
+    if not sequences:
+        raise ValueError(f"--length={settings.length}: no held-out question fits into it")
+    return sequences[: settings.evaluation_windows]
+
+
+def run(settings: Settings, models: Models, data: tuple[Dataset, list[HeldOut]], kind: str, seed: int) -> None:
+    folder = Path(settings.output) / f"{kind}-seed{seed}"
+    set_seed(seed)
+    dataset, evaluation = data
+    options: dict[str, Any] = {"gate_dtype": "float32"} if kind == "gated" else {}
+    model = AutoModelForCausalLM.from_pretrained(models[kind], **options)
+    before = measure(model, evaluation)
+    lora = LoraConfig(r=settings.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = GateSFTTrainer(
+        model,
+        SFTConfig(**arguments(settings, folder, seed), max_length=settings.length, bf16=False, packing=False),
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(models[kind]),
+        peft_config=gate_peft_config(lora) if kind == "gated" else lora,
+        gate_learning_rate=settings.gate_learning_rate if kind == "gated" else None,
+    )
+    losses = train(trainer)
+    trainer.model.save_pretrained(folder / "adapter")
+    after = measure(trainer.model.get_base_model(), evaluation)
+    result = {"before": before, "after": after, "losses": losses}
+    write_result(folder, result | {"trainable_parameters": trainable_parameters(trainer.model)})
+
+
+def main(flags: Sequence[str] | None = None) -> None:
+    settings = read_flags(Settings, __doc__, flags)
+    disable_progress_bar()
+    with one_clear_line():
+        models = prepare(settings)
+        training, held = split(settings)
+        evaluation = held_out(settings, held, AutoTokenizer.from_pretrained(models.control))
+    dataset = Dataset.from_list([{"prompt": messages[:-1], "completion": messages[-1:]} for messages in training])
+    for seed in settings.seeds:
+        for kind in KINDS:
+            if not (Path(settings.output) / f"{kind}-seed{seed}" / RESULT).is_file():
+                run(settings, models, (dataset, evaluation), kind, seed)
+    report(Path(settings.output), settings.seeds)
+
+
+if __name__ == "__main__":
+    main()

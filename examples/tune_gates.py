@@ -1,0 +1,118 @@
+"""
+Only the gates are trained, with Trainer and PEFT: 0.12 % of SmolLM2-135M's parameters, an adapter of 0.6 MB.
+
+    python examples/tune_gates.py [--steps 40] [--text 'FILES/*.txt'] [--output build/tune_gates]
+
+The control has no gates to train. It is the same model with LoRA on `o_proj`, whose inputs the gates multiply, of the
+rank that comes nearest in trainable parameters; it sees the same batches. Each seed's adapter is in
+OUTPUT/gated-seedN/adapter. Started again, it goes on where it was. Needs pip install '.[peft,plot]'.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from comparison import report
+from packed_text import PackedText
+from peft import LoraConfig, PeftModel, get_peft_model
+from recipe import (
+    KINDS,
+    RESULT,
+    Models,
+    RecipeSettings,
+    held_out,
+    measure,
+    one_clear_line,
+    packed_text,
+    prepare,
+    read_flags,
+    setting,
+    trainable_parameters,
+    write_result,
+)
+from torch.utils.data import Dataset
+from trainer_recipe import arguments, train
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from modeling_gated.training import GateTrainerMixin, gate_peft_config
+
+
+@dataclass
+class Settings(RecipeSettings):
+    output: str = setting("build/tune_gates", "folder for all that is made")
+    learning_rate: float = setting(1e-3, "of the control's LoRA")
+
+
+class GateTrainer(GateTrainerMixin, Trainer):
+    """Trainer, with groups of parameters that suit gates."""
+
+
+class Windows(Dataset):
+    """The windows of a text in the order in which a seed has them."""
+
+    def __init__(self, text: PackedText, length: int, count: int, seed: int) -> None:
+        self.windows = text.training_batch(length, 0, count, seed)
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+def load(models: Models, kind: str) -> PeftModel:
+    if kind == "gated":
+        model = AutoModelForCausalLM.from_pretrained(models.gated, gate_dtype="float32")
+        return get_peft_model(model, gate_peft_config())
+    model = AutoModelForCausalLM.from_pretrained(models.control)
+    rank = equal_rank(AutoConfig.from_pretrained(models.gated))
+    return get_peft_model(model, LoraConfig(r=rank, target_modules=["o_proj"], task_type="CAUSAL_LM"))
+
+
+def equal_rank(config: PreTrainedConfig) -> int:
+    """The rank at which LoRA on `o_proj` has about as many parameters as headwise gates."""
+    gates = config.num_attention_heads * (config.hidden_size + 1)
+    return max(1, round(gates / (config.num_attention_heads * config.head_dim + config.hidden_size)))
+
+
+def run(settings: Settings, models: Models, text: PackedText, kind: str, seed: int) -> None:
+    folder = Path(settings.output) / f"{kind}-seed{seed}"
+    set_seed(seed)
+    model = load(models, kind)
+    evaluation = held_out(settings, text)
+    before = measure(model.get_base_model(), evaluation)
+    trainer = GateTrainer(
+        model,
+        TrainingArguments(**arguments(settings, folder, seed)),
+        train_dataset=Windows(text, settings.length, settings.steps * settings.batch_size, seed),
+        gate_learning_rate=settings.gate_learning_rate if kind == "gated" else None,
+    )
+    losses = train(trainer)
+    model.save_pretrained(folder / "adapter")
+    after = measure(model.get_base_model(), evaluation)
+    result = {"before": before, "after": after, "losses": losses}
+    write_result(folder, result | {"trainable_parameters": trainable_parameters(model)})
+
+
+def main(flags: Sequence[str] | None = None) -> None:
+    settings = read_flags(Settings, __doc__, flags)
+    with one_clear_line():
+        models = prepare(settings)
+        text = packed_text(settings)
+    for seed in settings.seeds:
+        for kind in KINDS:
+            if not (Path(settings.output) / f"{kind}-seed{seed}" / RESULT).is_file():
+                run(settings, models, text, kind, seed)
+    report(Path(settings.output), settings.seeds)
+
+
+if __name__ == "__main__":
+    main()
