@@ -48,7 +48,7 @@ from modeling_gated.training import GateTrainerMixin, gate_peft_config
 @dataclass
 class Settings(RecipeSettings):
     output: str = setting("build/tune_gates", "folder for all that is made")
-    learning_rate: float = setting(1e-3, "of the control's LoRA")
+    learning_rate: float = setting(1e-2, "of the control's LoRA")
 
 
 class GateTrainer(GateTrainerMixin, Trainer):

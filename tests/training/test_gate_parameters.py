@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.training import gate_param_groups, gate_peft_config
 from modeling_gated.training.gate_parameters import is_gate
 
@@ -48,6 +49,10 @@ def wrapped() -> nn.Module:
     return nn.ModuleDict({"module": gated_model(attention_bias=True)})
 
 
+def input_independent(positions: list[str]) -> nn.Module:
+    return GatedLlamaForCausalLM(GatedLlamaConfig(**SIZES, gate_position=positions, gate_input_independent=True))
+
+
 ALL_POSITIONS = ["G1", "G2", "G3", "G4", "G5"]
 INPUT_INDEPENDENT = ("input-independent", "input-independent, G2")
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -57,7 +62,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "sandwich and output norms": lambda: gated_model(use_sandwich_norm=True, use_attention_output_norm=True),
     "two positions": lambda: gated_model(gate_position=["G1", "G2"]),
     "five positions": lambda: gated_model("elementwise", gate_position=ALL_POSITIONS),
-    "no gate bias": lambda: gated_model_without_bias(),
+    "no gate bias": lambda: GatedLlamaForCausalLM(GatedLlamaConfig(**SIZES, gate_bias=False)),
     "input-independent": lambda: input_independent(["G1"]),
     "input-independent, G2": lambda: input_independent(["G2"]),
     "frozen base": with_frozen_base,
@@ -65,18 +70,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "PEFT, gates": lambda: get_peft_model(gated_model(), gate_peft_config()),
     "PEFT, LoRA and gates": lambda: get_peft_model(gated_model(), gate_peft_config(LoraConfig())),
 }
-
-
-def gated_model_without_bias() -> nn.Module:
-    from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
-
-    return GatedLlamaForCausalLM(GatedLlamaConfig(**SIZES, gate_bias=False))
-
-
-def input_independent(positions: list[str]) -> nn.Module:
-    from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
-
-    return GatedLlamaForCausalLM(GatedLlamaConfig(**SIZES, gate_position=positions, gate_input_independent=True))
 
 
 def group_of(groups: list[dict[str, Any]], parameter: nn.Parameter) -> dict[str, Any]:
@@ -140,7 +133,7 @@ def test_a_gate_learning_rate_without_a_gate_to_train_is_an_error() -> None:
     model = gated_model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("g_proj" not in name)
-    with pytest.raises(ValueError, match="gate_lr=0.001.*do not require gradients"):
+    with pytest.raises(ValueError, match=r"gate_lr=0\.001.*do not require gradients"):
         gate_param_groups(model, lr=1e-4, gate_lr=1e-3)
     assert len(gate_param_groups(model, lr=1e-4)) == 2
 
@@ -148,7 +141,7 @@ def test_a_gate_learning_rate_without_a_gate_to_train_is_an_error() -> None:
 def test_an_ungated_model_has_no_gate_learning_rate() -> None:
     sizes = {key: value for key, value in SIZES.items() if key != "pad_token_id"}
     model = LlamaForCausalLM(LlamaConfig(**sizes))
-    with pytest.raises(ValueError, match="gate_lr=0.001.*it has no g_"):
+    with pytest.raises(ValueError, match=r"gate_lr=0\.001.*it has no g_"):
         gate_param_groups(model, lr=1e-4, gate_lr=1e-3)
     decayed, others = gate_param_groups(model, lr=1e-4, weight_decay=0.1)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)

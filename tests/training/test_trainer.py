@@ -178,10 +178,12 @@ def test_other_optimizers(optim: str, float32_states: bool, tmp_path: Path) -> N
     own.train()
     assert [group["initial_lr"] for group in own.optimizer.param_groups] == [1e-3, 1e-3, 0.1, 0.1]
     name = "model.layers.0.self_attn.g_proj.weight"
-    assert not torch.equal(model.state_dict()[name], before[name])
     parameter = model.get_parameter(name)
+    state = own.optimizer.state[parameter]
     assert parameter.dtype == (torch.bfloat16 if float32_states else torch.float32)
-    assert ("master_weight" in own.optimizer.state[parameter]) == float32_states
+    assert ("master_weight" in state) == float32_states
+    trained = state["master_weight"] if float32_states else parameter  # SGD's three steps may be too small for bfloat16
+    assert not torch.equal(trained, before[name].float())
 
 
 @pytest.mark.parametrize("lora", [False, True])
