@@ -125,6 +125,8 @@ def train(run: Run, module: nn.Module, groups: Iterable[dict[str, Any]], stage: 
     module.train()
     optimizer = torch.optim.AdamW(groups, plan.learning_rate, betas=(0.9, 0.95))
     shares = [group["lr"] / plan.learning_rate for group in optimizer.param_groups]
+    if accelerator.is_fsdp2:  # which else looks for the layers of the model before
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = module._no_split_modules
     if accelerator.state.deepspeed_plugin is not None:  # which else asks a data loader
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = plan.batch_size
     module, optimizer = accelerator.prepare(module, optimizer)

@@ -1,0 +1,82 @@
+"""Continued pre-training sharded over processes is what it is in one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate_training
+import pytest
+import torch
+import yaml
+from byte_tokenizer import byte_tokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+
+EXAMPLES = Path(accelerate_training.__file__).parent
+FSDP_ON_CPU = Path(__file__).parents[1] / "helpers" / "fsdp_on_cpu.py"
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A tiny Llama with tied embeddings, whose training a text of numbers is."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, bos_token_id=256, eos_token_id=257, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    byte_tokenizer().save_pretrained(folder / "tiny")
+    (folder / "text.txt").write_text(" ".join(map(str, range(2000))), encoding="utf-8")
+    values = {
+        "model": folder / "tiny",
+        "text": folder / "text.txt",
+        "steps": 6,
+        "length": 32,
+        "learning_rate": 0.003,
+        "gate_learning_rate": 0.03,
+        "seeds": 0,
+        "save_every": 3,
+        "evaluation_windows": 2,
+        "mixed_precision": "no",
+    }
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def run(program: list[str], output: Path, flags: list[str], batch_size: int, **environment: str) -> None:
+    command = [sys.executable, *program, str(EXAMPLES / "continue_pretraining.py"), "--output", str(output), *flags]
+    paths = {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])}
+    result = subprocess.run(
+        [*command, "--batch_size", str(batch_size)],
+        env={**os.environ, **paths, **environment},
+        capture_output=True,
+        timeout=300,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def losses(folder: Path) -> list[float]:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))["losses"]
+
+
+def test_fsdp_over_two_processes_is_training_in_one(flags: list[str], tmp_path: Path) -> None:
+    """By examples/accelerate_fsdp2.yaml: the same losses, and checkpoints that load without FSDP."""
+    settings = yaml.safe_load((EXAMPLES / "accelerate_fsdp2.yaml").read_text(encoding="utf-8"))
+    assert settings["distributed_type"] == "FSDP"
+    fsdp = {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
+    fsdp |= {name: fsdp[name].upper() for name in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE")}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(FSDP_ON_CPU)]
+    run(launcher, tmp_path / "two", flags, 1, ACCELERATE_USE_FSDP="true", ACCELERATE_TORCH_DEVICE="cpu", **fsdp)
+    run([], tmp_path / "one", flags, 2, ACCELERATE_USE_CPU="true")
+    for name in ("gated-seed0", "control-seed0"):
+        one, two = losses(tmp_path / "one" / name), losses(tmp_path / "two" / name)
+        assert len(two) == 6
+        assert two == pytest.approx(one, abs=1e-4)
+        assert one[-1] < one[0] - 0.1
+        expected, found = (load_file(tmp_path / part / name / "model.safetensors") for part in ("one", "two"))
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=0, atol=2e-3)
+        AutoModelForCausalLM.from_pretrained(tmp_path / "two" / name)
