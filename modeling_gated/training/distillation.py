@@ -51,7 +51,8 @@ class Distillation(nn.Module):
 
     Raises:
         ValueError: if the two have different numbers of layers, hidden sizes or vocabularies, or nothing is to be
-            learnt; if there is no teacher and the student is not a gated model.
+            learnt; if there is no teacher and the student is not a gated model, or one that PEFT has changed; if one of
+            them is not a model of Transformers'.
     """
 
     def __init__(
@@ -65,6 +66,9 @@ class Distillation(nn.Module):
         share_weights: bool = True,
     ) -> None:
         super().__init__()
+        for name, model in (("student", student), ("teacher", teacher)):
+            if model is not None and not isinstance(model, PreTrainedModel):
+                raise ValueError(f"{name} is a {type(model).__name__}, not a Transformers model; see get_base_model()")
         weights = {"attention_weight": attention_weight, "kl_weight": kl_weight}
         for name, weight in weights.items():
             if not weight >= 0:
@@ -99,7 +103,13 @@ class Distillation(nn.Module):
         Args:
             input_ids: [batch, seq].
             attention_mask: [batch, seq], 1 for tokens and 0 for padding, which counts for nothing.
+
+        Raises:
+            ValueError: if a parameter that the teacher shares has been unfrozen, or attention outputs are to be learnt
+                from and have no gradient, as under reentrant gradient checkpointing.
         """
+        if any(parameter.requires_grad for parameter in self.teacher.parameters()):
+            raise ValueError("a parameter that the teacher shares with the student has been unfrozen")
         with torch.no_grad():
             expected, expected_outputs = self._run(self.teacher, input_ids, attention_mask)
         found, outputs = self._run(self.student, input_ids, attention_mask)
@@ -108,6 +118,11 @@ class Distillation(nn.Module):
         result = DistillationOutput()
         terms = []
         if self.attention_weight:
+            if found.requires_grad and not any(output.requires_grad for output in outputs):
+                raise ValueError(
+                    "the attention outputs have no gradient: checkpoint with use_reentrant=False, and train something "
+                    "that they depend on"
+                )
             pairs = zip(outputs, expected_outputs, strict=True)
             errors = [_relative_error(_tokens(*pair[:1], kept), _tokens(*pair[1:], kept)) for pair in pairs]
             result.attention_loss = torch.stack(errors).mean()
@@ -146,8 +161,10 @@ def ungated(student: PreTrainedModel, *, share_weights: bool = True) -> PreTrain
         share_weights: whether frozen parameters, and frozen ones only, are the student's own and not copies.
 
     Raises:
-        ValueError: if the model is not gated.
+        ValueError: if the model is not gated, or PEFT has changed it.
     """
+    if hasattr(student, "peft_config"):
+        raise ValueError("a model with PEFT's layers needs a teacher")
     config = deepcopy(student.config)
     if config.model_type != GatedLlamaConfig.model_type or not config.gate_position:
         raise ValueError(f"model_type={config.model_type!r}: a model without gates needs a teacher")

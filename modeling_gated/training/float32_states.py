@@ -15,20 +15,22 @@ def keep_float32_states(optimizer: AnyOptimizer) -> AnyOptimizer:
     are float32, too, and the parameters are the copies, rounded.
 
     Without that an update smaller than half a unit in the last place is lost: a gate's bias of 1.734 moves in steps of
-    0.0078. Float32 parameters are updated as ever. The copies are part of `optimizer.state_dict()`; 4 bytes for each
-    parameter, and the moments double.
+    0.0078. Float32 parameters are updated as ever. The copies are part of `optimizer.state_dict()`; they take 4 bytes
+    for each parameter, the moments double, and during a step gradients are float32, too. Each step gives parameters new
+    storage, so what holds views of them, such as CUDA graphs, can't be used.
 
     Args:
-        optimizer: any, before its first step. It is changed in place. Its steps can't have a closure.
+        optimizer: any that makes its states in its first step (of torch's all but Adagrad), before that. It is changed
+            in place. Its steps can't have a closure.
 
     Returns:
         The same optimizer.
 
     Raises:
-        ValueError: if the optimizer has taken a step already.
+        ValueError: if the optimizer has states already.
     """
     if optimizer.state:
-        raise ValueError(f"{type(optimizer).__name__} has taken steps: its states are in its parameters' dtypes")
+        raise ValueError(f"{type(optimizer).__name__} has states already, in its parameters' dtypes")
     swapped: list[tuple[torch.nn.Parameter, torch.dtype, torch.Tensor]] = []
     loaded: list[dict[str, Any]] = []
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from modeling_gated.configuration.configuration_gated_llama import GATE_PROJECTIONS
 
-from .gate_parameters import GATE_NAMES
+from .gate_parameters import GATE_NAMES, is_gate
 
 
 if TYPE_CHECKING:
@@ -29,8 +29,11 @@ def gate_peft_config(
     | `LoraConfig(...)` | `"full"` | `base`, and the gates' weights and biases (`modules_to_save`) |
     | `LoraConfig(...)` | `"frozen"` | `base` alone; the gates stay as they are, also with `"all-linear"` |
 
-    With gates in full, adapters can be saved, loaded, switched and merged into the model; what averages or swaps them
-    in place, `add_weighted_adapter` and `hotswap_adapter`, is refused by PEFT. Both work with gates frozen.
+    With gates in full, adapters can be saved, loaded, switched and merged into the model; averaging them and swapping
+    them in place, `add_weighted_adapter` and `hotswap_adapter`, raise a ValueError. Both work with gates frozen.
+
+    Gates in full have the dtype that they have in the model. In a bfloat16 one small updates of them round away, unless
+    it was loaded with `gate_dtype="float32"`.
 
     Args:
         base: a config of any PEFT method that has `modules_to_save` and `exclude_modules`. It is not changed.
@@ -62,16 +65,18 @@ def gate_peft_config(
     for field in ("target_modules", "modules_to_save", "exclude_modules"):
         if not hasattr(config, field):
             raise ValueError(f"base={type(base).__name__} has no {field}: it can't treat gates in a way of their own")
-    targets = [] if isinstance(config.target_modules, str) else config.target_modules or []
-    for field, named in (("target_modules", targets), ("modules_to_save", config.modules_to_save or [])):
-        if theirs := [name for name in named if not GATE_NAMES.isdisjoint(name.split("."))]:
+    for field in ("target_modules", "target_parameters", "modules_to_save"):
+        named = getattr(config, field, None) or []
+        if not isinstance(named, str) and (theirs := [name for name in named if is_gate(name)]):
             raise ValueError(f"base.{field} names {theirs[0]!r}: what is done with the gates, gates={gates!r} says")
+    if gates == "frozen" and getattr(config, "bias", None) == "all":
+        raise ValueError("base.bias='all' with gates='frozen': it would train the gates' biases")
     if gates == "full":
         config.modules_to_save = [*(config.modules_to_save or []), *names]
     if isinstance(config.target_modules, str):  # "all-linear", or an expression that the gates' names may match
         excluded = config.exclude_modules
         if isinstance(excluded, str):
-            config.exclude_modules = f"(?:{excluded})|(?:{ALL_GATES})"
+            config.exclude_modules = f"{excluded}|{ALL_GATES}"
         else:
             config.exclude_modules = [*(excluded or []), *sorted(GATE_NAMES)]
     return config

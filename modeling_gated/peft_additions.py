@@ -1,0 +1,61 @@
+"""What PEFT has no way to be told: what to target in a gated model, and what it can't do with gates trained in full."""
+
+from types import ModuleType
+from typing import Any, NoReturn
+
+from wrapt import wrap_function_wrapper
+
+from .configuration.configuration_gated_llama import GATE_PROJECTIONS, GatedLlamaConfig
+
+
+GATES_IN_FULL = (
+    "PEFT can neither average adapters that train gates in full nor swap them in place: load each under a name of its "
+    "own (load_adapter) and switch between them (set_adapter), or train with gates frozen"
+)
+
+
+def add_default_target_modules(constants: ModuleType) -> None:
+    """
+    Let PEFT's methods target in a gated model what they target in a Llama where a config names no `target_modules`.
+
+    Args:
+        constants: `peft.utils.constants`, whose tables PEFT has no other way to add to.
+    """
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
+            table.setdefault(GatedLlamaConfig.model_type, table["llama"])
+
+
+def refuse_hotswapping_gates(hotswap: ModuleType) -> None:
+    """
+    Let PEFT's hot-swapping say why it can't be done with adapters that train gates in full; it would raise a KeyError.
+
+    Args:
+        hotswap: `peft.utils.hotswap`.
+    """
+
+    def checked(swap: Any, instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        from peft.utils.other import ModulesToSaveWrapper
+
+        model = args[0] if args else kwargs["model"]
+        for name, module in model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper) and name.rpartition(".")[2] in GATE_PROJECTIONS.values():
+                raise ValueError(f"{name}: {GATES_IN_FULL}")
+        return swap(*args, **kwargs)
+
+    wrap_function_wrapper(hotswap, "hotswap_adapter_from_state_dict", checked)
+
+
+def refuse_averaging_gates(ln_tuning: ModuleType) -> None:
+    """
+    Let PEFT's LayerNorm tuning, with which gates alone are trained, say that it can't average adapters.
+
+    Args:
+        ln_tuning: `peft.tuners.ln_tuning.model`.
+    """
+
+    def add_weighted_adapter(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(GATES_IN_FULL)
+
+    if not hasattr(ln_tuning.LNTuningModel, "add_weighted_adapter"):
+        ln_tuning.LNTuningModel.add_weighted_adapter = add_weighted_adapter
