@@ -24,7 +24,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations import unset_hf_deepspeed_config
 
 from modeling_gated.training.chunks import at_least_float32, sum_over_chunks
 
@@ -101,6 +102,12 @@ def make_accelerator(mixed_precision: str, gradient_accumulation_steps: int) -> 
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy
     return accelerator
+
+
+def load(path: str | Path, dtype: torch.dtype | str = torch.float32, **options: Any) -> PreTrainedModel:
+    """A causal language model, whole in this process; accelerate shards what it prepares."""
+    unset_hf_deepspeed_config()  # with which Transformers would shard it over all processes, by ZeRO-3
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:

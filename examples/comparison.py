@@ -14,7 +14,6 @@ from rich.table import Table
 
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # kind, seed
-COLORS = {"gated": "tab:blue", "control": "tab:orange"}
 
 
 def report(output: Path, seeds: list[int]) -> None:
@@ -65,23 +64,19 @@ def spread(values: list[float]) -> str:
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """The training losses, the mean of the seeds and their range; and each seed's losses on held-out text."""
+    """The training losses, mean of the seeds; and by how much they differ, which the batches' own do not hide."""
     figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for kind, of in runs.items():
-        losses = np.array([_smooth(run["losses"]) for run in of.values()])
-        steps = np.arange(1, losses.shape[1] + 1)
-        left.plot(steps, losses.mean(0), color=COLORS[kind], label=kind)
-        left.fill_between(steps, losses.min(0), losses.max(0), color=COLORS[kind], alpha=0.2, linewidth=0)
-    left.set(xlabel="step", ylabel="training loss, nats per token", title="training, mean and range of the seeds")
+    left, right = figure.subplots(1, 2)
+    losses = {kind: np.array([_smooth(run["losses"]) for run in of.values()]) for kind, of in runs.items()}
+    steps = np.arange(1, losses["gated"].shape[1] + 1)
+    for (kind, values), style in zip(losses.items(), ("-", "--"), strict=True):
+        left.plot(steps, values.mean(0), style, label=kind)
+    left.set(xlabel="step", ylabel="training loss, nats per token", title="training, mean of the seeds")
     left.legend()
-    for kind, of in runs.items():
-        for number, run in enumerate(of.values()):
-            losses = [run["before"]["loss"], run["after"]["loss"]]
-            label = kind if number == 0 else None
-            right.plot(["before", "after"], losses, "o-", color=COLORS[kind], alpha=0.6, label=label)
-    right.set(ylabel="loss, nats per token", title="held-out text, each seed")
-    right.margins(x=0.2)
+    for number, seed in enumerate(runs["gated"]):
+        right.plot(steps, losses["gated"][number] - losses["control"][number], label=f"seed {seed}")
+    right.axhline(0, color="gray", linewidth=0.5)
+    right.set(xlabel="step", ylabel="nats per token", title="training loss, gated - control")
     right.legend()
     figure.savefig(path, dpi=150)
 

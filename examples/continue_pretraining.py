@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate_training import (
     Run,
     Stage,
     WindowLoss,
     checkpoint_layers,
+    load,
     make_accelerator,
     read_losses,
     save_model,
@@ -43,7 +43,7 @@ from recipe import (
     trainable_parameters,
     write_result,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import set_seed
 
 from modeling_gated.training import gate_param_groups
 
@@ -64,10 +64,6 @@ class Settings(RecipeSettings):
             raise ValueError(f"--mixed_precision={self.mixed_precision} is neither bf16 nor no")
         if self.gradient_accumulation_steps < 1 or self.weight_decay < 0:
             raise ValueError("--gradient_accumulation_steps is at least 1, and --weight_decay is not negative")
-
-
-def load(path: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def train_model(run: Run, settings: Settings, start: Path, name: str) -> None:

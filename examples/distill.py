@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType
-from accelerate_training import Run, Stage, make_accelerator, read_losses, save_model, train
+from accelerate_training import Run, Stage, load, make_accelerator, read_losses, save_model, train
 from comparison import spread
 from matplotlib.figure import Figure
 from recipe import (
@@ -36,7 +36,7 @@ from recipe import (
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from modeling_gated.training import Distillation, gate_param_groups
 
@@ -80,7 +80,7 @@ def load_student(settings: Settings, path: Path) -> PreTrainedModel:
     """The student, with what is not to be trained frozen."""
     scale = settings.gate_scale or (0.0 if settings.student else 1.0)
     options = {"gate_scale": scale} if scale else {}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=settings.dtype, gate_dtype="float32", **options)
+    model = load(path, settings.dtype, gate_dtype="float32", **options)
     trained = ("g_proj",) if settings.trained == "gates" else ("g_proj", "q_proj", "k_proj", "v_proj", "o_proj")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[-2] in trained)
@@ -88,7 +88,7 @@ def load_student(settings: Settings, path: Path) -> PreTrainedModel:
 
 
 def distillation(settings: Settings, student: PreTrainedModel, share_weights: bool = True) -> WindowDistillation:
-    teacher = AutoModelForCausalLM.from_pretrained(settings.teacher, dtype=settings.dtype) if settings.teacher else None
+    teacher = load(settings.teacher, settings.dtype) if settings.teacher else None
     weights = {"attention_weight": settings.attention_weight, "kl_weight": settings.kl_weight}
     return WindowDistillation(student, teacher, share_weights=share_weights, **weights)
 

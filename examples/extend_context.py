@@ -35,6 +35,7 @@ from accelerate_training import (
     WindowLoss,
     check_output,
     checkpoint_layers,
+    load,
     make_accelerator,
     save_model,
     train,
@@ -44,17 +45,13 @@ from extend_context_settings import Settings, SettingsError, read_settings, star
 from loss_report import RESULTS, print_table, write_report
 from packed_text import PackedText, train_tokenizer, write_tokens
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.configuration import extend_context
 from modeling_gated.evaluation import loss_by_position
 from modeling_gated.training import gate_param_groups
-
-
-def load(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
 
 
 def start_of(settings: Settings, output: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from accelerate_training import check_output
 from packed_text import PackedText, files, write_tokens
 from smollm2 import write_checkpoint
@@ -84,7 +85,7 @@ def one_clear_line() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ConversionError, EvaluationError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
 
 
 def read_flags(kind: type[AnySettings], description: str, arguments: Sequence[str] | None) -> AnySettings:

@@ -7,7 +7,7 @@ environment=$root/build/wheel-environment
 rm -rf "$root/build/lib" "$root/build/wheel"
 "$root/.venv/bin/pip" wheel -q --no-deps --wheel-dir "$root/build/wheel" "$root"
 [ -x "$environment/bin/python" ] || "$root/.venv/bin/python" -m venv "$environment"
-"$environment/bin/pip" install -q --disable-pip-version-check -c "$root/constraints.txt" mypy types-tqdm matplotlib "$root"/build/wheel/*.whl
+"$environment/bin/pip" install -q --disable-pip-version-check -c "$root/constraints.txt" mypy types-tqdm matplotlib peft "$root"/build/wheel/*.whl
 "$environment/bin/pip" install -q --disable-pip-version-check --no-deps --force-reinstall "$root"/build/wheel/*.whl
 
 empty=$(mktemp -d)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -216,7 +217,8 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
 def _attention_outputs(model: PreTrainedModel | None) -> Iterator[list[torch.Tensor]]:
     """The outputs of a model's attention blocks, in the order of the layers, of the forward pass made meanwhile."""
     outputs: list[torch.Tensor] = []
-    layers = [] if model is None else model.base_model.layers
+    decoder: Any = None if model is None else model.base_model
+    layers = [] if decoder is None else decoder.layers
     hooks = [layer.self_attn.register_forward_hook(lambda *call: outputs.append(call[-1][0])) for layer in layers]
     try:
         yield outputs

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from modeling_gated.configuration.configuration_gated_llama import GATE_PROJECTIONS
 
@@ -61,7 +61,7 @@ def gate_peft_config(
 
         return LNTuningConfig(target_modules=names, task_type="CAUSAL_LM")
 
-    config = deepcopy(base)
+    config: Any = deepcopy(base)
     for field in ("target_modules", "modules_to_save", "exclude_modules"):
         if not hasattr(config, field):
             raise ValueError(f"base={type(base).__name__} has no {field}: it can't treat gates in a way of their own")

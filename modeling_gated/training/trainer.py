@@ -43,6 +43,6 @@ class GateTrainerMixin:
         if getattr(self, "optimizer", None) is not None:
             return trainer.create_optimizer(model)
         optimizer = trainer.create_optimizer(model)
-        whole = getattr(self, "model", None) if model is None else model
+        whole: Any = getattr(self, "model", None) if model is None else model
         optimizer.param_groups[:] = separate_gates(optimizer.param_groups, whole, self.gate_learning_rate)
         return keep_float32_states(optimizer) if self.float32_states else optimizer

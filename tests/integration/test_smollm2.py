@@ -111,7 +111,7 @@ def test_the_readme_runs_as_written(
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
     commands = [line.split() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
     programs = [block for kind, block in blocks if kind == "python"]
-    assert len(programs) == 4
+    assert len(programs) == 5
     demo = tmp_path / "build" / "demo"
     demo.mkdir(parents=True)
     (demo / "SmolLM2-135M-Instruct").symlink_to(source)
