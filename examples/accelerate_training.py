@@ -135,7 +135,9 @@ def train(run: Run, module: nn.Module, groups: Iterable[dict[str, Any]], stage: 
     if accelerator.is_fsdp2:  # which else looks for the layers of the model before
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = module._no_split_modules
     if accelerator.state.deepspeed_plugin is not None:  # which else asks a data loader
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = plan.batch_size
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = plan.batch_size
+        config["gradient_accumulation_steps"] = run.gradient_accumulation_steps
     module, optimizer = accelerator.prepare(module, optimizer)
     start = load_state(run, stage)
     losses = read_losses(run.output, stage.name)[:start]

@@ -25,8 +25,11 @@ if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name not in ("gated-ll
         GatedLlamaModel,
         GatedLlamaPreTrainedModel,
     )
+    from .training import Distillation, GateTrainerMixin, gate_param_groups, gate_peft_config, keep_float32_states
 
     __all__ = [
+        "Distillation",
+        "GateTrainerMixin",
         "GatedLlamaConfig",
         "GatedLlamaForCausalLM",
         "GatedLlamaForQuestionAnswering",
@@ -34,4 +37,7 @@ if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name not in ("gated-ll
         "GatedLlamaForTokenClassification",
         "GatedLlamaModel",
         "GatedLlamaPreTrainedModel",
+        "gate_param_groups",
+        "gate_peft_config",
+        "keep_float32_states",
     ]

@@ -10,6 +10,7 @@ import accelerate_training
 import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -42,6 +43,13 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "mixed_precision": "no",
     }
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("fsdp2", "FSDP"), ("deepspeed_zero3", "DEEPSPEED")])
+def test_configurations_are_accelerate_s(name: str, kind: str) -> None:
+    config = load_config_from_file(str(EXAMPLES / f"accelerate_{name}.yaml"))
+    assert config.distributed_type == kind
+    assert config.num_processes == 8
 
 
 def run(program: list[str], output: Path, flags: list[str], batch_size: int, **environment: str) -> None:
