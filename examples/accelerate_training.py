@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
+from modeling_gated.training import keep_float32_states
 from modeling_gated.training.chunks import at_least_float32, sum_over_chunks
 
 
@@ -117,13 +118,16 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def train(run: Run, module: nn.Module, groups: Iterable[dict[str, Any]], stage: Stage) -> nn.Module:
+def train(
+    run: Run, module: nn.Module, groups: Iterable[dict[str, Any]], stage: Stage, float32_states: bool = False
+) -> nn.Module:
     """
     Train from the stage's last saved state, if there is one. Losses are added to OUTPUT/name.losses, one a line.
 
     Args:
         module: takes windows [batch, length + 1] and gives their mean loss.
         groups: of parameters, for AdamW. Their `lr`, if they have any, is in proportion to the plan's.
+        float32_states: whether AdamW is to keep float32 copies of weights that aren't.
 
     Returns:
         The module as accelerate has prepared it.
@@ -131,6 +135,8 @@ def train(run: Run, module: nn.Module, groups: Iterable[dict[str, Any]], stage: 
     accelerator, plan = run.accelerator, stage.plan
     module.train()
     optimizer = torch.optim.AdamW(groups, plan.learning_rate, betas=(0.9, 0.95))
+    if float32_states:
+        keep_float32_states(optimizer)
     shares = [group["lr"] / plan.learning_rate for group in optimizer.param_groups]
     if accelerator.is_fsdp2:  # which else looks for the layers of the model before
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = module._no_split_modules
@@ -263,9 +269,11 @@ def check_output(settings: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path, now = output / "settings.json", json.loads(json.dumps(settings))
     if not path.is_file():
-        if any(output.iterdir()):
+        if {found.name for found in output.iterdir()} - {"settings.partial"}:
             raise ValueError(f"{output}: is neither empty nor an output of this script")
-        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        partial = output / "settings.partial"
+        partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        partial.rename(path)
     before = json.loads(path.read_text(encoding="utf-8"))
     for name, value in now.items():
         if before.get(name) != value:

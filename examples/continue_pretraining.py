@@ -36,6 +36,7 @@ from recipe import (
     held_out,
     measure,
     one_clear_line,
+    open_output,
     packed_text,
     prepare,
     read_flags,
@@ -66,12 +67,12 @@ class Settings(RecipeSettings):
             raise ValueError("--gradient_accumulation_steps is at least 1, and --weight_decay is not negative")
 
 
-def train_model(run: Run, settings: Settings, start: Path, name: str) -> None:
+def train_model(run: Run, settings: Settings, start: Path, name: str, is_gated: bool) -> None:
     """Train a checkpoint on, and save it as OUTPUT/name."""
     model = load(start)
     if settings.gradient_checkpointing:
         checkpoint_layers(model)
-    gate_lr = settings.gate_learning_rate if start != run.tokenizer else None
+    gate_lr = settings.gate_learning_rate if is_gated else None
     groups = gate_param_groups(model, settings.learning_rate, gate_lr, settings.weight_decay)
     module = train(run, WindowLoss(model), groups, Stage(name, settings))
     save_model(run, module, name)
@@ -93,8 +94,9 @@ def main(flags: Sequence[str] | None = None) -> None:
     with one_clear_line():
         accelerator = make_accelerator(settings.mixed_precision, settings.gradient_accumulation_steps)
         with accelerator.main_process_first():
-            models = prepare(settings, processes=accelerator.num_processes)
-            text = packed_text(settings)
+            open_output(settings, processes=accelerator.num_processes)
+            models = prepare(settings)
+            text = packed_text(settings, models.control)
     for seed in settings.seeds:
         set_seed(seed)
         accumulation = settings.gradient_accumulation_steps
@@ -104,7 +106,7 @@ def main(flags: Sequence[str] | None = None) -> None:
         for kind in KINDS:
             name = f"{kind}-seed{seed}"
             if not (output / name).is_dir():
-                train_model(run, settings, models[kind], name)
+                train_model(run, settings, models[kind], name, kind == "gated")
             if accelerator.is_main_process and not (output / name / RESULT).is_file():
                 measure_models(run, settings, models[kind], name)
             accelerator.wait_for_everyone()

@@ -14,7 +14,7 @@ from accelerate_training import check_output
 from packed_text import PackedText, files, write_tokens
 from smollm2 import write_checkpoint
 from torch.nn import functional
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_gated.conversion import ConversionError, convert_checkpoint
@@ -23,6 +23,7 @@ from modeling_gated.evaluation import EvaluationError
 
 KINDS = ("gated", "control")
 RESULT = "result.json"
+OWN = ("output", "seeds")  # settings that don't change what a run makes
 DEFAULT_MODEL = Path("build/demo/SmolLM2-135M-Instruct")
 AnySettings = TypeVar("AnySettings", bound="RecipeSettings")
 
@@ -96,24 +97,34 @@ def read_flags(kind: type[AnySettings], description: str, arguments: Sequence[st
     return settings
 
 
-def prepare(settings: RecipeSettings, **others: Any) -> Models:
-    """The source and its gated conversion, in the output's folder; made once."""
+def open_output(settings: RecipeSettings, **others: Any) -> Path:
+    """The output's folder, which is new or has been made with the same settings; more seeds may be added to it."""
     output = Path(settings.output)
-    # More seeds may be added to those that are there.
-    check_output({name: value for name, value in asdict(settings).items() if name != "seeds"} | others, output)
-    source = Path(settings.model or DEFAULT_MODEL)
+    check_output({name: value for name, value in asdict(settings).items() if name not in OWN} | others, output)
+    return output
+
+
+def prepare(settings: RecipeSettings) -> Models:
+    """The source and its gated conversion, in the output's folder; made once."""
+    source, start = Path(settings.model or DEFAULT_MODEL), Path(settings.output) / "start"
     if not settings.model:
         write_checkpoint(source)
-    if not (output / "start").is_dir():
-        convert_checkpoint(source, output / "start")
-    return Models(source, output / "start")
+    if not start.is_dir():
+        partial = start.with_suffix(".partial")
+        convert_checkpoint(source, partial, overwrite=True)
+        # Of the checkpoint, not of a model that is loaded from it: what loads an adapter's base sees this alone.
+        config = AutoConfig.from_pretrained(partial)
+        config.gate_dtype = "float32"
+        config.save_pretrained(partial)
+        partial.rename(start)
+    return Models(source, start)
 
 
-def packed_text(settings: RecipeSettings) -> PackedText:
+def packed_text(settings: RecipeSettings, tokenizer: Path) -> PackedText:
     """The text's tokens, in a file of the output's folder; made once."""
     path = Path(settings.output) / "tokens.bin"
     if not path.is_file():
-        write_tokens(settings.text, AutoTokenizer.from_pretrained(settings.model or DEFAULT_MODEL), path)
+        write_tokens(settings.text, AutoTokenizer.from_pretrained(tokenizer), path)
     text = PackedText(path)
     if text.training_windows(settings.length) < 1 or text.held_out_size <= settings.length:
         raise ValueError(

@@ -1,12 +1,15 @@
 """What the recipes with Trainer, or TRL's trainers, share."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from recipe import RecipeSettings
 from transformers import ProgressCallback, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 
 def arguments(settings: RecipeSettings, folder: Path, seed: int) -> dict[str, Any]:
@@ -20,7 +23,7 @@ def arguments(settings: RecipeSettings, folder: Path, seed: int) -> dict[str, An
         "warmup_steps": settings.warmup_steps,
         "logging_steps": 1,
         "save_steps": settings.save_every,
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # the last may be incomplete
         "seed": seed,
         "report_to": [],
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -35,10 +38,32 @@ class LossBesideProgress(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
 
 
-def train(trainer: Trainer) -> list[float]:
-    """Train from the last saved state, if there is one. Returns the loss of each step."""
+def run_trainer(trainer: Trainer) -> list[float]:
+    """Train from the last complete state, if there is one. Returns the loss of each step."""
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBesideProgress)
-    folder = Path(trainer.args.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    state = last_state(Path(trainer.args.output_dir))
+    trainer.train(resume_from_checkpoint=None if state is None else str(state))
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def last_state(folder: Path) -> Path | None:
+    """The last of Trainer's checkpoints that is complete; a later one was being written when a run was killed."""
+    states = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for state in reversed(states):
+        try:
+            json.loads((state / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written after all else
+            return state
+        except (OSError, ValueError):
+            shutil.rmtree(state)
+    return None
+
+
+def one_process() -> None:
+    """
+    Raises:
+        ValueError: if there are more processes, or more GPUs, over which Trainer would spread larger batches.
+    """
+    if (processes := PartialState().num_processes) > 1 or (gpus := torch.cuda.device_count()) > 1:
+        found = f"{processes} processes" if processes > 1 else f"{gpus} GPUs: set CUDA_VISIBLE_DEVICES to one"
+        raise ValueError(f"this recipe is for one process on one device, not {found}")

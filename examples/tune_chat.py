@@ -30,13 +30,14 @@ from recipe import (
     RecipeSettings,
     measure,
     one_clear_line,
+    open_output,
     prepare,
     read_flags,
     setting,
     trainable_parameters,
     write_result,
 )
-from trainer_recipe import arguments, train
+from trainer_recipe import arguments, one_process, run_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -75,35 +76,52 @@ def conversations(path: str) -> Iterator[Conversation]:
     if not path:
         for name, topic in topics.items():
             # The heading and its underline, then paragraphs.
-            paragraphs = [part.strip() for part in topic.split("\n\n")[1:] if part.strip()]
+            parts = [part.strip() for part in topic.split("\n\n")[1:] if part.strip()]
             question = f"What does Python's language reference say about {name.replace('-', ' ')!r}?"
             yield [
                 {"role": "user", "content": question},
-                {"role": "assistant", "content": "\n\n".join(paragraphs[:3]) or topic.strip()},
+                {"role": "assistant", "content": "\n\n".join(parts[:3]) or topic.strip()},
             ]
         return
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            messages = json.loads(line)["messages"]
-            spoken = [{"role": str(message["role"]), "content": str(message["content"])} for message in messages]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: line {number}: no conversation: {error!r}") from None
-        if len(spoken) < 2 or spoken[-1]["role"] != "assistant":
-            raise ValueError(f"{path}: line {number}: does not end with an answer of the assistant's")
-        yield spoken
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield checked(json.loads(line))
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{path}: line {number}: no conversation: {error!r}") from None
+
+
+def checked(entry: Any) -> Conversation:
+    """A line's messages."""
+    messages = [{"role": message["role"], "content": message["content"]} for message in entry["messages"]]
+    if not all(isinstance(text, str) for message in messages for text in message.values()):
+        raise TypeError("roles and contents are texts")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError("it does not end with an answer of the assistant's")
+    return messages
 
 
 def split(settings: Settings) -> tuple[list[Conversation], list[Conversation]]:
-    """Conversations to train on and held-out ones, which no seed trains on."""
+    """Conversations to train on, and a tenth of all of which no paragraph of an answer is in those."""
     shuffled = list(conversations(settings.chat))
     random.Random(0).shuffle(shuffled)
-    kept = len(shuffled) // 10
-    if kept < 1:
-        raise ValueError(f"--chat={settings.chat}: {len(shuffled)} conversations are too few; 10 are needed")
-    return shuffled[kept:], shuffled[:kept]
+    count = len(shuffled) // 10
+    training = shuffled[count:]
+    known = {paragraph for messages in training for paragraph in paragraphs(messages)}
+    held = [messages for messages in shuffled[:count] if known.isdisjoint(paragraphs(messages))]
+    if not held:
+        raise ValueError(f"--chat={settings.chat}: of {len(shuffled)} conversations none can be held out")
+    return training, held
 
 
-def held_out(settings: Settings, found: list[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[HeldOut]:
+def paragraphs(messages: Conversation) -> set[str]:
+    return set(messages[-1]["content"].split("\n\n"))
+
+
+def held_out_answers(
+    settings: Settings, found: list[Conversation], tokenizer: PreTrainedTokenizerBase
+) -> list[HeldOut]:
     """The tokens of conversations, cut to the length, of which the answers' are to be predicted."""
     sequences = []
     for messages in found:
@@ -122,8 +140,7 @@ def run(settings: Settings, models: Models, data: tuple[Dataset, list[HeldOut]],
     folder = Path(settings.output) / f"{kind}-seed{seed}"
     set_seed(seed)
     dataset, evaluation = data
-    options: dict[str, Any] = {"gate_dtype": "float32"} if kind == "gated" else {}
-    model = AutoModelForCausalLM.from_pretrained(models[kind], **options)
+    model = AutoModelForCausalLM.from_pretrained(models[kind])
     before = measure(model, evaluation)
     lora = LoraConfig(r=settings.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = GateSFTTrainer(
@@ -134,7 +151,7 @@ def run(settings: Settings, models: Models, data: tuple[Dataset, list[HeldOut]],
         peft_config=gate_peft_config(lora) if kind == "gated" else lora,
         gate_learning_rate=settings.gate_learning_rate if kind == "gated" else None,
     )
-    losses = train(trainer)
+    losses = run_trainer(trainer)
     trainer.model.save_pretrained(folder / "adapter")
     after = measure(trainer.model.get_base_model(), evaluation)
     result = {"before": before, "after": after, "losses": losses}
@@ -145,9 +162,11 @@ def main(flags: Sequence[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, flags)
     disable_progress_bar()
     with one_clear_line():
+        one_process()
+        open_output(settings)
         models = prepare(settings)
         training, held = split(settings)
-        evaluation = held_out(settings, held, AutoTokenizer.from_pretrained(models.control))
+        evaluation = held_out_answers(settings, held, AutoTokenizer.from_pretrained(models.control))
     dataset = Dataset.from_list([{"prompt": messages[:-1], "completion": messages[-1:]} for messages in training])
     for seed in settings.seeds:
         for kind in KINDS:

@@ -24,6 +24,7 @@ from recipe import (
     held_out,
     measure,
     one_clear_line,
+    open_output,
     packed_text,
     prepare,
     read_flags,
@@ -32,7 +33,7 @@ from recipe import (
     write_result,
 )
 from torch.utils.data import Dataset
-from trainer_recipe import arguments, train
+from trainer_recipe import arguments, one_process, run_trainer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -56,7 +57,7 @@ class GateTrainer(GateTrainerMixin, Trainer):
 
 
 class Windows(Dataset):
-    """The windows of a text in the order in which a seed has them."""
+    """The windows of a text that come first in a seed's order."""
 
     def __init__(self, text: PackedText, length: int, count: int, seed: int) -> None:
         self.windows = text.training_batch(length, 0, count, seed)
@@ -70,7 +71,7 @@ class Windows(Dataset):
 
 def load(models: Models, kind: str) -> PeftModel:
     if kind == "gated":
-        model = AutoModelForCausalLM.from_pretrained(models.gated, gate_dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(models.gated)
         return get_peft_model(model, gate_peft_config())
     model = AutoModelForCausalLM.from_pretrained(models.control)
     rank = equal_rank(AutoConfig.from_pretrained(models.gated))
@@ -95,7 +96,7 @@ def run(settings: Settings, models: Models, text: PackedText, kind: str, seed: i
         train_dataset=Windows(text, settings.length, settings.steps * settings.batch_size, seed),
         gate_learning_rate=settings.gate_learning_rate if kind == "gated" else None,
     )
-    losses = train(trainer)
+    losses = run_trainer(trainer)
     model.save_pretrained(folder / "adapter")
     after = measure(model.get_base_model(), evaluation)
     result = {"before": before, "after": after, "losses": losses}
@@ -105,8 +106,10 @@ def run(settings: Settings, models: Models, text: PackedText, kind: str, seed: i
 def main(flags: Sequence[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, flags)
     with one_clear_line():
+        one_process()
+        open_output(settings)
         models = prepare(settings)
-        text = packed_text(settings)
+        text = packed_text(settings, models.control)
     for seed in settings.seeds:
         for kind in KINDS:
             if not (Path(settings.output) / f"{kind}-seed{seed}" / RESULT).is_file():

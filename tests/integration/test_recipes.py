@@ -281,7 +281,8 @@ def test_wrong_flag_gets_one_line(
     [
         ("no JSON", "line 2: no conversation"),
         ('{"prompt": "x"}', "line 2: no conversation: KeyError"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "line 2: does not end with an answer"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', 'line 2: no conversation: ValueError("it does not end'),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 2: no conversation: TypeError"),
     ],
 )
 def test_line_that_is_no_conversation_is_named(
