@@ -7,8 +7,8 @@ predictions' KL divergence.
 By default the student is the converted SmolLM2-135M-Instruct with gate_scale 1, which is what adding gates of 0.85 to a
 model without rescaling them does to it; its gates alone are trained, to make up for that. Base weights are frozen, and
 teacher and student have them in common, so that both together take the memory of one. With a student of your own, whose
-base weights are other than the source's, give the source as --teacher. Weights are in OUTPUT/distilled. Started again,
-it goes on where it was.
+base weights are other than the source's, give the source as --teacher. Weights are in OUTPUT/distilled-seedN. Started
+again, it goes on where it was.
 """
 
 import json
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from accelerate_training import Run, Stage, load, make_accelerator, read_losses, save_model, train
 from comparison import spread
 from matplotlib.figure import Figure
@@ -27,6 +27,7 @@ from recipe import (
     held_out,
     measure,
     one_clear_line,
+    open_output,
     packed_text,
     prepare,
     read_flags,
@@ -36,9 +37,9 @@ from recipe import (
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, set_seed
+from transformers import AutoConfig, PreTrainedModel, set_seed
 
-from modeling_gated.training import Distillation, gate_param_groups
+from modeling_gated.training import Distillation, gate_param_groups, ungated
 
 
 @dataclass
@@ -63,8 +64,13 @@ class Settings(RecipeSettings):
             raise ValueError(f"--dtype={self.dtype} is neither bfloat16 nor float32")
         if self.trained not in ("gates", "attention"):
             raise ValueError(f"--trained={self.trained} is neither gates nor attention")
-        if self.gate_scale < 0:
-            raise ValueError(f"--gate_scale={self.gate_scale} is negative")
+        for name in ("gate_scale", "attention_weight", "kl_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name}={getattr(self, name)} is negative")
+        if self.student and self.model:
+            raise ValueError(f"--student={self.student} with --model={self.model}: one of them is the start")
+        if self.student and (kind := AutoConfig.from_pretrained(self.student).model_type) != "gated_llama":
+            raise ValueError(f"--student={self.student} is not gated, but of model_type={kind!r}")
 
 
 class WindowDistillation(Distillation):
@@ -87,8 +93,14 @@ def load_student(settings: Settings, path: Path) -> PreTrainedModel:
     return model
 
 
-def distillation(settings: Settings, student: PreTrainedModel, share_weights: bool = True) -> WindowDistillation:
-    teacher = load(settings.teacher, settings.dtype) if settings.teacher else None
+def load_teacher(settings: Settings, start: Path) -> PreTrainedModel:
+    """The teacher, which training does not change: what it shares with a student is not trained."""
+    return load(settings.teacher, settings.dtype) if settings.teacher else ungated(load_student(settings, start))
+
+
+def distillation(
+    settings: Settings, student: PreTrainedModel, teacher: PreTrainedModel, share_weights: bool = True
+) -> WindowDistillation:
     weights = {"attention_weight": settings.attention_weight, "kl_weight": settings.kl_weight}
     return WindowDistillation(student, teacher, share_weights=share_weights, **weights)
 
@@ -102,14 +114,15 @@ def size(model: torch.nn.Module) -> int:
 def evaluate(settings: Settings, run: Run, path: Path) -> dict[str, float]:
     """What a student does on held-out text, beside its teacher."""
     evaluation = held_out(settings, run.text)
-    student = load_student(settings, path).to(run.accelerator.device)
-    both = distillation(settings, student).eval()
-    found = measure(student, evaluation)
-    losses = [Distillation.forward(both, sequence.tokens[None, :-1].to(student.device)) for sequence in evaluation]
+    teacher = load_teacher(settings, run.tokenizer)
+    both = distillation(settings, load_student(settings, path), teacher).to(run.accelerator.device).eval()
+    found = measure(both.student, evaluation)
+    losses = [
+        Distillation.forward(both, sequence.tokens[None, :-1].to(run.accelerator.device)) for sequence in evaluation
+    ]
     for name in ("kl_loss", "attention_loss"):
-        values = [loss[name] for loss in losses if name in loss]
-        if values:
-            found[name] = torch.stack(values).mean().item()
+        if name in losses[0]:
+            found[name] = torch.stack([loss[name] for loss in losses]).mean().item()
     return found | {"teacher's loss": measure(both.teacher, evaluation)["loss"]}
 
 
@@ -118,18 +131,24 @@ def distil(settings: Settings, run: Run) -> None:
     start, name = run.tokenizer, f"distilled-seed{run.seed}"
     if not (run.output / name).is_dir():
         student = load_student(settings, start)
-        is_sharded = run.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        module = distillation(settings, student, share_weights=not is_sharded)
+        sharded = is_sharded(run.accelerator)
+        # By default the teacher is made of the student's own tensors, and none are loaded twice.
+        teacher = load_teacher(settings, start) if settings.teacher else ungated(student, share_weights=not sharded)
+        module = distillation(settings, student, teacher, share_weights=not sharded)
         ratio = size(module) / size(student)
         run.accelerator.print(f"teacher and student: {size(module) / 1e6:,.0f} MB, {ratio:.2f} x the student's weights")
         groups = gate_param_groups(student, settings.learning_rate, settings.gate_learning_rate)
-        prepared = train(run, module, groups, Stage(name, settings))
+        prepared = train(run, module, groups, Stage(name, settings), float32_states=settings.dtype != "float32")
         save_model(run, prepared, name, "student")
         run.accelerator.free_memory(prepared)
     if run.accelerator.is_main_process and not (run.output / name / RESULT).is_file():
         before, after = evaluate(settings, run, start), evaluate(settings, run, run.output / name)
         write_result(run.output / name, {"before": before, "after": after, "losses": read_losses(run.output, name)})
     run.accelerator.wait_for_everyone()
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def report(output: Path, seeds: list[int]) -> None:
@@ -157,9 +176,12 @@ def main(flags: Sequence[str] | None = None) -> None:
     with one_clear_line():
         accelerator = make_accelerator("no", 1)
         with accelerator.main_process_first():
-            models = prepare(settings, processes=accelerator.num_processes)
-            text = packed_text(settings)
-    start = Path(settings.student or models.gated)
+            if is_sharded(accelerator) and settings.dtype != "float32":
+                raise ValueError(f"--dtype={settings.dtype}: sharded weights are to be float32, as the gates are")
+            open_output(settings, processes=accelerator.num_processes)
+            start = Path(settings.student) if settings.student else prepare(settings).gated
+            text = packed_text(settings, start)
+            distillation(settings, load_student(settings, start), load_teacher(settings, start))  # before it takes time
     for seed in settings.seeds:
         set_seed(seed)
         run = Run(output, accelerator, text, start, settings.warmup_steps, 1, settings.save_every, seed)

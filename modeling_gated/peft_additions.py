@@ -5,8 +5,11 @@ from typing import Any, NoReturn
 
 from wrapt import wrap_function_wrapper
 
-from .configuration.configuration_gated_llama import GATE_PROJECTIONS, GatedLlamaConfig
+from .configuration import GatedLlamaConfig
+from .configuration.configuration_gated_llama import GATE_PROJECTIONS
 
+
+GATE_NAMES = frozenset(GATE_PROJECTIONS.values())
 
 GATES_IN_FULL = (
     "PEFT can neither average adapters that train gates in full nor swap them in place: load each under a name of its "
@@ -37,9 +40,11 @@ def refuse_hotswapping_gates(hotswap: ModuleType) -> None:
     def checked(swap: Any, instance: None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         from peft.utils.other import ModulesToSaveWrapper
 
-        model = args[0] if args else kwargs["model"]
-        for name, module in model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper) and name.rpartition(".")[2] in GATE_PROJECTIONS.values():
+        arguments = dict(zip(("model", "state_dict"), args, strict=False)) | kwargs
+        in_full = [name for name, part in arguments["model"].named_modules() if isinstance(part, ModulesToSaveWrapper)]
+        in_full += [name for name in arguments["state_dict"] if ".lora_" not in name]
+        for name in in_full:
+            if not GATE_NAMES.isdisjoint(name.split(".")):
                 raise ValueError(f"{name}: {GATES_IN_FULL}")
         return swap(*args, **kwargs)
 
@@ -55,6 +60,9 @@ def refuse_averaging_gates(ln_tuning: ModuleType) -> None:
     """
 
     def add_weighted_adapter(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        targets = {name.rpartition(".")[2] for name in self.targeted_module_names}
+        if GATE_NAMES.isdisjoint(targets):
+            raise AttributeError("PEFT's LayerNorm tuning has no add_weighted_adapter")
         raise ValueError(GATES_IN_FULL)
 
     if not hasattr(ln_tuning.LNTuningModel, "add_weighted_adapter"):

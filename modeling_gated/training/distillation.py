@@ -38,9 +38,9 @@ class Distillation(nn.Module):
     """
     Teaches a causal language model what another one of the same shape computes.
 
-    The teacher is frozen and in evaluation mode, and shares every parameter with the student that both have, that the
-    student does not train and that is equal in both. Under FSDP, and DeepSpeed's ZeRO-3, where each module's
-    parameters are sharded on their own, use `share_weights=False`.
+    The teacher is frozen, in evaluation mode and no part of the state dict. It shares every parameter with the student
+    that both have, that the student does not train and that is equal in both. Under FSDP, and DeepSpeed's ZeRO-3, where
+    each module's parameters are sharded on their own, use `share_weights=False`.
 
     Args:
         student: the model to train. Freeze what is not to be trained, before.
@@ -52,8 +52,8 @@ class Distillation(nn.Module):
 
     Raises:
         ValueError: if the two have different numbers of layers, hidden sizes or vocabularies, or nothing is to be
-            learnt; if there is no teacher and the student is not a gated model, or one that PEFT has changed; if one of
-            them is not a model of Transformers'.
+            learnt; if one of them is not a model of Transformers'; if there is no teacher and `ungated` refuses the
+            student.
     """
 
     def __init__(
@@ -93,6 +93,8 @@ class Distillation(nn.Module):
                 parameter.requires_grad_(False)
         self._no_split_modules = student._no_split_modules  # FSDP's units
         self.train(student.training)
+        self.register_state_dict_post_hook(_leave_teacher_out)
+        self.register_load_state_dict_post_hook(_expect_no_teacher)
 
     def train(self, mode: bool = True) -> "Distillation":
         super().train(mode)
@@ -162,10 +164,15 @@ def ungated(student: PreTrainedModel, *, share_weights: bool = True) -> PreTrain
         share_weights: whether frozen parameters, and frozen ones only, are the student's own and not copies.
 
     Raises:
-        ValueError: if the model is not gated, or PEFT has changed it.
+        ValueError: if the model is not gated, or has PEFT's layers, quantized weights, or layers on several devices.
     """
-    if hasattr(student, "peft_config"):
-        raise ValueError("a model with PEFT's layers needs a teacher")
+    for reason, holds in {
+        "PEFT's layers": hasattr(student, "peft_config"),
+        "quantized weights": getattr(student, "is_quantized", False),
+        "layers on several devices": len(set((getattr(student, "hf_device_map", None) or {}).values())) > 1,
+    }.items():
+        if holds:
+            raise ValueError(f"a model with {reason} needs a teacher of its own")
     config = deepcopy(student.config)
     if config.model_type != GatedLlamaConfig.model_type or not config.gate_position:
         raise ValueError(f"model_type={config.model_type!r}: a model without gates needs a teacher")
@@ -206,6 +213,16 @@ def share_frozen_parameters(student: PreTrainedModel, teacher: PreTrainedModel) 
             _set_parameter(teacher, name, parameter)
             shared[id(parameter)] = parameter.numel() * parameter.element_size()
     return sum(shared.values())
+
+
+def _leave_teacher_out(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    for name in [name for name in state_dict if name.startswith(f"{prefix}teacher.")]:
+        del state_dict[name]
+
+
+def _expect_no_teacher(module: nn.Module, incompatible_keys: Any) -> None:
+    missing = incompatible_keys.missing_keys
+    missing[:] = [name for name in missing if "teacher" not in name.split(".")]
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

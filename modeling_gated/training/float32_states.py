@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=torch.optim.Optimizer)
@@ -17,7 +18,9 @@ def keep_float32_states(optimizer: AnyOptimizer) -> AnyOptimizer:
     Without that an update smaller than half a unit in the last place is lost: a gate's bias of 1.734 moves in steps of
     0.0078. Float32 parameters are updated as ever. The copies are part of `optimizer.state_dict()`; they take 4 bytes
     for each parameter, the moments double, and during a step gradients are float32, too. Each step gives parameters new
-    storage, so what holds views of them, such as CUDA graphs, can't be used.
+    storage, so what holds views of them, such as CUDA graphs, can't be used; and what is written into a parameter
+    between two steps is overwritten. Parameters that FSDP2 shards are refused: keep them in float32, and compute in
+    bfloat16.
 
     Args:
         optimizer: any that makes its states in its first step (of torch's all but Adagrad), before that. It is changed
@@ -40,6 +43,8 @@ def keep_float32_states(optimizer: AnyOptimizer) -> AnyOptimizer:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.dtype in (torch.bfloat16, torch.float16):
+                    if isinstance(parameter, DTensor):
+                        raise ValueError("float32 states of sharded parameters: keep the parameters in float32 instead")
                     gradient, dtype = parameter.grad, parameter.dtype
                     master = optimizer.state.get(parameter, {}).get(MASTER)
                     parameter.grad = None  # its dtype has to be the parameter's

@@ -4,10 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from modeling_gated.configuration.configuration_gated_llama import GATE_PROJECTIONS
+from modeling_gated.peft_additions import GATE_NAMES
 
 
-GATE_NAMES = frozenset(GATE_PROJECTIONS.values())
 # Those that Trainer doesn't decay.
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 

@@ -33,12 +33,13 @@ def gate_peft_config(
     them in place, `add_weighted_adapter` and `hotswap_adapter`, raise a ValueError. Both work with gates frozen.
 
     Gates in full have the dtype that they have in the model. In a bfloat16 one small updates of them round away, unless
-    it was loaded with `gate_dtype="float32"`.
+    it was loaded with `gate_dtype="float32"`; an adapter's base has to be loaded so, too, or its config has to say so.
 
     Args:
         base: a config of any PEFT method that has `modules_to_save` and `exclude_modules`. It is not changed.
         gates: `"full"` or `"frozen"`.
-        gate_position: what is gated in the model: `model.config.gate_position`, unless it has G1 gates alone.
+        gate_position: what is gated in the model: `model.config.gate_position`, unless it has G1 gates alone. PEFT
+            takes no notice of gates in full that a model lacks.
 
     Raises:
         ImportError: if PEFT is not installed.

@@ -1,6 +1,7 @@
 """The training recipes: what they compare starts equal, sees the same batches, and goes on where it was stopped."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -219,6 +220,51 @@ def test_distillation_brings_the_student_nearer(
         assert torch.equal(student.get_parameter(name).bfloat16(), parameter)
 
 
+def test_a_student_of_ones_own(finished: Callable[[ModuleType], Path], text: Path, model: Path, tmp_path: Path) -> None:
+    """Its attention is trained; the teacher is what it was, before and after, and the text is in its own tokens."""
+    flags = {**FLAGS, "student": finished(distill) / "start", "text": text, "output": tmp_path / "output"}
+    flags |= {"trained": "attention", "gate_scale": 1.0, "learning_rate": 1e-3}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    distill.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
+    found = result(tmp_path / "output" / "distilled-seed0")
+    assert found["after"]["teacher's loss"] == pytest.approx(found["before"]["teacher's loss"], abs=1e-6)
+    assert found["after"]["attention_loss"] < found["before"]["attention_loss"]
+    assert not (tmp_path / "output" / "start").exists()
+    tokens = (finished(distill) / "tokens.bin").read_bytes()
+    assert (tmp_path / "output" / "tokens.bin").read_bytes() == tokens
+    with pytest.raises(SystemExit) as error:
+        distill.main(["--student", str(model), "--output", str(tmp_path / "other")])
+    assert f"--student={model} is not gated, but of model_type='llama'" in str(error.value.code)
+
+
+def test_a_state_that_was_being_written_is_not_gone_on_from(
+    run: Callable[..., Path], finished: Callable[[ModuleType], Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "killed"
+    shutil.copytree(finished(tune_gates), output)
+    (output / "gated-seed0" / "result.json").unlink()
+    state = output / "gated-seed0" / "state" / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text(encoding="utf-8")[:50], encoding="utf-8")
+    run(tune_gates, output)
+    expected, found = (weights(path / "gated-seed0") for path in (finished(tune_gates), output))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_no_paragraph_of_a_held_out_answer_is_trained_on() -> None:
+    training, held = tune_chat.split(tune_chat.Settings())
+    known = {part for messages in training for part in messages[-1]["content"].split("\n\n")}
+    assert len(held) >= 5
+    for messages in held:
+        assert known.isdisjoint(messages[-1]["content"].split("\n\n"))
+
+
+def test_an_output_can_be_moved(
+    run: Callable[..., Path], finished: Callable[[ModuleType], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(finished(tune_gates), tmp_path / "moved")
+    run(tune_gates, tmp_path / "moved")
+
+
 def test_measures_are_what_they_say(model: Path, tmp_path: Path) -> None:
     """Against the whole attention matrices and logits, and gates by hand; for queries after the first."""
     convert_checkpoint(model, tmp_path / "gated")
@@ -264,6 +310,8 @@ def test_measures_are_what_they_say(model: Path, tmp_path: Path) -> None:
         (tune_chat, ["--text", "x"], "--text: this recipe learns from --chat"),
         (distill, ["--dtype", "float16"], "--dtype=float16"),
         (distill, ["--student", "nowhere"], "--student=nowhere"),
+        (distill, ["--kl_weight", "-1"], "--kl_weight=-1.0 is negative"),
+        (distill, ["--kl_weight", "0", "--attention_weight", "0"], "there is nothing to learn"),
     ],
 )
 def test_wrong_flag_gets_one_line(

@@ -432,6 +432,19 @@ def test_models_inside_peft_are_refused() -> None:
     wrapped = get_peft_model(gated_model(), LoraConfig())
     with pytest.raises(ValueError, match="student is a PeftModel"):
         Distillation(wrapped)
-    with pytest.raises(ValueError, match="PEFT's layers needs a teacher"):
+    with pytest.raises(ValueError, match="PEFT's layers needs a teacher of its own"):
         Distillation(wrapped.get_base_model())
     Distillation(wrapped.get_base_model(), gated_model())
+
+
+def test_the_teacher_is_no_part_of_the_state(tokens: torch.Tensor) -> None:
+    distillation, other = (Distillation(train_gates_alone(gated_model())) for _ in range(2))
+    with torch.no_grad():
+        distillation.student.model.layers[0].self_attn.g_proj.bias.add_(1)
+    state = distillation.state_dict()
+    assert {name.partition(".")[0] for name in state} == {"student"}
+    other.load_state_dict(state)
+    assert torch.equal(other(tokens).loss, distillation(tokens).loss)
+    del state["student.model.norm.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"student.model.norm.weight\""):
+        other.load_state_dict(state)

@@ -20,6 +20,7 @@ from peft import (
     AdaptionPromptConfig,
     AutoPeftModelForCausalLM,
     IA3Config,
+    LNTuningConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -512,3 +513,36 @@ def test_flags_of_an_expression_stay_at_its_start() -> None:
     model = get_peft_model(gated_model(), config)
     adapted = {name.rpartition(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters()} - {""}
     assert adapted == {"q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_swapping_gates_in_full_into_plain_lora_is_refused(trained: Trained) -> None:
+    model = trained.loaded("LoRA", 0)
+    with pytest.raises(ValueError, match=r"g_proj.*PEFT can neither average"):
+        hotswap_adapter(model, trained.adapters["LoRA and gates", 1], "default", torch_device="cpu")
+    assert_close(logits_of(model), trained.logits["LoRA", 0])
+
+
+def test_tuning_norms_has_no_error_about_gates() -> None:
+    model = get_peft_model(gated_model(), LNTuningConfig())
+    with pytest.raises(AttributeError, match="has no add_weighted_adapter"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+
+
+def test_adapters_of_float32_gates_name_a_base_that_has_them(tmp_path: Path) -> None:
+    """A checkpoint whose config says so; AutoPeftModelForCausalLM needs no flag then."""
+    base = gated_model().bfloat16()
+    base.config.gate_dtype = "float32"
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), gate_peft_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    found, expected = (dict(part.named_parameters()) for part in (loaded, model))
+    trained_names = [name for name in expected if "ln_tuning_layers" in name]
+    assert len(trained_names) == 6
+    for name in trained_names:
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], expected[name])
