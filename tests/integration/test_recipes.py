@@ -223,7 +223,7 @@ def test_distillation_brings_the_student_nearer(
 def test_a_student_of_ones_own(finished: Callable[[ModuleType], Path], text: Path, model: Path, tmp_path: Path) -> None:
     """Its attention is trained; the teacher is what it was, before and after, and the text is in its own tokens."""
     flags = {**FLAGS, "student": finished(distill) / "start", "text": text, "output": tmp_path / "output"}
-    flags |= {"trained": "attention", "gate_scale": 1.0, "learning_rate": 1e-3}
+    flags |= {"trained": "attention", "gate_scale": 1.0, "learning_rate": 1e-4}
     AcceleratorState._reset_state(reset_partial_state=True)
     distill.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
     found = result(tmp_path / "output" / "distilled-seed0")
