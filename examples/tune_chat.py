@@ -52,7 +52,7 @@ class Settings(RecipeSettings):
     output: str = setting("build/tune_chat", "folder for all that is made")
     chat: str = setting("", "file of conversations, one JSON object a line; by default about Python")
     rank: int = setting(8, "of LoRA")
-    learning_rate: float = setting(5e-4, "of LoRA")
+    learning_rate: float = setting(2e-3, "of LoRA")
 
     def check(self) -> None:
         if self.text:

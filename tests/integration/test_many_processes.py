@@ -6,17 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import accelerate_training
+import continue_pretraining
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 
-EXAMPLES = Path(accelerate_training.__file__).parent
+EXAMPLES = Path(continue_pretraining.__file__).parent
 FSDP_ON_CPU = Path(__file__).parents[1] / "helpers" / "fsdp_on_cpu.py"
 
 
@@ -52,11 +53,11 @@ def test_configurations_are_accelerate_s(name: str, kind: str) -> None:
     assert config.num_processes == 8
 
 
-def run(program: list[str], output: Path, flags: list[str], batch_size: int, **environment: str) -> None:
-    command = [sys.executable, *program, str(EXAMPLES / "continue_pretraining.py"), "--output", str(output), *flags]
+def run_sharded(output: Path, flags: list[str], **environment: str) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", FSDP_ON_CPU]
     paths = {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])}
     result = subprocess.run(
-        [*command, "--batch_size", str(batch_size)],
+        [*launcher, EXAMPLES / "continue_pretraining.py", "--output", output, *flags, "--batch_size", "1"],
         env={**os.environ, **paths, **environment},
         capture_output=True,
         timeout=300,
@@ -75,9 +76,9 @@ def test_fsdp_over_two_processes_is_training_in_one(flags: list[str], tmp_path: 
     assert settings["distributed_type"] == "FSDP"
     fsdp = {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
     fsdp |= {name: fsdp[name].upper() for name in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE")}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(FSDP_ON_CPU)]
-    run(launcher, tmp_path / "two", flags, 1, ACCELERATE_USE_FSDP="true", ACCELERATE_TORCH_DEVICE="cpu", **fsdp)
-    run([], tmp_path / "one", flags, 2, ACCELERATE_USE_CPU="true")
+    run_sharded(tmp_path / "two", flags, ACCELERATE_USE_FSDP="true", ACCELERATE_TORCH_DEVICE="cpu", **fsdp)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    continue_pretraining.main(["--output", str(tmp_path / "one"), *flags, "--batch_size", "2"])
     for name in ("gated-seed0", "control-seed0"):
         one, two = losses(tmp_path / "one" / name), losses(tmp_path / "two" / name)
         assert len(two) == 6
