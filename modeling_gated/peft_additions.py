@@ -6,10 +6,8 @@ from typing import Any, NoReturn
 from wrapt import wrap_function_wrapper
 
 from .configuration import GatedLlamaConfig
-from .configuration.configuration_gated_llama import GATE_PROJECTIONS
+from .gate_names import is_gate
 
-
-GATE_NAMES = frozenset(GATE_PROJECTIONS.values())
 
 GATES_IN_FULL = (
     "PEFT can neither average adapters that train gates in full nor swap them in place: load each under a name of its "
@@ -44,7 +42,7 @@ def refuse_hotswapping_gates(hotswap: ModuleType) -> None:
         in_full = [name for name, part in arguments["model"].named_modules() if isinstance(part, ModulesToSaveWrapper)]
         in_full += [name for name in arguments["state_dict"] if ".lora_" not in name]
         for name in in_full:
-            if not GATE_NAMES.isdisjoint(name.split(".")):
+            if is_gate(name):
                 raise ValueError(f"{name}: {GATES_IN_FULL}")
         return swap(*args, **kwargs)
 
@@ -60,8 +58,7 @@ def refuse_averaging_gates(ln_tuning: ModuleType) -> None:
     """
 
     def add_weighted_adapter(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
-        targets = {name.rpartition(".")[2] for name in self.targeted_module_names}
-        if GATE_NAMES.isdisjoint(targets):
+        if not any(is_gate(name) for name in self.targeted_module_names):
             raise AttributeError("PEFT's LayerNorm tuning has no add_weighted_adapter")
         raise ValueError(GATES_IN_FULL)
 

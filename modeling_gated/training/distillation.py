@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from modeling_gated.configuration import GatedLlamaConfig
+from modeling_gated.gate_names import is_gate
 
 from .chunks import at_least_float32, sum_over_chunks
-from .gate_parameters import is_gate
 
 
 @dataclass

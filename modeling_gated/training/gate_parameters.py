@@ -4,16 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from modeling_gated.peft_additions import GATE_NAMES
+from modeling_gated.gate_names import GATE_NAMES, is_gate
 
 
 # Those that Trainer doesn't decay.
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-
-
-def is_gate(name: str) -> bool:
-    """Whether a parameter's or a module's name is a gate's or of a part of one, as PEFT and FSDP make them."""
-    return not GATE_NAMES.isdisjoint(name.split("."))
 
 
 def gate_param_groups(

@@ -5,8 +5,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal
 
 from modeling_gated.configuration.configuration_gated_llama import GATE_PROJECTIONS
-
-from .gate_parameters import GATE_NAMES, is_gate
+from modeling_gated.gate_names import GATE_NAMES, is_gate
 
 
 if TYPE_CHECKING:

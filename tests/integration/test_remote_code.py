@@ -1,11 +1,8 @@
 """A directory carries its code: it loads with trust_remote_code where this package cannot be imported."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 import transformers
 from gated_models import HEADS, SIZES, gated_class, gated_model
+from isolated_process import isolated
 from paper_variants import CONFIGS, random_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
@@ -54,19 +52,6 @@ for directory in sorted(source.iterdir()):
 torch.save(results, again.with_suffix(".results"))
 assert "modeling_gated" not in {name for name, module in sys.modules.items() if module is not None}
 """
-
-
-def isolated(*arguments: Path, code: str = ISOLATED) -> subprocess.CompletedProcess[str]:
-    """Run in an interpreter without the package, with an empty cache, offline and with nobody to answer prompts."""
-    home = {"HF_HOME": str(arguments[-1].with_suffix(".home")), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, **home},
-        cwd=arguments[-1].parent,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
 
 
 def save_pretrained(model: PreTrainedModel, path: Path) -> None:
@@ -144,7 +129,7 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     convert_checkpoint(root / "source", first / "gated-llama convert, ForCausalLM")
     (first / "gated-llama convert, ForCausalLM" / "how").write_text("AutoModelForCausalLM True")
     for source_path, again in ((first, root / "second"), (root / "second", root / "third")):
-        finished = isolated(source_path, again)
+        finished = isolated(ISOLATED, source_path, again)
         assert finished.returncode == 0, finished.stderr
     return [first, root / "second", root / "third"]
 
@@ -182,7 +167,7 @@ def test_every_variant_loads_without_the_package(tmp_path: Path) -> None:
     for name, model in models.items():
         model.save_pretrained(tmp_path / "first" / name)
         (tmp_path / "first" / name / "how").write_text("AutoModelForCausalLM True")
-    finished = isolated(tmp_path / "first", tmp_path / "second")
+    finished = isolated(ISOLATED, tmp_path / "first", tmp_path / "second")
     assert finished.returncode == 0, finished.stderr
     results = torch.load(tmp_path / "second.results")
     for name, model in models.items():
@@ -213,7 +198,7 @@ def test_an_adapter_finds_its_base_s_code(tmp_path: Path) -> None:
     tuned = peft.get_peft_model(base, config).eval()
     tuned.save_pretrained(tmp_path / "adapter")
     assert not list((tmp_path / "adapter").glob("*.py"))
-    finished = isolated(tmp_path / "adapter", tmp_path / "logits", code=ADAPTER)
+    finished = isolated(ADAPTER, tmp_path / "adapter", tmp_path / "logits")
     assert finished.returncode == 0, finished.stderr
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits"), tuned(TOKENS).logits)

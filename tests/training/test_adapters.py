@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ import pytest
 import torch
 from close_tensors import assert_close
 from gated_models import SIZES, gated_model
+from isolated_process import isolated
 from peft import (
     AutoPeftModelForCausalLM,
     LNTuningConfig,
@@ -159,14 +157,7 @@ def test_merged_models_keep_their_gates_and_load_without_the_package(trained: Tr
         assert {file.name for file in path.glob("*.py")} == {"configuration_gated_llama.py", "modeling_gated_llama.py"}
         auto_map = json.loads((path / "config.json").read_text())["auto_map"]
         assert auto_map["AutoModelForCausalLM"] == "modeling_gated_llama.GatedLlamaForCausalLM"
-    finished = subprocess.run(
-        [sys.executable, "-c", MERGED, tmp_path / "merged", tmp_path / "logits"],
-        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    finished = isolated(MERGED, tmp_path / "merged", tmp_path / "logits")
     assert finished.returncode == 0, finished.stderr
     logits = torch.load(tmp_path / "logits")
     assert logits.keys() == KINDS.keys()

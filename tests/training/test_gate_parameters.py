@@ -12,8 +12,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from modeling_gated.gate_names import is_gate
 from modeling_gated.training import gate_param_groups, gate_peft_config
-from modeling_gated.training.gate_parameters import is_gate
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """Gates move in every precision that models are trained in; and gates that are float32 whatever the model is."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +10,7 @@ import pytest
 import torch
 from gated_models import SIZES, gated_model
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from isolated_process import isolated
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -239,14 +237,7 @@ def test_float32_gates_without_the_package(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     assert AutoConfig.from_pretrained(tmp_path / "saved").gate_dtype == "float32"
     paths = [tmp_path / name for name in ("float32", "saved", "weights")]
-    finished = subprocess.run(
-        [sys.executable, "-c", CARRIED, *paths],
-        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    finished = isolated(CARRIED, *paths)
     assert finished.returncode == 0, finished.stderr
     for found in torch.load(paths[-1]):
         assert found.keys() == model.state_dict().keys()
