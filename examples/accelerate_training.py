@@ -122,7 +122,7 @@ def train(
     run: Run, module: nn.Module, groups: Iterable[dict[str, Any]], stage: Stage, float32_states: bool = False
 ) -> nn.Module:
     """
-    Train from the stage's last saved state, if there is one. Losses are added to OUTPUT/name.losses, one a line.
+    Train from the stage's last saved state, if there is one. Its losses are in OUTPUT/name.losses, one a line.
 
     Args:
         module: takes windows [batch, length + 1] and gives their mean loss.
@@ -173,7 +173,9 @@ def train(
 
 def write_losses(run: Run, stage: Stage, losses: list[float]) -> None:
     if run.accelerator.is_main_process:
-        (run.output / f"{stage.name}.losses").write_text("".join(f"{loss}\n" for loss in losses), encoding="utf-8")
+        partial = run.output / f"{stage.name}.losses.partial"
+        partial.write_text("".join(f"{loss}\n" for loss in losses), encoding="utf-8")
+        partial.rename(partial.with_suffix(""))
 
 
 def read_losses(output: Path, name: str) -> list[float]:

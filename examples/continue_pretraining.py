@@ -41,7 +41,6 @@ from recipe import (
     prepare,
     read_flags,
     setting,
-    trainable_parameters,
     write_result,
 )
 from transformers import set_seed
@@ -63,8 +62,10 @@ class Settings(RecipeSettings):
         super().check()
         if self.mixed_precision not in ("bf16", "no"):
             raise ValueError(f"--mixed_precision={self.mixed_precision} is neither bf16 nor no")
-        if self.gradient_accumulation_steps < 1 or self.weight_decay < 0:
-            raise ValueError("--gradient_accumulation_steps is at least 1, and --weight_decay is not negative")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"--gradient_accumulation_steps={self.gradient_accumulation_steps} is not positive")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"--weight_decay={self.weight_decay} is negative")
 
 
 def train_model(run: Run, settings: Settings, start: Path, name: str, is_gated: bool) -> None:
@@ -85,7 +86,7 @@ def measure_models(run: Run, settings: Settings, start: Path, name: str) -> None
     before = measure(load(start).to(run.accelerator.device), evaluation)
     model = load(run.output / name).to(run.accelerator.device)
     result = {"before": before, "after": measure(model, evaluation), "losses": read_losses(run.output, name)}
-    write_result(run.output / name, result | {"trainable_parameters": trainable_parameters(model)})
+    write_result(run.output / name, result | {"trainable_parameters": model.num_parameters(only_trainable=True)})
 
 
 def main(flags: Sequence[str] | None = None) -> None:

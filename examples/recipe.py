@@ -23,7 +23,6 @@ from modeling_gated.evaluation import EvaluationError
 
 KINDS = ("gated", "control")
 RESULT = "result.json"
-OWN = ("output", "seeds")  # settings that don't change what a run makes
 DEFAULT_MODEL = Path("build/demo/SmolLM2-135M-Instruct")
 AnySettings = TypeVar("AnySettings", bound="RecipeSettings")
 
@@ -97,11 +96,10 @@ def read_flags(kind: type[AnySettings], description: str, arguments: Sequence[st
     return settings
 
 
-def open_output(settings: RecipeSettings, **others: Any) -> Path:
-    """The output's folder, which is new or has been made with the same settings; more seeds may be added to it."""
-    output = Path(settings.output)
-    check_output({name: value for name, value in asdict(settings).items() if name not in OWN} | others, output)
-    return output
+def open_output(settings: RecipeSettings, **others: Any) -> None:
+    """Make the output's folder, or see that it was made with the same settings; more seeds may be added to it."""
+    compared = {name: value for name, value in asdict(settings).items() if name not in ("output", "seeds")}
+    check_output(compared | others, Path(settings.output))
 
 
 def prepare(settings: RecipeSettings) -> Models:
@@ -195,7 +193,3 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     partial = folder / "result.partial"
     partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     partial.rename(folder / RESULT)
-
-
-def trainable_parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

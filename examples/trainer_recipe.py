@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from recipe import RecipeSettings
+from comparison import report
+from recipe import KINDS, RESULT, HeldOut, RecipeSettings, measure, write_result
 from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -38,13 +40,28 @@ class LossBesideProgress(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
 
 
-def run_trainer(trainer: Trainer) -> list[float]:
-    """Train from the last complete state, if there is one. Returns the loss of each step."""
+def run_all(settings: RecipeSettings, run: Callable[[str, int, Path], None]) -> None:
+    """Each seed of both models that is not finished, each in a folder of its own; then the comparison."""
+    for seed in settings.seeds:
+        for kind in KINDS:
+            folder = Path(settings.output) / f"{kind}-seed{seed}"
+            if not (folder / RESULT).is_file():
+                run(kind, seed, folder)
+    report(Path(settings.output), settings.seeds)
+
+
+def tune(trainer: Trainer, evaluation: list[HeldOut], folder: Path) -> None:
+    """Train from the last complete state, if there is one; write FOLDER/adapter and what the model did and does."""
+    model = trainer.model
+    before = measure(model.get_base_model(), evaluation)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossBesideProgress)
     state = last_state(Path(trainer.args.output_dir))
     trainer.train(resume_from_checkpoint=None if state is None else str(state))
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    model.save_pretrained(folder / "adapter")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {"before": before, "after": measure(model.get_base_model(), evaluation), "losses": losses}
+    write_result(folder, result | {"trainable_parameters": model.num_parameters(only_trainable=True)})
 
 
 def last_state(folder: Path) -> Path | None:
@@ -64,6 +81,7 @@ def one_process() -> None:
     Raises:
         ValueError: if there are more processes, or more GPUs, over which Trainer would spread larger batches.
     """
-    if (processes := PartialState().num_processes) > 1 or (gpus := torch.cuda.device_count()) > 1:
-        found = f"{processes} processes" if processes > 1 else f"{gpus} GPUs: set CUDA_VISIBLE_DEVICES to one"
-        raise ValueError(f"this recipe is for one process on one device, not {found}")
+    if (processes := PartialState().num_processes) > 1:
+        raise ValueError(f"this recipe is for one process, not {processes}")
+    if (gpus := torch.cuda.device_count()) > 1:
+        raise ValueError(f"this recipe is for one device, not {gpus} GPUs: set CUDA_VISIBLE_DEVICES to one")

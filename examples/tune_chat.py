@@ -18,26 +18,19 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from comparison import report
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig
 from recipe import (
-    KINDS,
-    RESULT,
     HeldOut,
-    Models,
     RecipeSettings,
-    measure,
     one_clear_line,
     open_output,
     prepare,
     read_flags,
     setting,
-    trainable_parameters,
-    write_result,
 )
-from trainer_recipe import arguments, one_process, run_trainer
+from trainer_recipe import arguments, one_process, run_all, tune
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -136,28 +129,6 @@ def held_out_answers(
     return sequences[: settings.evaluation_windows]
 
 
-def run(settings: Settings, models: Models, data: tuple[Dataset, list[HeldOut]], kind: str, seed: int) -> None:
-    folder = Path(settings.output) / f"{kind}-seed{seed}"
-    set_seed(seed)
-    dataset, evaluation = data
-    model = AutoModelForCausalLM.from_pretrained(models[kind])
-    before = measure(model, evaluation)
-    lora = LoraConfig(r=settings.rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = GateSFTTrainer(
-        model,
-        SFTConfig(**arguments(settings, folder, seed), max_length=settings.length, bf16=False, packing=False),
-        train_dataset=dataset,
-        processing_class=AutoTokenizer.from_pretrained(models[kind]),
-        peft_config=gate_peft_config(lora) if kind == "gated" else lora,
-        gate_learning_rate=settings.gate_learning_rate if kind == "gated" else None,
-    )
-    losses = run_trainer(trainer)
-    trainer.model.save_pretrained(folder / "adapter")
-    after = measure(trainer.model.get_base_model(), evaluation)
-    result = {"before": before, "after": after, "losses": losses}
-    write_result(folder, result | {"trainable_parameters": trainable_parameters(trainer.model)})
-
-
 def main(flags: Sequence[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, flags)
     disable_progress_bar()
@@ -168,11 +139,21 @@ def main(flags: Sequence[str] | None = None) -> None:
         training, held = split(settings)
         evaluation = held_out_answers(settings, held, AutoTokenizer.from_pretrained(models.control))
     dataset = Dataset.from_list([{"prompt": messages[:-1], "completion": messages[-1:]} for messages in training])
-    for seed in settings.seeds:
-        for kind in KINDS:
-            if not (Path(settings.output) / f"{kind}-seed{seed}" / RESULT).is_file():
-                run(settings, models, (dataset, evaluation), kind, seed)
-    report(Path(settings.output), settings.seeds)
+
+    def run(kind: str, seed: int, folder: Path) -> None:
+        set_seed(seed)
+        lora = LoraConfig(r=settings.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = GateSFTTrainer(
+            AutoModelForCausalLM.from_pretrained(models[kind]),
+            SFTConfig(**arguments(settings, folder, seed), max_length=settings.length, bf16=False, packing=False),
+            train_dataset=dataset,
+            processing_class=AutoTokenizer.from_pretrained(models[kind]),
+            peft_config=gate_peft_config(lora) if kind == "gated" else lora,
+            gate_learning_rate=settings.gate_learning_rate if kind == "gated" else None,
+        )
+        tune(trainer, evaluation, folder)
+
+    run_all(settings, run)
 
 
 if __name__ == "__main__":

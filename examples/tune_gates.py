@@ -13,27 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from comparison import report
 from packed_text import PackedText
 from peft import LoraConfig, PeftModel, get_peft_model
 from recipe import (
-    KINDS,
-    RESULT,
     Models,
     RecipeSettings,
     held_out,
-    measure,
     one_clear_line,
     open_output,
     packed_text,
     prepare,
     read_flags,
     setting,
-    trainable_parameters,
-    write_result,
 )
 from torch.utils.data import Dataset
-from trainer_recipe import arguments, one_process, run_trainer
+from trainer_recipe import arguments, one_process, run_all, tune
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -84,25 +78,6 @@ def equal_rank(config: PreTrainedConfig) -> int:
     return max(1, round(gates / (config.num_attention_heads * config.head_dim + config.hidden_size)))
 
 
-def run(settings: Settings, models: Models, text: PackedText, kind: str, seed: int) -> None:
-    folder = Path(settings.output) / f"{kind}-seed{seed}"
-    set_seed(seed)
-    model = load(models, kind)
-    evaluation = held_out(settings, text)
-    before = measure(model.get_base_model(), evaluation)
-    trainer = GateTrainer(
-        model,
-        TrainingArguments(**arguments(settings, folder, seed)),
-        train_dataset=Windows(text, settings.length, settings.steps * settings.batch_size, seed),
-        gate_learning_rate=settings.gate_learning_rate if kind == "gated" else None,
-    )
-    losses = run_trainer(trainer)
-    model.save_pretrained(folder / "adapter")
-    after = measure(model.get_base_model(), evaluation)
-    result = {"before": before, "after": after, "losses": losses}
-    write_result(folder, result | {"trainable_parameters": trainable_parameters(model)})
-
-
 def main(flags: Sequence[str] | None = None) -> None:
     settings = read_flags(Settings, __doc__, flags)
     with one_clear_line():
@@ -110,11 +85,18 @@ def main(flags: Sequence[str] | None = None) -> None:
         open_output(settings)
         models = prepare(settings)
         text = packed_text(settings, models.control)
-    for seed in settings.seeds:
-        for kind in KINDS:
-            if not (Path(settings.output) / f"{kind}-seed{seed}" / RESULT).is_file():
-                run(settings, models, text, kind, seed)
-    report(Path(settings.output), settings.seeds)
+
+    def run(kind: str, seed: int, folder: Path) -> None:
+        set_seed(seed)
+        trainer = GateTrainer(
+            load(models, kind),
+            TrainingArguments(**arguments(settings, folder, seed)),
+            train_dataset=Windows(text, settings.length, settings.steps * settings.batch_size, seed),
+            gate_learning_rate=settings.gate_learning_rate if kind == "gated" else None,
+        )
+        tune(trainer, held_out(settings, text), folder)
+
+    run_all(settings, run)
 
 
 if __name__ == "__main__":
