@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gated.configuration import GatedLlamaConfig, check_source_family
 
@@ -65,16 +65,32 @@ def dequantize_gguf(
     """
     source = Path(source)
     config = _read_config(source)
-    status = Console(stderr=True, quiet=not progress).status(f"Dequantizing {source.name}")
-    with _reading(source), status, _alone(source) as where:
-        options: dict[str, Any] = where | {"config": deepcopy(config), "dtype": dtype}
-        # From 5.17 on Transformers keeps the weights packed unless told otherwise.
-        if hasattr(transformers, "GgufConfig"):
-            options["quantization_config"] = transformers.GgufConfig(gguf_file=source.name, dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(**options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with Console(stderr=True, quiet=not progress).status(f"Dequantizing {source.name}"):
+        model, tokenizer = load_gguf(source, dtype, config=deepcopy(config))
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+
+
+def load_gguf(
+    source: Path, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    A GGUF file's model, dequantized, and its tokenizer, of any architecture that Transformers reads.
+
+    Args:
+        source: the GGUF file.
+        dtype: of the model's tensors.
+        options: for `from_pretrained` of the model.
+
+    Raises:
+        ConversionError: if the file is damaged, or of another architecture.
+    """
+    # From 5.17 on Transformers keeps the weights packed unless told otherwise.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(gguf_file=source.name, dequantize=True)
+    with _reading(source), _alone(source) as where:
+        model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, **options)
+        return model, transformers.AutoTokenizer.from_pretrained(**where)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_gated.conversion import ConversionError, convert_checkpoint
 from modeling_gated.evaluation import EvaluationError
+from modeling_gated.inspection import FirstTokenAttention, GateDrift, GateScores, inspecting
 
 
 KINDS = ("gated", "control")
@@ -150,43 +151,25 @@ def measure(model: PreTrainedModel, sequences: Iterable[HeldOut]) -> dict[str, f
     What a model, with PEFT's modules in it or not, does on held-out sequences. In evaluation mode meanwhile.
 
     Returns:
-        `loss`, nats per token; `first_token_attention`, the probability of token 0, mean over sequences, queries but
-        the first, heads and layers; of a gated model `gate`, its mean value, and `gate_drift`, the mean of |gate - 1|.
+        `loss`, nats per token; `first_token_attention`, the probability of token 0, mean over all sequences' queries
+        but the first, heads and layers; of a gated model `gate`, its mean value, and `gate_drift`, the mean of
+        |gate - 1|.
     """
-    was_training, implementation = model.training, model.config._attn_implementation
-    model.eval().set_attn_implementation("eager")  # which gives the probabilities
-    gates: list[torch.Tensor] = []
-    attentions: list[torch.Tensor] = []
+    was_training = model.training
+    model.eval()
+    first_token, gates, drift = FirstTokenAttention(), GateScores(), GateDrift(initial=1.0)
     loss, predicted = 0.0, 0
-    with ExitStack() as hooks:
-        for layer in model.base_model.layers:
-            attention = layer.self_attn
-            hooks.callback(attention.register_forward_hook(_first_token_attention(attentions)).remove)
-            if getattr(attention, "g_proj", None) is not None:
-                hooks.callback(attention.g_proj.register_forward_hook(_gate_values(attention, gates)).remove)
+    with inspecting(model, first_token, gates, drift):
         for sequence in sequences:
             logits = model(sequence.tokens[None].to(model.device), use_cache=False).logits[0].float()
             labels = sequence.tokens[sequence.given :].to(logits.device)
             loss += functional.cross_entropy(logits[sequence.given - 1 : -1], labels, reduction="sum").item()
             predicted += len(labels)
-    model.set_attn_implementation(implementation)
     model.train(was_training)
-    found = {"loss": loss / predicted, "first_token_attention": torch.stack(attentions).mean().item()}
-    if gates:
-        values = torch.cat(gates)
-        found |= {"gate": values.mean().item(), "gate_drift": (values - 1).abs().mean().item()}
+    found = {"loss": loss / predicted, "first_token_attention": first_token.result().mean().item()}
+    if statistics := gates.result().get("G1"):
+        found |= {"gate": statistics.value.mean().item(), "gate_drift": drift.result()}
     return found
-
-
-def _first_token_attention(found: list[torch.Tensor]) -> Any:
-    # [batch, heads, queries, keys]; query 0 has nothing else to look at.
-    return lambda module, inputs, output: found.append(output[1][:, :, 1:, 0].float().mean())
-
-
-def _gate_values(attention: Any, found: list[torch.Tensor]) -> Any:
-    return lambda module, inputs, output: found.append(
-        (attention.gate_act_fn(output.float()) * attention.gate_scale).flatten()
-    )
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

@@ -178,13 +178,17 @@ class GatedLlamaAttention(LlamaAttention):
         self.is_additive = config.gate_form == "additive"
         self.is_input_independent = config.gate_input_independent
 
+    def gate_values(self, projection: nn.Module, gate_input: torch.Tensor) -> torch.Tensor:
+        """Gates, float32, of shape [batch, seq, rows of the projection], or [1, rows] if independent of the input."""
+        # In float32: in bfloat16 a sigmoid saturates, without gradient, from a logit of 6.25 on.
+        return self.gate_act_fn(projection(gate_input).float()) * self.gate_scale
+
     def gated(self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor) -> torch.Tensor:
         """`states`, of shape [batch, seq, heads, channels], with the gates that `projection` makes of `gate_input`."""
         if projection is None:
             return states
-        # In float32: in bfloat16 a sigmoid saturates, without gradient, from a logit of 6.25 on.
-        gate = self.gate_act_fn(projection(gate_input).float()) * self.gate_scale
-        gate = gate.to(states.dtype).view(*gate.shape[:-1], -1, 1 if self.is_headwise else states.shape[-1])
+        gate = self.gate_values(projection, gate_input).to(states.dtype)
+        gate = gate.view(*gate.shape[:-1], -1, 1 if self.is_headwise else states.shape[-1])
         return states + gate if self.is_additive else states * gate
 
     def forward(  # type: ignore[override]  # Llama's annotations are narrower than its code

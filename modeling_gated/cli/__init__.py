@@ -7,6 +7,7 @@ import typer
 
 from .checkpoints import convert, extend, ungate, verify
 from .context import evaluate_context
+from .inspect import inspect
 
 
 app = typer.Typer(
@@ -15,7 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (convert, verify, extend, ungate, evaluate_context):
+for command in (convert, verify, extend, ungate, inspect, evaluate_context):
     app.command()(command)
 
 

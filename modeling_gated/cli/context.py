@@ -2,20 +2,19 @@
 
 import json
 import math
-import os
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import one_clear_line
+from .models import find_device, find_models, load_model, names_of
+from .options import Device, Dtype, TextFile
+from .output import check_output, one_clear_line
 
 
 if TYPE_CHECKING:
-    import torch
-
     from modeling_gated.evaluation import ContextEvaluation
 
 
@@ -28,17 +27,15 @@ def evaluate_context(
         list[str],
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Directories with safetensors, or models on the hub: gated ones, or any that generate with a cache of "
-            "keys and values.",
+            help="Directories with safetensors, GGUF files or models on the hub: gated ones, or any that generate with "
+            "a cache of keys and values.",
         ),
     ],
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, separated by commas.")] = "1024,2048,4096,8192",
     tasks: Annotated[
         str, typer.Option(help="What to measure, separated by commas.")
     ] = "loss,passkey,multi_key_needle,variable_tracking",
-    text: Annotated[
-        Path | None, typer.Option(help="A text file, UTF-8.", show_default="Python's language reference")
-    ] = None,
+    text: TextFile = None,
     windows: Annotated[int, typer.Option(help="Windows of the text, as long as the longest length, for the loss.")] = 1,
     samples: Annotated[int, typer.Option(help="Prompts per task and length.")] = 10,
     chat: Annotated[
@@ -51,12 +48,8 @@ def evaluate_context(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what is hidden in the text, and where.")] = 0,
     chunk_size: Annotated[int, typer.Option(help="Tokens per forward pass; memory grows with it.")] = 512,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="auto: the checkpoint's own.")
-    ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="Such as cuda:0 or cpu.", show_default="cuda if there is one")
-    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
     output: Annotated[
         Path | None, typer.Option(help=f"A directory for {_JSON} and {_PLOT}.", show_default="none")
     ] = None,
@@ -70,10 +63,10 @@ def evaluate_context(
     Lengths beyond a model's max_position_embeddings are marked with *.
     """
     with one_clear_line():
-        from modeling_gated.conversion.sources import find_source
-        from modeling_gated.evaluation import EvaluationError
-        from modeling_gated.evaluation.context import check_settings, read_text
+        from modeling_gated.evaluation import EvaluationError, evaluate_context
+        from modeling_gated.evaluation.context import check_settings
         from modeling_gated.evaluation.plot import check_plots, plot_context
+        from modeling_gated.evaluation.text import read_text
 
         if not (lengths.strip() and all(word.strip().isdecimal() for word in lengths.split(","))):
             raise EvaluationError(f"--lengths {lengths}: not numbers of tokens, separated by commas")
@@ -88,70 +81,20 @@ def evaluate_context(
         read_text(text)
         if output is not None:
             check_plots()
-            _check_output(output, overwrite)
-        sources = [find_source(given).path for given in checkpoints]
-        if files := [path for path in sources if not path.is_dir()]:
-            raise EvaluationError(f"{files[0]}: not a directory with a checkpoint in safetensors")
-        target = _device(device)
+            check_output(output, (_JSON, _PLOT), overwrite)
+        paths, target = find_models(checkpoints), find_device(device)
         found: list[ContextEvaluation] = []
-        for path, name in zip(sources, _names(checkpoints), strict=True):
-            found.append(
-                _evaluate(path, dtype, target, name=name, text=text, chat=chat, seed=seed, progress=True, **settings)
-            )
+        for path, name in zip(paths, names_of(checkpoints), strict=True):
+            model, tokenizer = load_model(path, dtype, target)
+            options: dict[str, Any] = settings | {"name": name, "text": text, "chat": chat, "seed": seed}
+            found.append(evaluate_context(model, tokenizer, **options, progress=True))
+            del model  # before the next one is loaded
             if output is not None:  # at once, as the next one may fail after hours
                 _write(found, output)
         _print_table(found)
         if output is not None:
             plot_context(found, output / _PLOT)
             typer.echo(f"written: {output / _JSON}, {output / _PLOT}")
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    from modeling_gated.evaluation import EvaluationError
-
-    existing = [name for name in (_JSON, _PLOT) if (output / name).exists()]
-    if existing and not overwrite:
-        raise EvaluationError(f"{output / existing[0]}: already exists; --overwrite replaces it")
-    nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise EvaluationError(f"{output}: cannot be made, as {nearest} is not a directory to write to")
-
-
-def _device(given: str | None) -> "torch.device":
-    import torch
-
-    from modeling_gated.evaluation import EvaluationError
-
-    try:
-        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there
-        raise EvaluationError(f"--device {given}: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def _names(checkpoints: list[str]) -> list[str]:
-    """The last part of each path or hub id; the whole of it where that is not enough."""
-    last = [Path(given).name for given in checkpoints]
-    return [name if last.count(name) == 1 else given for given, name in zip(checkpoints, last, strict=True)]
-
-
-def _evaluate(path: Path, dtype: str, device: "torch.device", **options: Any) -> "ContextEvaluation":
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import modeling_gated.registration  # noqa: F401 - makes the Auto classes know gated_llama
-    from modeling_gated.conversion.architecture import naming
-    from modeling_gated.evaluation import EvaluationError, evaluate_context
-
-    with naming(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-        model, info = loaded
-    if info["missing_keys"]:
-        raise EvaluationError(f"{path}: has no {min(info['missing_keys'])}")
-    return evaluate_context(model.eval().to(device), tokenizer, **options)
 
 
 def _write(found: list["ContextEvaluation"], output: Path) -> None:

@@ -1,5 +1,6 @@
 """Arguments and options that several subcommands have."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -36,3 +37,11 @@ Source = Annotated[
         help="A checkpoint: a directory, a safetensors or GGUF file, or the id of a model on the Hugging Face hub.",
     ),
 ]
+TextFile = Annotated[
+    Path | None, typer.Option("--text", help="A text file, UTF-8.", show_default="Python's language reference")
+]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    typer.Option(help="auto: the checkpoint's own; bfloat16 for a GGUF file."),
+]
+Device = Annotated[str | None, typer.Option(help="Such as cuda:0 or cpu.", show_default="cuda if there is one")]

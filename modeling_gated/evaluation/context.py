@@ -14,12 +14,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_gated.default_text import DEFAULT_TEXT_NAME, default_text
-
 from .errors import EvaluationError
 from .position_loss import loss_by_position
-from .prompts import beginning, build_prompt, lines_of
+from .prompts import build_prompt, lines_of
 from .tasks import TASKS, draw
+from .text import read_text, windows_of
 
 
 LOSS = "loss"
@@ -73,21 +72,6 @@ class ContextEvaluation:
     losses: tuple[PositionLoss, ...]
     scores: tuple[TaskScore, ...]
     seconds: float
-
-
-def read_text(path: Path | None) -> tuple[str, str]:
-    """A text file, UTF-8, or Python's language reference; and what to call it."""
-    if path is None:
-        return default_text(), DEFAULT_TEXT_NAME
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EvaluationError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    if not content.strip():
-        raise EvaluationError(f"{path}: is empty")
-    return content, path.name
 
 
 def evaluate_context(
@@ -150,7 +134,7 @@ def evaluate_context(
     with tqdm(total=total, desc=name, unit=" tokens", unit_scale=True, disable=None if progress else True) as bar:
         losses: tuple[PositionLoss, ...] = ()
         if LOSS in tasks:
-            losses = _losses(model, _windows(input_ids, tokenizer, lengths[-1], windows), lengths, chunk_size, bar)
+            losses = _losses(model, windows_of(input_ids, tokenizer, lengths[-1], windows), lengths, chunk_size, bar)
         with _plain_generation(model):
             scores = tuple(
                 _score(model, tokenizer, task, length, content, lines, samples, chat, seed, chunk_size, bar)
@@ -192,18 +176,6 @@ def check_settings(lengths: Sequence[int], tasks: Sequence[str], **counts: int) 
     for field, value in counts.items():
         if value < 1:
             raise EvaluationError(f"{field} {value}: at least 1 is needed")
-
-
-def _windows(input_ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[torch.Tensor]:
-    """Windows of a text, spread evenly over it, each beginning as the tokenizer begins an input."""
-    begin = beginning(tokenizer)
-    own = length - len(begin)
-    if own * count > len(input_ids):
-        raise EvaluationError(
-            f"{count} windows of {length} tokens are more than the {len(input_ids)} tokens of the text"
-        )
-    step = len(input_ids) // count
-    return [torch.tensor(begin + input_ids[first * step : first * step + own]) for first in range(count)]
 
 
 def _losses(

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .errors import EvaluationError
 from .tasks import Task
+from .text import beginning
 
 
 _LINE = 200
@@ -56,12 +57,6 @@ def lines_of(text: str) -> list[str]:
     """The lines of a text, long ones broken, so that prompts can be filled and needles spread evenly."""
     broken = (wrap(line, _LINE) if len(line) > _LINE else [line] for line in text.splitlines() if line.strip())
     return [line for lines in broken for line in lines]
-
-
-def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, if the tokenizer puts it before an input. (Some also put an end after it.)"""
-    ids = tokenizer("")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 def _prompt(task: Task, lines: Sequence[str], count: int) -> str:

@@ -286,10 +286,10 @@ def test_measures_are_what_they_say(model: Path, tmp_path: Path) -> None:
         output = gated(sequence.tokens[None], output_attentions=True)
         predicted = output.logits[0, sequence.given - 1 : -1]
         losses.append(functional.cross_entropy(predicted, sequence.tokens[sequence.given :], reduction="none"))
-        attention += [layer[0, :, 1:, 0].mean() for layer in output.attentions]
+        attention.append(torch.stack([layer[0, :, 1:, 0] for layer in output.attentions]))
     assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
     assert len(torch.cat(losses)) == 19 + 18
-    assert found["first_token_attention"] == pytest.approx(torch.stack(attention).mean().item(), abs=1e-6)
+    assert found["first_token_attention"] == pytest.approx(torch.cat(attention, dim=-1).mean().item(), abs=1e-6)
     values = torch.cat([gate.flatten() for gate in gates])
     assert found["gate"] == pytest.approx(values.mean().item(), rel=1e-3)  # the opening is 0.85 in bfloat16
     assert found["gate_drift"] == pytest.approx((values - 1).abs().mean().item(), rel=1e-3)

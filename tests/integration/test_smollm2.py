@@ -111,7 +111,7 @@ def test_the_readme_runs_as_written(
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
     commands = [line.split() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
     programs = [block for kind, block in blocks if kind == "python"]
-    assert len(programs) == 5
+    assert len(programs) == 6
     demo = tmp_path / "build" / "demo"
     demo.mkdir(parents=True)
     (demo / "SmolLM2-135M-Instruct").symlink_to(source)
@@ -119,7 +119,7 @@ def test_the_readme_runs_as_written(
 
     scripts = Path(sys.executable).parent
     converted = [command for command in commands if command[0] == "gated-llama"]
-    assert len(converted) == 12
+    assert len(converted) == 13
     for command in converted:
         subprocess.run([scripts / command[0], *command[1:]], cwd=tmp_path, check=True, capture_output=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}

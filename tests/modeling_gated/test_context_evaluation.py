@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from modeling_gated.cli import app
 from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.evaluation import TASKS, EvaluationError, evaluate_context, loss_by_position
-from modeling_gated.evaluation.context import read_text
 from modeling_gated.evaluation.prompts import build_prompt, lines_of
 from modeling_gated.evaluation.tasks import Task, draw
+from modeling_gated.evaluation.text import read_text
 
 
 LINES = lines_of(read_text(None)[0])
@@ -263,10 +263,11 @@ def test_models_that_would_be_random_are_refused(checkpoints: tuple[Path, Path],
     code, _, err = run(tmp_path / "nowhere" / "at" / "all", "--lengths", "800")
     assert code == 1
     assert "no such file or directory" in err
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    code, _, err = run(tmp_path / "model.gguf", "--lengths", "800")
-    assert code == 1
-    assert "model.gguf: not a directory" in err
+    for name, reason in (("model.gguf", "not a complete GGUF file"), ("model.bin", "neither a directory")):
+        (tmp_path / name).write_bytes(b"GGUF")
+        code, _, err = run(tmp_path / name, "--lengths", "800")
+        assert code == 1
+        assert f"{name}: {reason}" in err
     lost = gated.state_dict() | {"model.layers.0.self_attn.g_proj.bias": None}
     gated.save_pretrained(
         tmp_path / "lost", state_dict={name: tensor for name, tensor in lost.items() if tensor is not None}

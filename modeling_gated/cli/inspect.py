@@ -1,0 +1,121 @@
+"""The subcommand that shows attention sinks, activations and gates."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .models import find_device, find_models, load_model, names_of
+from .options import Device, Dtype, TextFile
+from .output import check_output, one_clear_line
+
+
+if TYPE_CHECKING:
+    from modeling_gated.inspection import ModelReport
+
+
+def inspect(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL",
+            help="Directories with safetensors, GGUF files or models on the hub, gated or not: any causal language "
+            "model that Transformers loads.",
+        ),
+    ],
+    text: TextFile = None,
+    report: Annotated[
+        Path | None, typer.Option(help="A directory for report.html and report.json.", show_default="none")
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Also write each picture as a PNG, into REPORT/pictures.")] = False,
+    windows: Annotated[int, typer.Option(help="Windows of the text.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    interventions: Annotated[
+        str,
+        typer.Option(
+            help="What to change to see what predictions lose, separated by commas, or none: also gates=0.5, "
+            "gates=0.5@LAYER, gates=0.5@LAYER.HEAD. Those of gates are left out for models without gates."
+        ),
+    ] = "masked_first_token,masked_first_token@64,closed_gates,open_gates,shuffled_gates",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
+) -> None:
+    """
+    Show where attention sinks are, how large activations get and what gates do, on real text.
+
+    Prints a summary; with --report a page that explains itself, and all numbers as JSON.
+    """
+    with one_clear_line():
+        from modeling_gated.evaluation.plot import check_plots
+        from modeling_gated.evaluation.text import read_text
+        from modeling_gated.inspection import InspectionError, inspect_model
+        from modeling_gated.inspection.page import (
+            JSON,
+            PAGE,
+            PICTURE_FOLDER,
+            as_json,
+            as_page,
+            remove_pictures,
+            write_pictures,
+        )
+        from modeling_gated.inspection.report import check_settings
+
+        if png and report is None:
+            raise InspectionError("--png needs --report, a directory to write to")
+        chosen = [] if interventions.strip() == "none" else [word.strip() for word in interventions.split(",")]
+        check_settings(windows, length, chosen)
+        words, text_name = read_text(text)
+        if report is not None:
+            check_plots()
+            check_output(report, (JSON, PAGE), overwrite, folders=(PICTURE_FOLDER,) if png else ())
+        paths, target = find_models(models), find_device(device)
+        options: dict[str, Any] = {
+            "text_name": text_name,
+            "windows": windows,
+            "window_tokens": length,
+            "interventions": chosen,
+        }
+        found: list[ModelReport] = []
+        for path, name in zip(paths, names_of(models), strict=True):
+            model, tokenizer = load_model(path, dtype, target)
+            found.append(inspect_model(model, tokenizer, words, name=name, progress=True, **options))
+            del model  # before the next one is loaded
+        _print_summary(found)
+        if report is not None:
+            from modeling_gated.conversion.manifest import replace_file
+
+            contents = {JSON: as_json(found).encode(), PAGE: as_page(found).encode()}
+            report.mkdir(parents=True, exist_ok=True)
+            remove_pictures(report / PICTURE_FOLDER)
+            pictures = write_pictures(found, report / PICTURE_FOLDER) if png else []
+            for name, content in contents.items():
+                replace_file(report / name, content)
+            more = f", {len(pictures)} pictures in {report / PICTURE_FOLDER}" if png else ""
+            typer.echo(f"written: {report / PAGE}, {report / JSON}{more}")
+
+
+def _print_summary(found: "list[ModelReport]") -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from modeling_gated.inspection.page import rows_of
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for report in found:
+        table.add_column(Text(report.name), justify="right", overflow="fold")
+    for row, values in rows_of(found):
+        table.add_row(row.label, *values)
+    for change in dict.fromkeys(change.name for report in found for change in report.interventions):
+        differences = [next((one for one in report.interventions if one.name == change), None) for report in found]
+        values = [
+            "-" if one is None else "not finite" if one.difference is None else f"{one.difference:+.4f}"
+            for one in differences
+        ]
+        table.add_row(f"loss, {change}", *values)
+    Console(soft_wrap=True).print(table)
+    for report in found:
+        for note in report.notes:
+            typer.echo(f"note: {report.name}: {note}", err=True)

@@ -1,0 +1,70 @@
+"""The models that a user names, loaded."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def find_models(given: list[str]) -> list[Path]:
+    """Where they lie: directories with a checkpoint in safetensors, or GGUF files."""
+    from modeling_gated.conversion.sources import find_source
+    from modeling_gated.evaluation import EvaluationError
+
+    sources = [find_source(name) for name in given]
+    if files := [source.path for source in sources if not (source.path.is_dir() or source.is_gguf)]:
+        raise EvaluationError(f"{files[0]}: neither a directory with a checkpoint in safetensors nor a GGUF file")
+    return [source.path for source in sources]
+
+
+def names_of(given: list[str]) -> list[str]:
+    """The last part of each path or hub id; the whole of it where that is not enough."""
+    last = [Path(name).name or Path(name).resolve().name for name in given]
+    return [part if last.count(part) == 1 else name for name, part in zip(given, last, strict=True)]
+
+
+def find_device(given: str | None) -> "torch.device":
+    import torch
+
+    from modeling_gated.evaluation import EvaluationError
+
+    try:
+        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there
+        raise EvaluationError(f"--device {given}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def load_model(path: Path, dtype: str, device: "torch.device") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """
+    A causal language model, in evaluation mode, and its tokenizer. No code of the checkpoint's is run. With `dtype`
+    `"auto"`, a model has its checkpoint's dtype, and that of a GGUF file bfloat16.
+
+    Raises:
+        ConversionError: if Transformers cannot load it.
+        EvaluationError: if it lacks weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import modeling_gated.registration  # noqa: F401 - makes the Auto classes know gated_llama
+    from modeling_gated.conversion.architecture import naming
+    from modeling_gated.conversion.gguf import load_gguf
+    from modeling_gated.evaluation import EvaluationError
+
+    if path.is_file():
+        model, tokenizer = load_gguf(path, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+        return model.eval().to(device), tokenizer
+    with naming(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    model, info = loaded
+    if info["missing_keys"]:
+        raise EvaluationError(f"{path}: has no {min(info['missing_keys'])}")
+    return model.eval().to(device), tokenizer

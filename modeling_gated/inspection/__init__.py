@@ -1,0 +1,62 @@
+"""Attention sinks, massive activations and gates of any causal language model: meters, interventions and a report."""
+
+from .activation_meters import (
+    Activation,
+    HiddenMaxima,
+    Int8Errors,
+    LayerActivations,
+    MassiveActivations,
+    QuantizationError,
+)
+from .attention_meters import (
+    AttentionEntropy,
+    EffectiveRank,
+    FirstTokenAttention,
+    KeyValueNorms,
+    SinkNorms,
+    SinkRate,
+    SinkRates,
+)
+from .attention_rows import AttentionRows
+from .callback import InspectionCallback
+from .errors import InspectionError, UnknownAttention
+from .gate_meters import GateDrift, GateScores, GateStatistics
+from .inspecting import inspecting
+from .interventions import closed_gates, forced_gates, masked_first_token, open_gates, shuffled_gates
+from .meter import Meter
+from .report import ModelReport, inspect_model
+from .tokens import Tokens
+
+
+__all__ = [
+    "Activation",
+    "AttentionEntropy",
+    "AttentionRows",
+    "EffectiveRank",
+    "FirstTokenAttention",
+    "GateDrift",
+    "GateScores",
+    "GateStatistics",
+    "HiddenMaxima",
+    "InspectionCallback",
+    "InspectionError",
+    "Int8Errors",
+    "KeyValueNorms",
+    "LayerActivations",
+    "MassiveActivations",
+    "Meter",
+    "ModelReport",
+    "QuantizationError",
+    "SinkNorms",
+    "SinkRate",
+    "SinkRates",
+    "Tokens",
+    "UnknownAttention",
+    "closed_gates",
+    "forced_gates",
+    "inspect_model",
+    "inspecting",
+    "masked_first_token",
+    "open_gates",
+    "shuffled_gates",
+]
