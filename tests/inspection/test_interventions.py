@@ -124,9 +124,11 @@ def test_a_masked_first_token_is_as_with_the_mask_written_out(kind: str, impleme
     with torch.no_grad():
         expected = model(inputs["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False).logits
         model.set_attn_implementation(implementation)
-        plain = model(**inputs).logits
-        with masked_first_token(model, after):
-            found = model(**inputs).logits
+        # Uncompiled: torch's compiled flex attention is wrong here on processors without AVX-512, in any model.
+        with torch.compiler.set_stance("force_eager"):
+            plain = model(**inputs).logits
+            with masked_first_token(model, after):
+                found = model(**inputs).logits
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found[real], plain[real], atol=1e-2)
     assert model.config._attn_implementation == implementation
