@@ -5,7 +5,14 @@ import importlib.util
 import pytest
 import torch
 from gated_models import VARIANTS, close_gates, gated_model, int8_cache, without_attention
-from transformers import GenerationConfig, PreTrainedModel, QuantizedCache, StaticCache, cache_utils
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+    cache_utils,
+)
 
 
 CACHES = {
@@ -159,5 +166,7 @@ def test_continuous_batching_equals_greedy(closed: bool, tokens: torch.Tensor) -
         for prompt in prompts
     ]
     greedy = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=None)
-    found = model.generate_batch(inputs=prompts, generation_config=greedy, progress_bar=False)
+    # Without these numbers the cache takes most of the machine's memory.
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
+    found = model.generate_batch(prompts, greedy, continuous_batching_config=small, progress_bar=False)
     assert sorted(output.generated_tokens for output in found.values()) == sorted(part.tolist() for part in expected)
