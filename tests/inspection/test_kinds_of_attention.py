@@ -85,6 +85,7 @@ def test_every_implementation_is_inspected_and_left_as_it_was(implementation: st
     model, inputs = gated_model("sliding upper layers"), inputs_of("padded left")
     model.set_attn_implementation(implementation)
     meter = FirstTokenAttention()
+    # Flex attention uncompiled, as in test_interventions.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         plain = model(**inputs).logits
         with inspecting(model, meter):

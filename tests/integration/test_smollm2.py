@@ -107,7 +107,7 @@ def test_a_gguf_file_converts_directly(source: Path, text: torch.Tensor, tmp_pat
 def test_the_readme_runs_as_written(
     models: tuple[LlamaForCausalLM, GatedLlamaForCausalLM], source: Path, tmp_path: Path
 ) -> None:
-    """Each command line, and its Python in a process of its own, where `make demo` has been run."""
+    """Each line of `gated-llama`, and its Python in a process of its own, where `make demo` has been run."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
     commands = [line.split() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
