@@ -17,17 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate_training import (
-    Run,
-    Stage,
-    WindowLoss,
-    checkpoint_layers,
-    load,
-    make_accelerator,
-    read_losses,
-    save_model,
-    train,
-)
+from accelerate_training import WindowLoss, checkpoint_layers, load, save_model
 from comparison import report
 from recipe import (
     KINDS,
@@ -46,6 +36,7 @@ from recipe import (
 from transformers import set_seed
 
 from modeling_gated.training import gate_param_groups
+from modeling_gated.training.loop import Run, Stage, make_accelerator, read_losses, train
 
 
 @dataclass

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate_training import Run, Stage, load, make_accelerator, read_losses, save_model, train
+from accelerate_training import load, save_model
 from comparison import spread
 from matplotlib.figure import Figure
 from recipe import (
@@ -40,6 +40,7 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from modeling_gated.training import Distillation, gate_param_groups, ungated
+from modeling_gated.training.loop import Run, Stage, make_accelerator, read_losses, train
 
 
 @dataclass

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import accelerate_training
 import extend_context
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from modeling_gated.training import loop
 
 
 SETTINGS = """
@@ -80,8 +80,8 @@ class Interruptions:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *steps: tuple[str, int]) -> None:
         self.left, self.taken = list(steps), []
-        self.train_step = accelerate_training.train_step
-        monkeypatch.setattr(accelerate_training, "train_step", self)
+        self.train_step = loop.train_step
+        monkeypatch.setattr(loop, "train_step", self)
 
     def __call__(self, *args: object) -> float:
         *_, stage, step = args

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import accelerate_training
 import continue_pretraining
 import distill
 import pytest
@@ -22,6 +21,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from modeling_gated.conversion import convert_checkpoint
+from modeling_gated.training import loop
 
 
 FLAGS = {
@@ -144,7 +144,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(
                 raise KeyboardInterrupt
 
     uninterrupted = finished(recipe)
-    train_step, initialize = accelerate_training.train_step, Trainer.__init__
+    train_step, initialize = loop.train_step, Trainer.__init__
 
     def interrupted_step(*args: object) -> float:
         loss = train_step(*args)
@@ -157,7 +157,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(
         initialize(self, *args, **kwargs)
         self.add_callback(Interruption)
 
-    monkeypatch.setattr(accelerate_training, "train_step", interrupted_step)
+    monkeypatch.setattr(loop, "train_step", interrupted_step)
     monkeypatch.setattr(Trainer, "__init__", initialize_interrupted)
     output = tmp_path / "resumed"
     with pytest.raises(KeyboardInterrupt):
