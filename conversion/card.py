@@ -20,14 +20,6 @@ _FRONT_MATTER_BYTES = 2**16
 def model_card(plan: Plan, output: Path, command: str) -> str:
     """The text of README.md, with the metadata that the hub reads."""
     config, source = plan.architecture.config, plan.source
-    kept = _metadata(plan.checkpoint.directory / "README.md")
-    data = ModelCardData(
-        base_model=source.name,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gated-attention", "gated_llama"],
-        **kept,
-    )
     imported = plan.architecture.fused is not None
     rows: dict[str, object] = {
         "base model": source.name,
@@ -40,7 +32,7 @@ def model_card(plan: Plan, output: Path, command: str) -> str:
     if plan.context:
         rows["context"] = f"extended to {describe_context(config)}"
     link = f"[{source.name}](https://huggingface.co/{source.repo_id})" if source.repo_id else f"`{source.name}`"
-    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
+    table = "\n".join(f"| {name} | {cell(value)} |" for name, value in rows.items())
     alike = " with its context extended alike" if plan.context else ""
     if imported:
         promise = "The gates are the base model's own, taken out of its `q_proj`; no number was changed."
@@ -50,12 +42,12 @@ def model_card(plan: Plan, output: Path, command: str) -> str:
             f"the base model{alike} does until they are trained. The base model's tensors are unchanged."
         )
     return f"""---
-{data.to_yaml()}
+{card_metadata(source.name, plan.checkpoint.directory)}
 ---
 
-# {_cell(output.name)}
+# {cell(output.name)}
 
-{_cell(link)} with attention output gates ([arXiv 2505.06708](https://arxiv.org/abs/2505.06708)). {promise}
+{cell(link)} with attention output gates ([arXiv 2505.06708](https://arxiv.org/abs/2505.06708)). {promise}
 
 | | |
 | --- | --- |
@@ -79,9 +71,21 @@ SHA-256 of every file: `gated_llama_manifest.json`.{"" if imported else " Back t
 """
 
 
+def card_metadata(base_model: str, directory: Path) -> str:
+    """What the hub reads of a card, YAML: with license and language as in the card of the source's directory."""
+    data = ModelCardData(
+        base_model=base_model,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gated-attention", "gated_llama"],
+        **_metadata(directory / "README.md"),
+    )
+    return data.to_yaml()
+
+
 def with_verification(card: str, found: dict[str, Any]) -> str:
     """A model card with the result of a verification in place of the last one's; unchanged without such a place."""
-    rows = "\n".join(f"| {_cell(name.replace('_', ' '))} | {_cell(value)} |" for name, value in found.items())
+    rows = "\n".join(f"| {cell(name.replace('_', ' '))} | {cell(value)} |" for name, value in found.items())
     section = f"{_BEGIN}\n| | |\n| --- | --- |\n{rows}\n{_END}"
     return re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", lambda _: section, card, count=1, flags=re.DOTALL)
 
@@ -93,7 +97,7 @@ def with_context(card: str, described: str) -> str:
     """
     if _BEGIN not in card:
         return card
-    row = f"| context | extended to {_cell(described)} |\n"
+    row = f"| context | extended to {cell(described)} |\n"
     card = re.sub(r"^\| context \| extended to .*\n", "", card, count=1, flags=re.MULTILINE)
     card = re.sub(r"^\| gates \| .*\n", lambda found: found[0] + row, card, count=1, flags=re.MULTILINE)
     return with_verification(card, {"verdict": "not verified since the context was extended"})
@@ -116,6 +120,6 @@ def _metadata(path: Path) -> dict[str, Any]:
     }
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     """A value that stays within a cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,6 +1,5 @@
 """What the recipes train and save with accelerate: a model's loss on windows of packed text, and its checkpoints."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,24 +79,3 @@ def write_checkpoint(
     model.save_pretrained(partial, state_dict=weights)
     AutoTokenizer.from_pretrained(run.tokenizer).save_pretrained(partial)
     partial.rename(run.output / name)
-
-
-def check_output(settings: dict[str, Any], output: Path) -> None:
-    """
-    Make the output's folder, or see that it was made with the same settings.
-
-    Raises:
-        ValueError: if it was not.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    path, now = output / "settings.json", json.loads(json.dumps(settings))
-    if not path.is_file():
-        if {found.name for found in output.iterdir()} - {"settings.partial"}:
-            raise ValueError(f"{output}: is neither empty nor an output of this script")
-        partial = output / "settings.partial"
-        partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-        partial.rename(path)
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in now.items():
-        if before.get(name) != value:
-            raise ValueError(f"{output}: was made with {name}={before.get(name)!r}, not {value!r}")

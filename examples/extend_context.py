@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate_training import WindowLoss, check_output, checkpoint_layers, load, save_model, write_checkpoint
+from accelerate_training import WindowLoss, checkpoint_layers, load, save_model, write_checkpoint
 from extend_context_settings import Settings, SettingsError, read_settings, starting_config
 from loss_report import RESULTS, print_table, write_report
 from packed_text import PackedText, train_tokenizer, write_tokens
@@ -41,7 +41,7 @@ from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.configuration import extend_context
 from modeling_gated.evaluation import loss_by_position
 from modeling_gated.training import gate_param_groups
-from modeling_gated.training.loop import Run, Stage, make_accelerator, train
+from modeling_gated.training.loop import Run, Stage, check_output, make_accelerator, train
 
 
 def start_of(settings: Settings, output: Path) -> Path:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate_training import check_output
 from packed_text import PackedText, files, write_tokens
 from smollm2 import write_checkpoint
 from torch.nn import functional
@@ -20,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_gated.conversion import ConversionError, convert_checkpoint
 from modeling_gated.evaluation import EvaluationError
 from modeling_gated.inspection import FirstTokenAttention, GateDrift, GateScores, inspecting
+from modeling_gated.training.loop import check_output
 
 
 KINDS = ("gated", "control")

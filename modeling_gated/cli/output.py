@@ -8,12 +8,12 @@ from pathlib import Path
 import typer
 
 
-_MENDABLE = ("ConversionError", "EvaluationError", "InspectionError", "UnknownAttention")
+_MENDABLE = ("ConversionError", "EvaluationError", "InspectionError", "UnknownAttention", "AbsorptionError")
 
 
 @contextmanager
-def one_clear_line() -> Iterator[None]:
-    """End with one line where the user can mend something, and where the user ends it."""
+def one_clear_line(kept: str | None = None) -> Iterator[None]:
+    """End with one line where the user can mend something, and where the user ends it; what is `kept` then."""
     try:
         yield
     except (ImportError, ValueError) as error:
@@ -23,7 +23,7 @@ def one_clear_line() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("error: interrupted; nothing was left behind", err=True)
+        typer.echo(f"error: interrupted; {f'goes on from {kept}' if kept else 'nothing was left behind'}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -22,9 +22,11 @@ from .callback import InspectionCallback
 from .errors import InspectionError, UnknownAttention
 from .gate_meters import GateDrift, GateScores, GateStatistics
 from .inspecting import inspecting
-from .interventions import closed_gates, forced_gates, masked_first_token, open_gates, shuffled_gates
+from .interventions import closed_gates, forced_gates, open_gates, shuffled_gates
+from .masking import masked_first_token, windowed_attention
 from .meter import Meter
 from .report import ModelReport, inspect_model
+from .rounding import int8_activations, int8_weights
 from .tokens import Tokens
 
 
@@ -56,7 +58,10 @@ __all__ = [
     "forced_gates",
     "inspect_model",
     "inspecting",
+    "int8_activations",
+    "int8_weights",
     "masked_first_token",
     "open_gates",
     "shuffled_gates",
+    "windowed_attention",
 ]

@@ -1,4 +1,4 @@
-"""Changing what a model's gates or its sink do, to see what its predictions lose."""
+"""Changing what a model's gates do, to see what its predictions lose; and all such changes by their names."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import and_masks
 
 from modeling_gated.configuration.configuration_gated_llama import GATE_PROJECTIONS
 
-from .errors import InspectionError, UnknownAttention
+from .errors import InspectionError
 from .gate_hooks import Change, gate_positions, gated_attentions, gates_of_a_head, hooked
-from .inspecting import attention_replaced, decoder_layers
-from .masks import ChangedMask
+from .inspecting import decoder_layers
+from .masking import masked_first_token, windowed_attention
+from .rounding import int8_activations, int8_weights
 from .tokens import watched_tokens
 
 
@@ -102,55 +101,6 @@ def shuffled_gates(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
             yield
 
 
-@contextmanager
-def masked_first_token(model: PreTrainedModel, after: int = 0) -> Iterator[None]:
-    """
-    Hide the first token of each sequence from later ones inside the `with` block.
-
-    Hidden from all of them, it loses its work to the second token, which then becomes the sink, so that little may be
-    lost; hidden from those alone that come more than some tokens after it, it has already left its mark on the others.
-
-    Args:
-        model: any model of Transformers' whose attention goes through its attention interface, by another function
-            than flash attention, which takes no mask, and which makes its masks while it runs: not Gemma 3 with images,
-            nor any in generation with a static cache.
-        after: tokens at no more than this distance from the first still see it.
-
-    Raises:
-        UnknownAttention: if the model takes no mask, or none that can be changed.
-    """
-    decoder: Any = model.get_decoder()
-    base = decoder.config._attn_implementation
-    if "flash" in base:
-        raise UnknownAttention(f"attn_implementation={base!r}: takes no mask, so no token can be hidden; use 'sdpa'")
-    with watched_tokens(model) as watch:
-        masked_passes = attended_passes = 0
-
-        def change(arguments: dict[str, Any]) -> dict[str, Any]:
-            nonlocal masked_passes
-            masked_passes = watch.passes
-            starts = watch.tokens(torch.device(arguments["device"])).starts
-
-            def not_first(batch: Any, head: Any, query: Any, key: Any) -> Any:
-                start = starts[batch, query]
-                return (key != start) | (query - start <= after)
-
-            both = and_masks(arguments["mask_function"], not_first)
-            return arguments | {"mask_function": both, "allow_is_causal_skip": False}
-
-        def attention(base: Callable[..., Any], module: nn.Module, *inputs: Any, **arguments: Any) -> Any:
-            nonlocal attended_passes
-            attended_passes = watch.passes
-            if masked_passes != watch.passes:
-                raise UnknownAttention("attention_mask: a mask that is given whole is not changed")
-            return base(module, *inputs, **arguments)
-
-        with attention_replaced(decoder, attention, lambda base_mask: ChangedMask(base_mask, change)):
-            yield
-        if attended_passes != watch.passes:
-            raise UnknownAttention(f"{type(model).__name__}: no attention in which a token could be hidden")
-
-
 def _gated(model: PreTrainedModel, layer: int | None, places: list[str]) -> list[Any]:
     """The attention blocks of a layer, or of all, with gates at one of these positions."""
     layers = decoder_layers(model.get_decoder())
@@ -191,8 +141,9 @@ def _changed(attentions: list[Any], change: Change) -> Iterator[None]:
 class Intervention:
     """
     An intervention by its name: `masked_first_token` (`masked_first_token@64`: from tokens more than 64 after it),
-    `closed_gates`, `open_gates`, `shuffled_gates`, or `gates=0.5`, which forces all gates, `gates=0.5@7` those of layer
-    7 and `gates=0.5@7.2` those of its head 2.
+    `window=128` (`window=128+4`: and the first four tokens), `int8_weights`, `int8_activations`, `closed_gates`,
+    `open_gates`, `shuffled_gates`, or `gates=0.5`, which forces all gates, `gates=0.5@7` those of layer 7 and
+    `gates=0.5@7.2` those of its head 2.
     """
 
     name: str
@@ -206,16 +157,23 @@ class Intervention:
             InspectionError: if there is none of this name.
         """
         if name in _NAMED:
-            return cls(name, name != "masked_first_token", _NAMED[name])
+            return cls(name, name.endswith("_gates"), _NAMED[name])
         if found := re.fullmatch(r"masked_first_token@(\d{1,9})", name):
             after = int(found[1])
             return cls(name, False, lambda model: masked_first_token(model, after))
+        if found := re.fullmatch(r"window=(\d{1,9})(?:\+(\d{1,9}))?", name):
+            window, first = int(found[1]), int(found[2] or 0)
+            if window < 1:
+                raise InspectionError(f"intervention {name!r}: a window has at least 1 token")
+            return cls(name, False, lambda model: windowed_attention(model, window, first))
         found = re.fullmatch(r"gates=(-?[0-9.]+)(?:@(\d{1,9})(?:\.(\d{1,9}))?)?", name)
         try:
             value, layer, head = (found[1], found[2], found[3]) if found else ("", None, None)
             number = float(value)
         except ValueError:
-            known = ", ".join((*_NAMED, "masked_first_token@DISTANCE", "gates=VALUE[@LAYER[.HEAD]]"))
+            known = ", ".join(
+                (*_NAMED, "masked_first_token@DISTANCE", "window=TOKENS[+FIRST]", "gates=VALUE[@LAYER[.HEAD]]")
+            )
             raise InspectionError(f"intervention {name!r} is not among {known}") from None
         where: dict[str, Any] = {key: int(digits) for key, digits in (("layer", layer), ("head", head)) if digits}
         return cls(name, True, lambda model: forced_gates(model, number, **where))
@@ -223,6 +181,8 @@ class Intervention:
 
 _NAMED: dict[str, Callable[[PreTrainedModel], AbstractContextManager[None]]] = {
     "masked_first_token": masked_first_token,
+    "int8_weights": int8_weights,
+    "int8_activations": int8_activations,
     "closed_gates": closed_gates,
     "open_gates": open_gates,
     "shuffled_gates": shuffled_gates,

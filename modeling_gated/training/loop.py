@@ -6,6 +6,7 @@ shards or replicates. Started again with the same output, training goes on from 
 (OUTPUT/state), with the batch that would have come next.
 """
 
+import json
 import math
 import re
 import shutil
@@ -53,6 +54,7 @@ class Run:
     gradient_accumulation_steps: int
     save_every: int
     seed: int
+    progress: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def train(
         total=plan.steps,
         initial=start,
         unit="step",
-        disable=not accelerator.is_main_process,
+        disable=not (run.progress and accelerator.is_main_process),
     ) as progress:
         for step in range(start, plan.steps):
             began = time.perf_counter()
@@ -221,3 +223,24 @@ def load_state(run: Run, stage: Stage) -> int:
     if step > 0:
         run.accelerator.load_state(str(run.output / "state" / f"{stage.name}-{step}"))
     return step
+
+
+def check_output(settings: dict[str, Any], output: Path) -> None:
+    """
+    Make the output's folder, or see that it was made with the same settings.
+
+    Raises:
+        ValueError: if it was not.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path, now = output / "settings.json", json.loads(json.dumps(settings))
+    if not path.is_file():
+        if {found.name for found in output.iterdir()} - {"settings.partial"}:
+            raise ValueError(f"{output}: is neither empty nor an output of such a run")
+        partial = output / "settings.partial"
+        partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        partial.rename(path)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(f"{output}: was made with {name}={before.get(name)!r}, not {value!r}")

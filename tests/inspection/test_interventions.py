@@ -1,5 +1,6 @@
 """Interventions change what they say and nothing else, and go away again."""
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -16,9 +17,12 @@ from modeling_gated.inspection import (
     closed_gates,
     forced_gates,
     inspecting,
+    int8_activations,
+    int8_weights,
     masked_first_token,
     open_gates,
     shuffled_gates,
+    windowed_attention,
 )
 from modeling_gated.inspection.interventions import Intervention
 from modeling_gated.training.distillation import ungated
@@ -109,6 +113,26 @@ def test_shuffling_gates_that_do_not_depend_on_the_token_changes_nothing() -> No
     ("kind", "implementation", "after"), [*product(INPUTS, ["eager", "sdpa"], [0, 6]), ("plain", "flex_attention", 6)]
 )
 def test_a_masked_first_token_is_as_with_the_mask_written_out(kind: str, implementation: str, after: int) -> None:
+    def sees(query: int, key: int) -> bool:
+        return key > 0 or query <= after
+
+    check_mask(kind, implementation, sees, lambda model: masked_first_token(model, after))
+
+
+@pytest.mark.parametrize(
+    ("kind", "implementation", "first"), [*product(INPUTS, ["eager", "sdpa"], [0, 2]), ("plain", "flex_attention", 2)]
+)
+def test_a_window_is_as_with_the_mask_written_out(kind: str, implementation: str, first: int) -> None:
+    """The last five tokens, itself the last of them, and the first ones of the sequence."""
+
+    def sees(query: int, key: int) -> bool:
+        return query - key < 5 or key < first
+
+    check_mask(kind, implementation, sees, lambda model: windowed_attention(model, 5, first))
+
+
+def check_mask(kind: str, implementation: str, sees: Callable[[int, int], bool], apply: Callable) -> None:
+    """That an intervention is a mask by which a query sees the keys of its sequence that `sees` says."""
     model = gated_model()
     inputs = inputs_of(kind)
     mask = torch.zeros(2, 1, TOKENS, TOKENS, dtype=torch.bool)
@@ -116,9 +140,8 @@ def test_a_masked_first_token_is_as_with_the_mask_written_out(kind: str, impleme
     for row, parts in enumerate(INPUTS[kind]):
         for part in parts:
             for query in part:
-                mask[row, 0, query, part.start : query + 1] = True
-                if query - part.start > after:
-                    mask[row, 0, query, part.start] = False
+                for key in range(part.start, query + 1):
+                    mask[row, 0, query, key] = sees(query - part.start, key - part.start)
                 real[row, query] = True
     positions = inputs.get("position_ids")
     with torch.no_grad():
@@ -127,11 +150,52 @@ def test_a_masked_first_token_is_as_with_the_mask_written_out(kind: str, impleme
         # Uncompiled: on a processor with AVX2 alone, torch 2.13's compiled kernel was wrong for heads this small.
         with torch.compiler.set_stance("force_eager"):
             plain = model(**inputs).logits
-            with masked_first_token(model, after):
+            with apply(model):
                 found = model(**inputs).logits
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found[real], plain[real], atol=1e-2)
     assert model.config._attn_implementation == implementation
+
+
+def test_int8_weights_are_those_rounded_by_hand() -> None:
+    """One scale for each projection of the layers, and no other parameter; afterwards all are what they were."""
+    model, by_hand = gated_model(), gated_model()
+    with torch.no_grad():
+        for module in by_hand.base_model.layers.modules():
+            if isinstance(module, torch.nn.Linear):
+                scale = module.weight.abs().max() / 127
+                module.weight.copy_((module.weight / scale).round() * scale)
+    before = logits(model)
+    with int8_weights(model):
+        found = logits(model)
+    torch.testing.assert_close(found, logits(by_hand), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(found, before)
+    assert torch.equal(logits(model), before)
+
+
+def test_int8_activations_are_those_rounded_by_hand() -> None:
+    """What projections are given and layers give, each with one scale: at most half a step from what it was."""
+    model = gated_model()
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(name: str):
+        return lambda module, arguments, *output: seen.__setitem__(name, output[0] if output else arguments[0])
+
+    layer = model.base_model.layers[0]
+    layer.mlp.down_proj.register_forward_pre_hook(keep("before"))
+    layer.register_forward_hook(keep("layer before"))
+    before = logits(model)
+    with int8_activations(model):
+        layer.mlp.down_proj.register_forward_pre_hook(keep("after"))
+        layer.register_forward_hook(keep("layer after"))
+        found = logits(model)
+    for name in ("", "layer "):
+        given, rounded = seen[f"{name}before"], seen[f"{name}after"]
+        scale = given.abs().max() / 127
+        torch.testing.assert_close(rounded, (given / scale).round() * scale, rtol=1e-4, atol=1e-6)
+        assert len(rounded.unique()) <= 255
+    assert not torch.equal(found, before)
+    assert torch.equal(logits(model), before)
 
 
 def test_meters_see_through_a_masked_first_token() -> None:
@@ -177,6 +241,10 @@ def test_what_cannot_be_done_is_refused() -> None:
     [
         ("masked_first_token", masked_first_token),
         ("masked_first_token@5", lambda model: masked_first_token(model, 5)),
+        ("window=5", lambda model: windowed_attention(model, 5)),
+        ("window=5+2", lambda model: windowed_attention(model, 5, 2)),
+        ("int8_weights", int8_weights),
+        ("int8_activations", int8_activations),
         ("closed_gates", closed_gates),
         ("open_gates", lambda model: forced_gates(model, 1.0)),
         ("shuffled_gates", shuffled_gates),
@@ -195,8 +263,9 @@ def test_names_of_interventions(name: str, same) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "gates", "gates=", "gates=1.2.3", "gates=1@a", "gates=1@2.", "masked_first_token@"]
+    "name",
+    ["", "gates", "gates=", "gates=1.2.3", "gates=1@a", "gates=1@2.", "masked_first_token@", "window=", "window=4+"],
 )
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(InspectionError, match="is not among masked_first_token, closed_gates"):
+    with pytest.raises(InspectionError, match="is not among masked_first_token, int8_weights"):
         Intervention.parse(name)

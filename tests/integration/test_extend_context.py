@@ -261,7 +261,7 @@ def test_other_problems_get_one_line(config: Path, finished: Path, tmp_path: Pat
     other = tmp_path / "other.toml"
     for new, output, message in (
         ("steps = 7", finished, f"{finished}: was made with steps=6, not 7"),
-        ("steps = 6", config.parent, f"{config.parent}: is neither empty nor an output of this script"),
+        ("steps = 6", config.parent, f"{config.parent}: is neither empty nor an output of such a run"),
         ("steps = 6\nseed = 1", finished, f"{finished}: was made with seed=0, not 1"),
     ):
         other.write_text(config.read_text(encoding="utf-8").replace("steps = 6", new, 1), encoding="utf-8")

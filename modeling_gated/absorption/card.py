@@ -1,0 +1,122 @@
+"""The model card of a checkpoint whose sinks were absorbed, with what was measured of it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modeling_gated.conversion.card import card_metadata, cell
+from modeling_gated.conversion.sources import Source
+
+from .proof import Comparison, Measured
+
+
+if TYPE_CHECKING:
+    from .absorb import Absorption
+
+
+_PROMISE = (
+    "what they did is done by attention output gates ([arXiv 2505.06708](https://arxiv.org/abs/2505.06708)), fitted to "
+    "it and distilled from the base model. It loads, serves and fine-tunes like any other gated model; its predictions "
+    "are near the base model's, not the same."
+)
+
+
+def absorption_card(done: "Absorption", source: Source, directory: Path, command: str) -> str:
+    """The text of README.md, with the metadata that the hub reads, some of it from the card in `directory`."""
+    layers, gated = done.layers, sum(any(layer.gated) for layer in done.layers)
+    settings, losses = done.settings, done.losses
+    tokens = len(losses) * settings.batch_size * settings.window_tokens
+    rows = {
+        "base model": source.name,
+        "revision": source.revision or "not known (a local path)",
+        "command": f"`{command}`",
+        "gated": f"{gated} of {len(layers)} layers; in the others gates are 1",
+        "neurons that wrote massive activations, removed": ", ".join(
+            f"{writer.neuron} of layer {writer.layer}" for writer in done.writers
+        )
+        or "none",
+        "distilled on": f"{tokens:,} tokens",
+        "seed": settings.seed,
+    }
+    return f"""---
+{card_metadata(source.name, directory)}
+---
+
+# {cell(done.output.name)}
+
+{cell(source.name)} without its attention sinks: {_PROMISE}
+
+{table(("", ""), [(name, str(value)) for name, value in rows.items()])}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "..."  # this directory, or its name on the hub
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)  # or import modeling_gated before
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+```
+
+## What was measured
+
+On held-out text, before and after. All of it is in `absorption.json`.
+
+{quality_table(done.comparisons)}
+
+{sink_table(done.comparisons)}
+"""
+
+
+def quality_table(comparisons: Sequence[Comparison]) -> str:
+    """Perplexities and KL divergences, in Markdown."""
+    head = ("text", "tokens", "begins", "perplexity", "after", "ratio", "KL", "KL, 99 %")
+    return table(
+        head,
+        [
+            (
+                one.kind,
+                f"{one.windows} x {one.window_tokens:,}",
+                one.start,
+                f"{one.original.perplexity:.2f}",
+                f"{one.edited.perplexity:.2f}",
+                f"{one.perplexity_ratio:.4f}",
+                f"{one.kl:.4f}",
+                f"{one.kl_quantiles['0.99']:.3f}",
+            )
+            for one in comparisons
+        ],
+    )
+
+
+# What a row of the second table says, and how it is written.
+_SINKS: dict[str, Callable[[Measured], str]] = {
+    "first-token attention": lambda one: f"{one.first_token_attention:.4f}",
+    "sink rate of the first token": lambda one: f"{one.sink_rate:.4f}",
+    "sink rate of any other token": lambda one: "-" if one.sink_rate_other is None else f"{one.sink_rate_other:.4f}",
+    "largest \\|hidden state\\|": lambda one: f"{one.hidden_state_maximum:,.0f}",
+    "M-Act, mean over layers": lambda one: f"{one.massive_activation:,.0f}",
+    "int8 error, one scale a window": lambda one: f"{one.int8_error_per_tensor:.3f}",
+}
+
+
+def sink_table(comparisons: Sequence[Comparison]) -> str:
+    """Sinks, activations and what interventions cost, before → after, a column for each kind of text, in Markdown."""
+    chosen = [one for one in comparisons if one.edited.interventions]
+    rows = [(label, *_changes(chosen, write)) for label, write in _SINKS.items()]
+    names = dict.fromkeys(name for one in chosen for name in one.edited.interventions)
+    rows += [(f"loss, {name}", *_changes(chosen, partial(_change, name=name))) for name in names]
+    return table(("before → after", *(one.kind for one in chosen)), rows)
+
+
+def _changes(chosen: Iterable[Comparison], write: Callable[[Measured], str]) -> list[str]:
+    return [f"{write(one.original)} → {write(one.edited)}" for one in chosen]
+
+
+def _change(measured: Measured, name: str) -> str:
+    return f"{measured.interventions[name]:+.4f}" if name in measured.interventions else "-"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

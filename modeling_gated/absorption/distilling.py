@@ -1,0 +1,82 @@
+"""The training of an edited model on the original's predictions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_gated.gate_names import is_gate
+from modeling_gated.training import gate_param_groups
+from modeling_gated.training.loop import Evaluation, Run, Stage, train
+
+from .distillation import SinkDistillation
+from .settings import AbsorptionSettings
+from .sinks import SinkDirection
+from .texts import Text, TrainingWindows, held_out_windows
+
+
+STAGE = "distillation"
+# Of each kind, for the loss that decides when it is enough.
+_EVALUATED = 2
+
+
+def distil(
+    original: PreTrainedModel,
+    edited: PreTrainedModel,
+    directions: Sequence[SinkDirection | None],
+    texts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    settings: AbsorptionSettings,
+    *,
+    progress: bool = False,
+) -> None:
+    """
+    Train an edited model's attention blocks and norms until it predicts what the original does, or the tokens are used
+    up. Where there is a state in the folder, training goes on from it.
+
+    Args:
+        original: what it learns from.
+        edited: the model, of which all is frozen. It is changed, and frozen again.
+        directions: of the original's sinks, as `absorb_sinks` found them.
+        texts: what is trained on, as much of each, and held out.
+        tokenizer: both models'.
+        folder: for the state of the training and its losses.
+        settings: of which those that concern the distillation count.
+        progress: show a progress bar.
+    """
+    for name, parameter in edited.named_parameters():
+        parts = name.split(".")
+        in_attention = "self_attn" in parts and (settings.trains_gates or not is_gate(name))
+        parameter.requires_grad_(in_attention or parts[-2].endswith("norm"))
+    module = SinkDistillation(edited, original, directions, sink_weight=settings.sink_weight)
+    gate_rate = settings.gate_learning_rate if settings.trains_gates else None
+    groups = gate_param_groups(edited, settings.learning_rate, gate_rate)
+    held_out = [window[None] for text in texts for window in held_out_windows(text, settings.window_tokens, _EVALUATED)]
+    accelerator = Accelerator(mixed_precision="no", cpu=edited.device.type == "cpu")
+
+    @torch.no_grad()
+    def loss(trained: nn.Module) -> float:
+        trained.eval()
+        return sum(trained(window.to(accelerator.device)).item() for window in held_out) / len(held_out)
+
+    stage = Stage(STAGE, settings, Evaluation(loss, settings.evaluate_every, settings.patience))
+    run = Run(
+        output=folder,
+        accelerator=accelerator,
+        text=TrainingWindows(texts, tokenizer),
+        tokenizer=folder,
+        warmup_steps=settings.warmup_steps,
+        gradient_accumulation_steps=1,
+        save_every=settings.save_every,
+        seed=settings.seed,
+        progress=progress,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        train(run, module, groups, stage, float32_states=edited.dtype != torch.float32)
+    accelerator.free_memory()
+    edited.eval().requires_grad_(False)

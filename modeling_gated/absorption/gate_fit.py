@@ -1,0 +1,64 @@
+"""Gates in closed form: the sigmoids of linear functions that come nearest to given numbers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+
+# The last part of the tokens, on which a fit is scored.
+_HELD_OUT = 8
+
+
+@dataclass(frozen=True)
+class GateFit:
+    """
+    `weight` [gates, hidden_size] and `bias` [gates] of gate_scale * sigmoid(x W + b), float32. `score` [gates] is R² on
+    tokens that the fit has not seen: 1 is exact, 0 no better than a constant.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    score: torch.Tensor
+
+
+def fit_gates(
+    inputs: torch.Tensor, targets: torch.Tensor, *, scale: float, ridge: float = 1e-4, steps: int = 40
+) -> GateFit:
+    """
+    Fit gates by logistic regression, which is convex: L-BFGS on the cross entropy of `targets / scale`, plus `ridge`
+    times the squared weights of standardised inputs.
+
+    Args:
+        inputs: of the attention block, [tokens, hidden_size].
+        targets: what the gates should be, [tokens, gates], between 0 and `scale`.
+        scale: the model's `gate_scale`.
+        ridge: of the weights.
+        steps: of L-BFGS, at most.
+    """
+    kept = len(inputs) - len(inputs) // _HELD_OUT
+    inputs, targets = inputs.float(), targets.float()
+    mean, deviation = inputs[:kept].mean(0), inputs[:kept].std(0) + 1e-6
+    standard = (inputs[:kept] - mean) / deviation
+    shares = (targets[:kept] / scale).clamp(1e-4, 1 - 1e-4)
+    weight = torch.zeros(targets.shape[1], inputs.shape[1], device=inputs.device, requires_grad=True)
+    bias = torch.logit(shares.mean(0)).requires_grad_(True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        logits = functional.linear(standard, weight, bias)
+        fitted = functional.binary_cross_entropy_with_logits(logits, shares, reduction="none").mean(0).sum()
+        total = fitted + ridge * weight.square().sum()
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    with torch.no_grad():
+        weight = weight / deviation
+        bias = bias - weight @ mean
+        found = scale * torch.sigmoid(functional.linear(inputs[kept:], weight, bias))
+        lost = (found - targets[kept:]).square().sum(0)
+        spread = (targets[kept:] - targets[kept:].mean(0)).square().sum(0)
+    return GateFit(weight, bias.detach(), 1 - lost / spread.clamp_min(1e-9))

@@ -1,0 +1,87 @@
+"""The hidden states of windows of text between two of a model's layers, so that a layer can be edited on its input."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from .attention import AttentionInputs, captured_attention
+
+
+class LayerStates:
+    """
+    What some windows of tokens are before a layer of a gated model: first layer 0, after each `advance` the next.
+
+    The states are kept in the CPU's memory, in float32: batches * tokens * hidden_size * 4 bytes.
+
+    Args:
+        model: a causal language model of this package, in evaluation mode.
+        batches: token ids [batch, tokens], each without padding.
+    """
+
+    def __init__(self, model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> None:
+        self._decoder: Any = model.base_model
+        self._device = self._decoder.embed_tokens.weight.device
+        self._dtype = self._decoder.embed_tokens.weight.dtype
+        with torch.no_grad():
+            embedded = [self._decoder.embed_tokens(batch.to(self._device)) for batch in batches]
+        self.states = [states.float().cpu() for states in embedded]
+        self.number = 0
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @property
+    def layer(self) -> Any:
+        return self._decoder.layers[self.number]
+
+    def input(self, batch: int) -> torch.Tensor:
+        """The attention block's input of a batch, after the norm, [batch, tokens, hidden_size], on the device."""
+        with torch.no_grad():
+            return self.layer.input_layernorm(self._on_device(self.states[batch]))
+
+    def inputs(self) -> Iterator[torch.Tensor]:
+        for batch in range(len(self.states)):
+            yield self.input(batch)
+
+    def attend(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, AttentionInputs]:
+        """The attention block's output of an input, and what its attention function was given; with gradients."""
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        with captured_attention(self._decoder) as captured:
+            output, _ = self.layer.self_attn(
+                hidden_states,
+                position_embeddings=self._decoder.rotary_emb(hidden_states, positions),
+                attention_mask=self._mask(hidden_states, positions),
+            )
+        return output, captured[self.number]
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Let the windows through the layer as it is now."""
+        for batch, states in enumerate(self.states):
+            states = self._on_device(states)
+            positions = torch.arange(states.shape[1], device=states.device)[None]
+            output = self.layer(
+                states,
+                attention_mask=self._mask(states, positions),
+                position_ids=positions,
+                position_embeddings=self._decoder.rotary_emb(states, positions),
+            )
+            self.states[batch] = output.float().cpu()
+        self.number += 1
+
+    def _on_device(self, states: torch.Tensor) -> torch.Tensor:
+        return states.to(self._device, self._dtype)
+
+    def _mask(self, states: torch.Tensor, positions: torch.Tensor) -> Any:
+        slides = self.layer.self_attn.sliding_window is not None
+        make_mask = create_sliding_window_causal_mask if slides else create_causal_mask
+        return make_mask(
+            config=self._decoder.config,
+            inputs_embeds=states,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=positions,
+        )

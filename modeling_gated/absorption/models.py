@@ -1,0 +1,71 @@
+"""The original and the model to edit, both as models of this package."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_gated import GatedLlamaForCausalLM
+from modeling_gated.conversion import convert_checkpoint
+from modeling_gated.conversion.architecture import naming, read_gated_config
+from modeling_gated.conversion.checkpoint import open_checkpoint
+from modeling_gated.conversion.gates import changed_gate_layers, ranges
+from modeling_gated.conversion.sources import find_source
+from modeling_gated.training import ungated
+
+from .errors import AbsorptionError
+
+
+def gated_original(checkpoint: str, folder: Path, revision: str | None, progress: bool) -> Path:
+    """
+    The directory of a checkpoint with gates that are exactly 1: its own, or one that is converted into `folder`.
+
+    Raises:
+        ConversionError: if it cannot be converted.
+        AbsorptionError: if its gates are not 1 any more, or its weights are quantized.
+    """
+    source = find_source(checkpoint, revision)
+    if source.path.is_dir():
+        found = open_checkpoint(source.path)
+        if found.raw_config.get("quantization_config"):
+            raise AbsorptionError(f"{source.path}: is quantized, so its weights cannot be edited")
+        if found.raw_config.get("model_type") == GatedLlamaForCausalLM.config_class.model_type:
+            if changed := changed_gate_layers(found, read_gated_config(found)):
+                raise AbsorptionError(
+                    f"{source.path}: its gates are not 1 any more in layers {ranges(changed)}, but trained or imported"
+                )
+            return source.path
+    if not folder.is_dir():
+        convert_checkpoint(checkpoint, folder, revision=revision, progress=progress)
+    return folder
+
+
+def load_original(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model without its gates, frozen, in evaluation mode."""
+    return ungated(_load(path, dtype, device), share_weights=False)
+
+
+def load_editable(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The same model with gates, and with biases of all attention projections, which are 0 where it had none."""
+    model = _load(path, dtype, device)
+    model.config.attention_bias = model.config.attention_output_bias = True
+    for layer in model.base_model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            projection = getattr(layer.self_attn, name)
+            if projection.bias is None:
+                zeros = projection.weight.new_zeros(projection.out_features)
+                projection.bias = nn.Parameter(zeros, requires_grad=False)
+    return model
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    with naming(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    with naming(path):
+        model = GatedLlamaForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    return model.eval().requires_grad_(False).to(device)

@@ -1,0 +1,259 @@
+"""What a model has kept, and what it has lost, by being edited: both models, measured side by side on held-out text."""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_gated.evaluation.text import beginning
+from modeling_gated.inspection import FirstTokenAttention, MassiveActivations, QuantizationError, SinkRate, inspecting
+from modeling_gated.inspection.inspecting import input_device
+from modeling_gated.inspection.interventions import Intervention
+from modeling_gated.inspection.report import mean_of, numbers
+
+from .texts import Text, held_out_windows, special_start
+
+
+# What predictions lose by them without sinks and massive activations, and with them.
+INTERVENTIONS = ("masked_first_token@64", "window=128", "window=128+4", "int8_weights", "int8_activations")
+# What they lose if it is really the gates that do the sinks' work.
+GATE_INTERVENTIONS = ("shuffled_gates", "open_gates")
+QUANTILES = (0.5, 0.9, 0.99)
+PLAIN, SPECIAL = "plain", "special token"
+# Tokens whose logits there are at a time.
+_LOGITS = 512
+
+
+@dataclass(frozen=True)
+class Windows:
+    """
+    Held-out windows of one kind of text, token ids [tokens] each. `start` says how they begin: `PLAIN`, as the text
+    goes on, or after a `SPECIAL` token.
+    """
+
+    kind: str
+    start: str
+    windows: list[torch.Tensor]
+
+    @property
+    def length(self) -> int:
+        return len(self.windows[0])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """
+    One model on one kind of windows: `loss` in nats per token; means over layers and heads of `first_token_attention`,
+    `sink_rate` (of the first token) and `sink_rate_other` (of any other; None in windows too short to tell); the
+    largest |hidden state| and its mean over layers (M-Act); relative errors of hidden states that are rounded to int8;
+    and by how much interventions change the loss.
+    """
+
+    loss: float
+    first_token_attention: float
+    sink_rate: float
+    sink_rate_other: float | None
+    hidden_state_maximum: float
+    massive_activation: float
+    int8_error_per_tensor: float
+    int8_error_per_token: float
+    interventions: dict[str, float]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Two models on one kind of windows. KL(original || edited) in nats per token: its mean, `kl_quantiles` over tokens by
+    their names, and `kl_by_position`, the mean over each eighth of a window. `loss_by_position` has the difference of
+    losses, edited less original, alike.
+    """
+
+    kind: str
+    start: str
+    windows: int
+    window_tokens: int
+    original: Measured
+    edited: Measured
+    kl: float
+    kl_quantiles: dict[str, float]
+    kl_by_position: list[float]
+    loss_by_position: list[float]
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """The edited model's perplexity over the original's."""
+        return math.exp(self.edited.loss - self.original.loss)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"perplexity_ratio": self.perplexity_ratio}
+
+
+def compare(
+    original: PreTrainedModel,
+    edited: PreTrainedModel,
+    windows: Windows,
+    *,
+    interventions: Sequence[str] = (),
+    progress: bool = False,
+) -> Comparison:
+    """
+    Measure two models on the same windows.
+
+    Args:
+        original: in evaluation mode, as is the other.
+        edited: a model of the same vocabulary.
+        windows: what to measure them on.
+        interventions: names as `gated-llama inspect` takes them; those of gates are made in the edited model alone.
+        progress: show a progress bar, on a terminal.
+    """
+    bar = tqdm(
+        total=len(windows.windows) * (2 + 2 * len(interventions)),
+        desc=f"measuring {windows.kind}, {windows.length} tokens, {windows.start}",
+        unit="pass",
+        leave=False,
+        disable=None if progress else True,
+    )
+    with bar:
+        both, meters = (original, edited), (_Meters(), _Meters())
+        hidden = [_hidden_states(model, windows, bar, own) for model, own in zip(both, meters, strict=True)]
+        divergences, losses = _token_losses(original, edited, windows, *hidden)
+        del hidden
+        found = []
+        for model, own, loss in zip(both, meters, losses, strict=True):
+            plain = loss.mean().item()
+            changes = {}
+            for name in interventions:
+                intervention = Intervention.parse(name)
+                if intervention.needs_gates and model is original:
+                    continue
+                with intervention.apply(model):
+                    changed = _loss(model, windows, bar)
+                changes[name] = changed - plain
+            found.append(own.result(plain, changes))
+    quantiles = torch.quantile(divergences.flatten(), torch.tensor(QUANTILES, dtype=divergences.dtype))
+    return Comparison(
+        kind=windows.kind,
+        start=windows.start,
+        windows=len(windows.windows),
+        window_tokens=windows.length,
+        original=found[0],
+        edited=found[1],
+        kl=divergences.mean().item(),
+        kl_quantiles={f"{quantile:g}": value for quantile, value in zip(QUANTILES, quantiles.tolist(), strict=True)},
+        kl_by_position=_by_position(divergences),
+        loss_by_position=_by_position(losses[1] - losses[0]),
+    )
+
+
+def prove(
+    original: PreTrainedModel,
+    edited: PreTrainedModel,
+    texts: Sequence[Text],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: bool = False,
+) -> list[Comparison]:
+    """
+    Compare two models on the held-out part of every text, with and without a special token first, at 512 and 2,048
+    tokens and at the longest that the original is made for, as far as a text has so many.
+
+    Args:
+        original: in evaluation mode, as is the other.
+        edited: a model of the same vocabulary.
+        texts: what they are held out of.
+        tokenizer: both models'.
+        progress: show progress bars, on a terminal.
+    """
+    limit = original.config.max_position_embeddings
+    starts = {PLAIN: []} | ({SPECIAL: start} if (start := special_start(tokenizer)) else {})
+    usual = SPECIAL if beginning(tokenizer) else PLAIN
+    found = []
+    short = min(512, limit)
+    for length, count in ({limit: 1, min(2048, limit): 3} | {short: 6}).items():
+        for text in texts:
+            for name, start in starts.items() if length == short else [(usual, starts[usual])]:
+                windows = Windows(text.kind, name, held_out_windows(text, length, count, start))
+                changes = INTERVENTIONS + GATE_INTERVENTIONS if (length, name) == (short, usual) else ()
+                if windows.windows:
+                    found.append(compare(original, edited, windows, interventions=changes, progress=progress))
+    return found
+
+
+class _Meters:
+    def __init__(self) -> None:
+        self.first_token, self.sinks = FirstTokenAttention(), SinkRate()
+        self.maxima, self.int8 = MassiveActivations(top=1), QuantizationError()
+
+    def result(self, loss: float, interventions: dict[str, float]) -> Measured:
+        sinks, maxima, int8 = self.sinks.result(), self.maxima.result(), self.int8.result()
+        return Measured(
+            loss=loss,
+            first_token_attention=self.first_token.result().nanmean().item(),
+            sink_rate=sinks.first.nanmean().item(),
+            sink_rate_other=mean_of(numbers(sinks.other)),
+            hidden_state_maximum=max(layer.maximum for layer in maxima.layers),
+            massive_activation=maxima.mean_maximum,
+            int8_error_per_tensor=int8.per_tensor.nanmean().item(),
+            int8_error_per_token=int8.per_token.nanmean().item(),
+            interventions=interventions,
+        )
+
+
+@torch.no_grad()
+def _hidden_states(model: PreTrainedModel, windows: Windows, bar: tqdm, meters: _Meters | None) -> list[torch.Tensor]:
+    """The last hidden states of each window, [tokens, hidden_size]."""
+    own = [] if meters is None else [meters.first_token, meters.sinks, meters.maxima, meters.int8]
+    found = []
+    with inspecting(model, *own) if own else nullcontext():
+        for window in windows.windows:
+            input_ids = window[None].to(input_device(model))
+            found.append(model.base_model(input_ids, use_cache=False).last_hidden_state[0])
+            bar.update()
+    return found
+
+
+@torch.no_grad()
+def _token_losses(
+    original: Any, edited: Any, windows: Windows, hidden: list[torch.Tensor], edited_hidden: list[torch.Tensor]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """KL divergences and both models' losses of each predicted token, float64 [windows, tokens - 1]."""
+    rows: list[list[torch.Tensor]] = [[], [], []]
+    for window, *states in zip(windows.windows, hidden, edited_hidden, strict=True):
+        for labels, ours, theirs in zip(
+            window[1:].split(_LOGITS), states[0][:-1].split(_LOGITS), states[1][:-1].split(_LOGITS), strict=True
+        ):
+            expected, found = (
+                functional.log_softmax(model.get_output_embeddings()(part).float(), dim=-1).cpu()
+                for model, part in ((original, ours), (edited, theirs))
+            )
+            rows[0].append(functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1))
+            for kept, predicted in zip(rows[1:], (expected, found), strict=True):
+                kept.append(-predicted.gather(-1, labels[:, None]).squeeze(-1))
+    divergences, *losses = (torch.cat(parts).double().view(len(windows.windows), -1) for parts in rows)
+    return divergences, (losses[0], losses[1])
+
+
+@torch.no_grad()
+def _loss(model: Any, windows: Windows, bar: tqdm) -> float:
+    """Mean loss in nats per token."""
+    total = predicted = 0.0
+    for window, states in zip(windows.windows, _hidden_states(model, windows, bar, None), strict=True):
+        for labels, part in zip(window[1:].split(_LOGITS), states[:-1].split(_LOGITS), strict=True):
+            logits = model.get_output_embeddings()(part).float()
+            total += functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").item()
+            predicted += len(labels)
+    return total / predicted
+
+
+def _by_position(values: torch.Tensor) -> list[float]:
+    return [part.mean().item() for part in values.tensor_split(8, dim=1)]

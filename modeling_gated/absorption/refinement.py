@@ -1,0 +1,77 @@
+"""Training of one attention block at a time on what the original's gives, before the next layer is edited."""
+
+import math
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from modeling_gated.gate_names import is_gate
+
+from .layer_states import LayerStates
+from .sinks import LayerSinks
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """
+    AdamW on an attention block's output, ||found - expected||² / mean ||expected||², plus `sink_weight` times what
+    queries give to sinks.
+
+    `epochs` over the windows, `learning_rate` of projections and, times `gate_factor`, of gates; both fall by a cosine.
+    `rows` queries of a batch, drawn at random, say what sinks get. `seed` determines their order and the windows'.
+    """
+
+    epochs: int = 4
+    learning_rate: float = 3e-4
+    gate_factor: float = 3.0
+    sink_weight: float = 1.0
+    rows: int = 64
+    seed: int = 0
+
+    def __call__(self, edited: LayerStates, sinks: LayerSinks) -> None:
+        """Train the attention block of a layer, whose parameters are frozen before and after."""
+        attention = edited.layer.self_attn
+        gates = [parameter for name, parameter in attention.named_parameters() if is_gate(name)]
+        others = [parameter for name, parameter in attention.named_parameters() if not is_gate(name)]
+        groups = [{"params": gates, "factor": self.gate_factor}, {"params": others, "factor": 1.0}]
+        optimizer = torch.optim.AdamW(groups, self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        generator = random.Random(self.seed * 1000 + edited.number)
+        scale = sum(output.square().sum().item() for output in sinks.outputs)
+        scale /= sum(output.shape[:2].numel() for output in sinks.outputs)
+        steps = self.epochs * len(edited)
+        order: list[int] = []
+        _train(gates + others, True)
+        for step in range(steps):
+            order = order or generator.sample(range(len(edited)), len(edited))
+            batch = order.pop()
+            for group in optimizer.param_groups:
+                group["lr"] = group["factor"] * self.learning_rate * _decay(step, steps)
+            with torch.enable_grad():
+                self._loss(edited, sinks, batch, scale, generator).backward()
+            nn.utils.clip_grad_norm_(gates + others, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        _train(gates + others, False)
+
+    def _loss(
+        self, edited: LayerStates, sinks: LayerSinks, batch: int, scale: float, generator: random.Random
+    ) -> torch.Tensor:
+        hidden_states, expected, tokens = edited.input(batch), sinks.outputs[batch], sinks.tokens[batch]
+        found, inputs = edited.attend(hidden_states)
+        lost = (found.float() - expected.to(found.device)).square().sum(-1).mean() / scale
+        length = tokens.shape[1]
+        rows = torch.tensor(generator.sample(range(length), min(self.rows, length)), device=found.device)
+        return lost + self.sink_weight * inputs.to_sinks(tokens.to(found.device), rows).sum(-1).mean()
+
+
+def _decay(step: int, steps: int) -> float:
+    """Some steps of warmup, then a cosine down to a twentieth."""
+    return min(1.0, (step + 1) / 5) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def _train(parameters: Iterable[nn.Parameter], wanted: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(wanted)

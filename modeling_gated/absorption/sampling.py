@@ -1,0 +1,139 @@
+"""Text that a model writes itself: what it would say of anything, which is what an edited model has to keep."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_gated.inspection.inspecting import input_device
+
+
+# Sequences at a time.
+_BATCH = 32
+# Tokens of a question, of an answer, and of a piece of text that starts from one token.
+_QUESTION, _ANSWER, _TEXT = 64, 320, 384
+_MARK = "\u2402"
+
+
+def sample_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, *, seed: int, progress: bool = False
+) -> list[list[int]]:
+    """
+    Let a model write at temperature 1, from its beginning-of-sequence token or, every other time and without one, from
+    a token drawn at random (as Liu et al., arXiv 2305.17888, do).
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: the model's.
+        tokens: how many are wanted.
+        seed: of what is drawn.
+        progress: show a progress bar, on a terminal.
+
+    Returns:
+        Sequences of token ids, none with special tokens in them, together at least as many as wanted.
+    """
+    special = set(tokenizer.all_special_ids)
+    plain = [token for token in range(min(len(tokenizer), model.config.vocab_size)) if token not in special]
+    generator = torch.Generator().manual_seed(seed)
+    found: list[list[int]] = []
+    with _seeded(model, seed), _bar("sampling text", tokens, progress) as bar:
+        while (done := sum(map(len, found))) < tokens:
+            drawn = torch.randint(len(plain), (_batch(tokens - done, _TEXT),), generator=generator).tolist()
+            starts = [[plain[index]] for index in drawn]
+            if tokenizer.bos_token_id is not None:
+                starts[::2] = [[tokenizer.bos_token_id]] * len(starts[::2])
+            for start, more in zip(starts, _continue(model, starts, _TEXT, special), strict=True):
+                text = [token for token in start if token not in special] + more
+                found.append(text)
+            bar.update(min(tokens, sum(map(len, found))) - done)
+    return [text for text in found if text]
+
+
+def sample_chats(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, *, seed: int, progress: bool = False
+) -> list[list[int]]:
+    """
+    Let a model write the user's question into its chat template (as Xu et al., arXiv 2406.08464, do), and answer it.
+
+    Args: as of `sample_text`.
+
+    Returns:
+        Conversations as token ids, in the template, together at least as many as wanted; empty if the tokenizer has no
+        chat template, or one in which no place for a question is found.
+    """
+    around = _template(tokenizer)
+    if around is None:
+        return []
+    before, between, after = around
+    special = set(tokenizer.all_special_ids)
+    found: list[list[int]] = []
+    with _seeded(model, seed), _bar("sampling chats", tokens, progress) as bar:
+        while (done := sum(map(len, found))) < tokens:
+            questions = _continue(model, [before] * _batch(tokens - done, _ANSWER), _QUESTION, special)
+            starts = [before + question + between for question in questions if question]
+            answers = _continue(model, starts, _ANSWER, special)
+            found += [start + answer + after for start, answer in zip(starts, answers, strict=True)]
+            bar.update(min(tokens, sum(map(len, found))) - done)
+    return found
+
+
+def _batch(tokens: int, of_a_sequence: int) -> int:
+    """How many sequences to sample at a time, even if few tokens are wanted."""
+    return min(_BATCH, max(2, math.ceil(tokens / of_a_sequence)))
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]] | None:
+    """Token ids before a question, between it and its answer, and after that."""
+    if not tokenizer.chat_template:
+        return None
+    chat = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+    whole = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    if whole.count(_MARK) != 2:
+        return None
+    before, between, after = whole.split(_MARK)
+    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between, after)]
+    return ids[0], ids[1], ids[2]
+
+
+@torch.no_grad()
+def _continue(model: Any, starts: Sequence[list[int]], tokens: int, stop: set[int]) -> list[list[int]]:
+    """What a model writes after each start, up to a special token."""
+    padded = pad_sequence([torch.tensor(start) for start in starts], batch_first=True, padding_side="left")
+    lengths = torch.tensor([len(start) for start in starts])
+    mask = torch.arange(padded.shape[1]) >= padded.shape[1] - lengths[:, None]
+    device = input_device(model)
+    written = model.generate(
+        padded.to(device),
+        attention_mask=mask.long().to(device),
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=sorted(stop),
+        pad_token_id=min(stop, default=0),
+    )
+    return [_until(row, stop) for row in written[:, padded.shape[1] :].tolist()]
+
+
+def _until(tokens: list[int], stop: set[int]) -> list[int]:
+    end = next((place for place, token in enumerate(tokens) if token in stop), len(tokens))
+    return tokens[:end]
+
+
+@contextmanager
+def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
+    """Draw what torch draws from a seed, and leave its generators as they were."""
+    device = input_device(model)
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield
+
+
+def _bar(title: str, tokens: int, progress: bool) -> Any:
+    return tqdm(desc=title, total=tokens, unit="token", disable=None if progress else True)

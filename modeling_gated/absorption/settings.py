@@ -1,0 +1,65 @@
+"""What absorbing sinks can be told."""
+
+from dataclasses import dataclass
+
+from .errors import AbsorptionError
+
+
+@dataclass(frozen=True)
+class AbsorptionSettings:
+    """
+    What `absorb_checkpoint` does, where its defaults are not wanted.
+
+    `distill_tokens` are distilled on, `sample_tokens` are sampled from the original for it, half of them chats, and
+    `calibration_tokens` are what gates are fitted on, in windows of `window_tokens`. `refinement_epochs` is how often
+    each attention block sees these in its own training. Of the distillation, `batch_size` windows are a step,
+    `learning_rate` is the attention projections' and the norms', `gate_learning_rate` the gates', and `sink_weight`
+    what attention to sinks counts beside the KL divergence. `save_every` and `evaluate_every` are steps; it ends early
+    when `patience` evaluations in a row have found no lower loss on held-out text. `seed` draws windows and samples.
+
+    What is left out for comparison's sake: `removes_writers`, `edits_keys` and `edits_gates` without which massive
+    activations, keys and gates stay what they are at first, and `trains_gates`.
+    """
+
+    distill_tokens: int = 250_000
+    sample_tokens: int = 60_000
+    calibration_tokens: int = 24_576
+    window_tokens: int = 512
+    batch_size: int = 2
+    refinement_epochs: int = 4
+    learning_rate: float = 2e-4
+    gate_learning_rate: float = 1e-3
+    sink_weight: float = 1.0
+    warmup_steps: int = 10
+    save_every: int = 50
+    evaluate_every: int = 50
+    patience: int = 3
+    seed: int = 0
+    removes_writers: bool = True
+    edits_keys: bool = True
+    edits_gates: bool = True
+    trains_gates: bool = True
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            AbsorptionError: for a number that is too small.
+        """
+        least = {"distill_tokens": 0, "sample_tokens": 0, "window_tokens": 64, "batch_size": 1, "refinement_epochs": 0}
+        least |= {"calibration_tokens": self.window_tokens, "save_every": 1, "evaluate_every": 1, "patience": 1}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise AbsorptionError(f"{name} {getattr(self, name)}: at least {number} is needed")
+        for name in ("learning_rate", "gate_learning_rate", "sink_weight"):
+            if not getattr(self, name) >= 0:
+                raise AbsorptionError(f"{name} {getattr(self, name)}: must not be negative")
+
+    @property
+    def steps(self) -> int:
+        """Of the distillation."""
+        return self.distill_tokens // (self.window_tokens * self.batch_size)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window, as a training's plan calls them."""
+        return self.window_tokens

@@ -1,0 +1,126 @@
+"""The kinds of text that sinks are absorbed and the result is proven on, as tokens, some of each kind held out."""
+
+import random
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from modeling_gated.default_text import default_text
+from modeling_gated.evaluation.text import beginning, read_text
+
+from .errors import AbsorptionError
+
+
+# Of each text the last part is held out.
+_HELD_OUT_SHARE = 0.25
+# What is read of the standard library, in characters.
+_CODE_CHARACTERS = 600_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids of one kind of text: what may be trained on, and what may not."""
+
+    kind: str
+    training: list[int]
+    held_out: list[int]
+
+
+def default_texts(tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """What every Python and this package bring along: a novel's beginning, Python's reference, its library's code."""
+    contents = {"prose": prose(), "documentation": default_text(), "code": code()}
+    return [as_text(kind, content, tokenizer) for kind, content in contents.items()]
+
+
+def given_texts(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """
+    Text files, each a kind of its own, by its name.
+
+    Raises:
+        EvaluationError: if one cannot be read.
+        AbsorptionError: if two have one name.
+    """
+    names = [path.stem for path in paths]
+    if doubled := [path for path, name in zip(paths, names, strict=True) if names.count(name) > 1]:
+        raise AbsorptionError(f"{doubled[0]}: another text has the same name")
+    return [as_text(name, read_text(path)[0], tokenizer) for path, name in zip(paths, names, strict=True)]
+
+
+def as_text(kind: str, content: str, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """A text, of which the last part is held out."""
+    cut = int(len(content) * (1 - _HELD_OUT_SHARE))
+    training, held_out = (
+        tokenizer(part, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        for part in (content[:cut], content[cut:])
+    )
+    return Text(kind, training, held_out)
+
+
+def sampled_text(kind: str, sequences: Sequence[list[int]]) -> Text:
+    """Sampled sequences, one after the other, of which the last are held out."""
+    cut = int(len(sequences) * (1 - _HELD_OUT_SHARE))
+    training, held_out = ([token for one in part for token in one] for part in (sequences[:cut], sequences[cut:]))
+    return Text(kind, training, held_out)
+
+
+def prose() -> str:
+    """The first chapters of Jane Austen's Pride and Prejudice (1813), which is in the public domain."""
+    return (files("modeling_gated.absorption") / "prose.txt").read_text(encoding="utf-8")
+
+
+def code() -> str:
+    """Modules of the standard library, in an order drawn once."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(folder.glob("*.py")) + sorted(folder.glob("*/*.py"))
+    left_out = {"site-packages", "test", "pydoc_data", "encodings", "idlelib", "__pycache__"}
+    paths = [path for path in paths if left_out.isdisjoint(path.relative_to(folder).parts)]
+    random.Random(0).shuffle(paths)
+    found, size = [], 0
+    for path in paths:
+        found.append(path.read_text(encoding="utf-8", errors="replace"))
+        size += len(found[-1])
+        if size >= _CODE_CHARACTERS:
+            break
+    return "\n".join(found)
+
+
+def held_out_windows(text: Text, length: int, count: int, start: Sequence[int] = ()) -> list[torch.Tensor]:
+    """Windows [length] spread evenly over the held-out part of a text, as many as there are, each after `start`."""
+    own = length - len(start)
+    count = min(count, len(text.held_out) // own)
+    places = [number * (len(text.held_out) // count) for number in range(count)]
+    return [torch.tensor([*start, *text.held_out[place : place + own]]) for place in places]
+
+
+def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer begins an input with, or else its beginning-of-sequence token, if it has one."""
+    return beginning(tokenizer) or [token for token in [tokenizer.bos_token_id] if token is not None]
+
+
+class TrainingWindows:
+    """
+    Windows of several kinds of text, as many of each, in an endless order that a seed determines.
+
+    Every other window has no special token first: it begins as text goes on. The others begin as the tokenizer begins
+    an input, with its beginning-of-sequence token if it has one at all, since a sink may stand on either.
+    """
+
+    def __init__(self, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.texts = [text.training for text in texts if text.training]
+        self.start = special_start(tokenizer)
+
+    def training_batch(self, length: int, first: int, count: int, seed: int) -> torch.Tensor:
+        """Windows number `first` to `first + count`; token ids [count, length]."""
+        return torch.tensor([self._window(length, number, seed) for number in range(first, first + count)])
+
+    def _window(self, length: int, number: int, seed: int) -> list[int]:
+        generator = random.Random(f"{seed} {number}")
+        text = self.texts[number % len(self.texts)]
+        place = generator.randrange(max(1, len(text) - length))
+        window = [text[index % len(text)] for index in range(place, place + length)]
+        return ((self.start if generator.random() < 0.5 else []) + window)[:length]

@@ -1,0 +1,186 @@
+"""The steps of absorbing a checkpoint's sinks, each kept in a folder, so that what is done is not done again."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from modeling_gated.conversion.architecture import stored_dtype
+from modeling_gated.conversion.checkpoint import open_checkpoint
+from modeling_gated.conversion.manifest import replace_file
+from modeling_gated.training.loop import check_output
+
+from .closed_form import AbsorbedLayer
+from .distilling import distil
+from .editing import Edit, absorb_sinks
+from .errors import AbsorptionError
+from .models import load_editable, load_original
+from .proof import Comparison, prove
+from .sampling import sample_chats, sample_text
+from .settings import AbsorptionSettings
+from .sinks import SinkDirection
+from .texts import Text, TrainingWindows, default_texts, given_texts, sampled_text
+from .writers import Writer
+
+
+_EDIT, _DIRECTIONS = "edit.json", "directions.safetensors"
+
+
+@dataclass(frozen=True)
+class Work:
+    """
+    What is needed for every step: where the original is, with gates that are 1, its tokenizer, the settings, and what
+    to compute in and on.
+    """
+
+    folder: Path
+    original: Path
+    tokenizer: PreTrainedTokenizerBase
+    settings: AbsorptionSettings
+    dtype: torch.dtype
+    device: torch.device
+    progress: bool
+
+    def texts(self, given: Sequence[Path]) -> list[Text]:
+        """The kinds of text: this package's own, those of files, and what the original writes itself."""
+        own = default_texts(self.tokenizer)
+        if given:  # then the package's are what the result is measured on, and no more
+            own = [Text(text.kind, [], text.held_out) for text in own]
+        path = self.folder / "sampled.json"
+        if not path.is_file():
+            with self._timed("sampling"):
+                replace_file(path, json.dumps(self._sampled()).encode())
+        sampled = json.loads(path.read_text(encoding="utf-8"))
+        return own + given_texts(given, self.tokenizer) + [sampled_text(*item) for item in sampled.items() if item[1]]
+
+    def edit(self, texts: Sequence[Text]) -> Edit:
+        """What was done to the model without the predictions' training; the model is in `edited`."""
+        path = self.folder / "edited"
+        if not path.is_dir():
+            with self._timed("edit"), self._making(path) as staging:
+                edited = load_editable(self.original, self.dtype, self.device)
+                windows = self._calibration_windows(texts)
+                edit = absorb_sinks(self._load_original(), edited, windows, self.settings, progress=self.progress)
+                edited.save_pretrained(staging)
+                _write_edit(edit, staging)
+        return _read_edit(path)
+
+    def distil(self, texts: Sequence[Text], edit: Edit) -> Path:
+        """The folder of the distilled model, which has the checkpoint's dtype."""
+        path = self.folder / "distilled"
+        if not path.is_dir():
+            with self._timed("distillation"), self._making(path) as staging:
+                edited = load_editable(self.folder / "edited", self.dtype, self.device)
+                if self.settings.steps > 0:
+                    original = self._load_original()
+                    options = {"settings": self.settings, "progress": self.progress}
+                    distil(original, edited, edit.directions, texts, self.tokenizer, self.folder, **options)
+                edited.to(self.stored_dtype).save_pretrained(staging)
+                self.tokenizer.save_pretrained(staging)
+            shutil.rmtree(self.folder / "state", ignore_errors=True)
+        return path
+
+    def prove(self, path: Path, texts: Sequence[Text]) -> list[Comparison]:
+        """The distilled model, as it is on the disk, beside the original, both computed in the same dtype."""
+        with self._timed("proof"):
+            edited = load_editable(path, self.dtype, self.device)
+            return prove(self._load_original(), edited, texts, self.tokenizer, progress=self.progress)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return stored_dtype(open_checkpoint(self.original))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long each step took, all runs together."""
+        path = self.folder / "seconds.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def _load_original(self) -> Any:
+        return load_original(self.original, self.dtype, self.device)
+
+    def _sampled(self) -> dict[str, list[list[int]]]:
+        """What the original writes, by kind."""
+        if (tokens := self.settings.sample_tokens // 2) == 0:
+            return {}
+        model = self._load_original()
+        options = {"seed": self.settings.seed, "progress": self.progress}
+        return {
+            "chat": sample_chats(model, self.tokenizer, tokens, **options),
+            "sampled": sample_text(model, self.tokenizer, tokens, **options),
+        }
+
+    def _calibration_windows(self, texts: Sequence[Text]) -> list[torch.Tensor]:
+        settings, text = self.settings, TrainingWindows(texts, self.tokenizer)
+        count = settings.calibration_tokens // (settings.window_tokens * settings.batch_size)
+        # Windows that training does not begin with.
+        batches = range(0, max(1, count) * settings.batch_size, settings.batch_size)
+        return [
+            text.training_batch(settings.window_tokens, first, settings.batch_size, ~settings.seed) for first in batches
+        ]
+
+    @contextmanager
+    def _making(self, path: Path) -> Iterator[Path]:
+        """A folder that takes its name when it is complete."""
+        staging = path.with_name(f"{path.name}.new")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        staging.rename(path)
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            taken = self.seconds
+            taken[step] = taken.get(step, 0.0) + time.perf_counter() - began
+            replace_file(self.folder / "seconds.json", json.dumps(taken).encode())
+
+
+def begin(folder: Path, settings: dict[str, Any]) -> None:
+    """
+    Make the folder of the steps, or see that it was made for the same ones.
+
+    Raises:
+        AbsorptionError: if it was not.
+    """
+    try:
+        check_output(settings, folder)
+    except ValueError as error:
+        raise AbsorptionError(f"{error}; remove it to begin anew") from None
+
+
+def _write_edit(edit: Edit, folder: Path) -> None:
+    content = {
+        "writers": [asdict(writer) for writer in edit.writers],
+        "layers": [asdict(layer) for layer in edit.layers],
+    }
+    (folder / _EDIT).write_text(json.dumps(content), encoding="utf-8")
+    found = {number: found for number, found in enumerate(edit.directions) if found is not None}
+    tensors = {f"{number}.{name}": tensor for number, one in found.items() for name, tensor in vars(one).items()}
+    save_file(tensors, folder / _DIRECTIONS)
+
+
+def _read_edit(folder: Path) -> Edit:
+    content = json.loads((folder / _EDIT).read_text(encoding="utf-8"))
+    tensors = load_file(folder / _DIRECTIONS)
+    return Edit(
+        writers=[Writer(**writer) for writer in content["writers"]],
+        layers=[AbsorbedLayer(**layer) for layer in content["layers"]],
+        directions=[
+            SinkDirection(tensors[f"{number}.direction"], tensors[f"{number}.projector"])
+            if f"{number}.direction" in tensors
+            else None
+            for number in range(len(content["layers"]))
+        ],
+    )

@@ -1,0 +1,76 @@
+"""The subcommand that absorbs attention sinks."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .models import find_device
+from .options import Device, Overwrite, Revision, Source
+from .output import one_clear_line, print_lines
+
+
+if TYPE_CHECKING:
+    from modeling_gated.absorption import Absorption
+
+
+def absorb(
+    checkpoint: Source,
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A text file, UTF-8, to distil on, a kind of text of its own; may be given several times.",
+            show_default="a novel, Python's reference and its library's code",
+        ),
+    ] = None,
+    distill_tokens: Annotated[int, typer.Option(help="How many tokens to distil on.")] = 250_000,
+    sample_tokens: Annotated[
+        int, typer.Option(help="How many of them the model writes itself, before: half chats, half whatever it says.")
+    ] = 60_000,
+    seed: Annotated[int, typer.Option(help="Of the windows that are drawn and the text that is sampled.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="What to compute in: bfloat16 or float32.", show_default="float32 on a CPU")
+    ] = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+) -> None:
+    """
+    Absorb attention sinks: OUTPUT predicts nearly what SOURCE does, without sinks and massive activations.
+
+    Gates take over what the sinks did; then the model is distilled from SOURCE. What is made on the way is kept in
+    OUTPUT.partial, and the same command goes on from there. How near it comes is measured, and said in OUTPUT's model
+    card.
+    """
+    with one_clear_line(kept=f"{output}.partial"):
+        import torch
+
+        from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint
+
+        if dtype not in (None, "bfloat16", "float32"):
+            raise AbsorptionError(f"--dtype {dtype}: is neither bfloat16 nor float32")
+        done = absorb_checkpoint(
+            checkpoint,
+            output,
+            text=text or (),
+            settings=AbsorptionSettings(distill_tokens=distill_tokens, sample_tokens=sample_tokens, seed=seed),
+            dtype=None if dtype is None else getattr(torch, dtype),
+            device=find_device(device),
+            overwrite=overwrite,
+            revision=revision,
+            progress=True,
+        )
+    _print_summary(done)
+
+
+def _print_summary(done: "Absorption") -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from modeling_gated.absorption.card import quality_table, sink_table
+
+    console = Console(soft_wrap=True)
+    for table in (quality_table(done.comparisons), sink_table(done.comparisons)):
+        console.print(Markdown(table))
+    print_lines({"seconds": f"{sum(done.seconds.values()):,.0f}", "result": done.output})

@@ -1,0 +1,196 @@
+"""A checkpoint with sinks in, one without them out: whole, interrupted, given wrong things."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from safetensors.torch import load_file
+from sink_model import WRITERS, sink_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import modeling_gated  # noqa: F401 - makes the Auto classes know gated_llama
+from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint, work
+from modeling_gated.cli import app
+from modeling_gated.conversion import ConversionError, convert_checkpoint
+from modeling_gated.inspection import FirstTokenAttention, inspecting
+from modeling_gated.training import loop
+
+
+SETTINGS = AbsorptionSettings(
+    distill_tokens=1536,
+    sample_tokens=600,
+    calibration_tokens=1024,
+    window_tokens=64,
+    refinement_epochs=1,
+    save_every=5,
+    evaluate_every=4,
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("absorbed") / "source"
+    sink_model().to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer(chat=True).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def absorbed(source: Path) -> Path:
+    absorb_checkpoint(source, source.parent / "absorbed", settings=SETTINGS)
+    return source.parent / "absorbed"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def test_the_result_is_an_ordinary_gated_checkpoint(source: Path, absorbed: Path) -> None:
+    """It loads with and without the package's code, in the source's dtype, and has no sink."""
+    model = AutoModelForCausalLM.from_pretrained(absorbed).eval()
+    assert model.config.model_type == "gated_llama"
+    assert {tensor.dtype for tensor in weights(absorbed).values()} == {torch.bfloat16}
+    assert {"configuration_gated_llama.py", "modeling_gated_llama.py"} <= {path.name for path in absorbed.iterdir()}
+    assert not absorbed.with_name("absorbed.partial").exists()
+    tokens = AutoTokenizer.from_pretrained(absorbed)("Some text, and more of it. " * 4, return_tensors="pt").input_ids
+    meters = FirstTokenAttention(), FirstTokenAttention()
+    for path, meter in zip((source, absorbed), meters, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        with torch.no_grad(), inspecting(model, meter):
+            model(tokens)
+    before, after = (meter.result()[1:, :2].mean() for meter in meters)
+    assert after < 0.15 * before
+    assert len(model.generate(tokens, max_new_tokens=4, do_sample=False)[0]) == tokens.shape[1] + 4
+
+
+def test_the_report_and_the_card_say_what_was_done(absorbed: Path) -> None:
+    report = json.loads((absorbed / "absorption.json").read_text(encoding="utf-8"))
+    assert {writer["layer"]: writer["neuron"] for writer in report["writers"]} == WRITERS
+    assert len(report["layers"]) == 4
+    assert len(report["losses"]) == 12
+    assert len(report["held_out_losses"]) == 3
+    assert {one["kind"] for one in report["comparisons"]} >= {"prose", "documentation", "code"}
+    assert set(report["seconds"]) == {"sampling", "edit", "distillation", "proof"}
+    card = (absorbed / "README.md").read_text(encoding="utf-8")
+    assert "| gated | 3 of 4 layers; in the others gates are 1 |" in card
+    assert "| distilled on | 1,536 tokens |" in card
+    first = report["comparisons"][0]
+    assert f"| {first['perplexity_ratio']:.4f} |" in card
+
+
+@pytest.mark.parametrize("interrupted_in", ["absorb_sinks", "train_step", "prove"])
+def test_an_interrupted_run_goes_on(
+    source: Path, absorbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_in: str
+) -> None:
+    """With the same result, and without doing again what was done."""
+    calls: list[str] = []
+
+    def interrupt(module: object, name: str, at: int) -> None:
+        original = getattr(module, name)
+
+        def interrupted(*arguments: object, **options: object) -> object:
+            calls.append(name)
+            if name == interrupted_in and calls.count(name) == at:
+                raise KeyboardInterrupt
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, name, interrupted)
+
+    interrupt(work, "sample_text", 0)
+    interrupt(work, "absorb_sinks", 1)
+    interrupt(loop, "train_step", 8)
+    interrupt(work, "prove", 1)
+    output = tmp_path / "resumed"
+    with pytest.raises(KeyboardInterrupt):
+        absorb_checkpoint(source, output, settings=SETTINGS)
+    assert not output.exists()
+    absorb_checkpoint(source, output, settings=SETTINGS)
+    assert [calls.count(name) for name in ("sample_text", "absorb_sinks", "train_step", "prove")] == {
+        "absorb_sinks": [1, 2, 12, 1],
+        "train_step": [1, 1, 8 + 7, 1],
+        "prove": [1, 1, 12, 2],
+    }[interrupted_in]
+    expected, found = weights(absorbed), weights(output)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_other_settings_do_not_go_on_from_there(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work, "sample_text", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
+    with pytest.raises(AbsorptionError, match=r"out.partial: was made with seed=0, not 1; remove it to begin anew"):
+        absorb_checkpoint(source, tmp_path / "out", settings=AbsorptionSettings(**vars(SETTINGS) | {"seed": 1}))
+
+
+def test_given_text_is_what_it_learns_from(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the package's own is what it is measured on."""
+    seen: list[torch.Tensor] = []
+    train_step = loop.train_step
+
+    def recorded(run: loop.Run, *arguments: object) -> float:
+        seen.append(run.text.training_batch(64, 0, 50, 0))
+        return train_step(run, *arguments)
+
+    monkeypatch.setattr(loop, "train_step", recorded)
+    path = tmp_path / "letters.txt"
+    path.write_text("abab" * 500, encoding="utf-8")
+    settings = AbsorptionSettings(**vars(SETTINGS) | {"sample_tokens": 0})
+    done = absorb_checkpoint(source, tmp_path / "out", text=[path], settings=settings)
+    letters = set(byte_tokenizer()("ab").input_ids)
+    assert set(seen[0].flatten().tolist()) == letters
+    assert {one.kind for one in done.comparisons} == {"prose", "documentation", "code", "letters"}
+
+
+def test_gates_that_were_trained_are_refused(source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(source, tmp_path / "gated")
+    done = absorb_checkpoint(
+        tmp_path / "gated", tmp_path / "out", settings=AbsorptionSettings(**vars(SETTINGS) | {"distill_tokens": 0})
+    )
+    assert done.losses == []
+    with pytest.raises(AbsorptionError, match=r"its gates are not 1 any more in layers 1-3, but trained or imported"):
+        absorb_checkpoint(tmp_path / "out", tmp_path / "again", settings=SETTINGS)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{source}", "{out}", "--text", "{none}"], "none.txt: No such file or directory"),
+        (["{source}", "{out}", "--dtype", "int8"], "--dtype int8: is neither bfloat16 nor float32"),
+        (["{source}", "{out}", "--distill-tokens", "-1"], "distill_tokens -1: at least 0 is needed"),
+        (["{source}", "{source}"], "must not contain each other"),
+        (["{none}", "{out}"], "none.txt"),
+        (["{source}", "{out}", "--device", "cuda:9"], "--device cuda:9"),
+    ],
+)
+def test_wrong_input_is_one_line(source: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    places = {"source": source, "out": tmp_path / "out", "none": tmp_path / "none.txt"}
+    found = CliRunner().invoke(app, ["absorb", *(word.format(**places) for word in arguments)])
+    assert found.exit_code == 1
+    assert message in found.stderr
+    assert len(found.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_prints_what_was_measured(source: Path, tmp_path: Path) -> None:
+    words = ["absorb", str(source), str(tmp_path / "out"), "--distill-tokens", "0", "--sample-tokens", "0"]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, found.stderr
+    assert "documentation" in found.stdout
+    assert "first-token attention" in found.stdout
+    assert (tmp_path / "out" / "absorption.json").is_file()
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 1
+    assert "already exists; --overwrite replaces it" in again.stderr
+
+
+def test_what_cannot_be_converted_cannot_be_absorbed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    with pytest.raises(ConversionError):
+        absorb_checkpoint(tmp_path, tmp_path.parent / "out", settings=SETTINGS)

@@ -1,0 +1,77 @@
+"""What a comparison of two models says, against numbers computed plainly."""
+
+import math
+
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from sink_model import converted, sink_model, windows
+from torch.nn import functional
+
+from modeling_gated.absorption import AbsorptionSettings, Windows, absorb_sinks, compare, prove
+from modeling_gated.absorption.card import quality_table, sink_table
+from modeling_gated.absorption.proof import GATE_INTERVENTIONS, INTERVENTIONS
+from modeling_gated.absorption.texts import Text
+from modeling_gated.inspection import FirstTokenAttention, inspecting, masked_first_token
+from modeling_gated.training import ungated
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The model with a sink, and the one without it."""
+    edited = converted(sink_model())
+    original = ungated(edited, share_weights=False)
+    settings = AbsorptionSettings(window_tokens=64, calibration_tokens=64, refinement_epochs=0)
+    absorb_sinks(original, edited, windows(16, 48).split(4), settings)
+    return original, edited
+
+
+def test_a_comparison_is_what_it_says(models) -> None:
+    original, edited = models
+    tokens = windows(3, 96, seed=5)
+    found = compare(original, edited, Windows("bytes", "plain", list(tokens)), interventions=["masked_first_token@64"])
+    with torch.no_grad():
+        expected, logits = (model(tokens).logits[:, :-1].double().log_softmax(-1) for model in models)
+        losses = [functional.nll_loss(one.flatten(0, 1), tokens[:, 1:].flatten()).item() for one in (expected, logits)]
+        kl = (expected.exp() * (expected - logits)).sum(-1)
+        with masked_first_token(original, 64):
+            masked = original(tokens, labels=tokens).loss.item()
+    assert (found.windows, found.window_tokens) == (3, 96)
+    assert found.original.loss == pytest.approx(losses[0], abs=1e-4)
+    assert found.edited.loss == pytest.approx(losses[1], abs=1e-4)
+    assert found.perplexity_ratio == pytest.approx(math.exp(losses[1] - losses[0]), rel=1e-4)
+    assert found.kl == pytest.approx(kl.mean().item(), abs=1e-5)
+    assert found.kl_quantiles["0.9"] == pytest.approx(kl.flatten().quantile(0.9).item(), abs=1e-4)
+    assert found.kl_by_position[0] == pytest.approx(kl[:, :12].mean().item(), abs=1e-5)
+    assert len(found.loss_by_position) == 8
+    assert found.original.interventions["masked_first_token@64"] == pytest.approx(masked - losses[0], abs=1e-4)
+    meter = FirstTokenAttention()
+    with torch.no_grad(), inspecting(original, meter):
+        original(tokens)
+    assert found.original.first_token_attention == pytest.approx(meter.result().mean().item(), abs=1e-6)
+    assert found.original.hidden_state_maximum > 800 > 20 > found.edited.hidden_state_maximum
+
+
+def test_a_model_is_no_other_than_itself(models) -> None:
+    found = compare(models[0], models[0], Windows("bytes", "plain", list(windows(2, 96))))
+    assert found.kl == 0
+    assert found.perplexity_ratio == 1
+    assert found.original == found.edited
+
+
+def test_a_proof_has_all_kinds_lengths_and_beginnings(models) -> None:
+    texts = [Text(kind, [], windows(1, 800, seed).flatten().tolist()) for seed, kind in enumerate(("a", "b"))]
+    texts.append(Text("short", [], list(range(20))))
+    found = prove(*models, texts, byte_tokenizer())
+    assert [(one.kind, one.window_tokens, one.start, one.windows) for one in found] == [
+        (kind, 256, start, 3) for kind in ("a", "b") for start in ("plain", "special token")
+    ]
+    changed = [one for one in found if one.edited.interventions]
+    assert [one.start for one in changed] == ["special token"] * 2
+    for one in changed:
+        assert list(one.original.interventions) == list(INTERVENTIONS)
+        assert list(one.edited.interventions) == [*INTERVENTIONS, *GATE_INTERVENTIONS]
+    quality, sinks = quality_table(found), sink_table(found)
+    assert len(quality.splitlines()) == 2 + 4
+    assert len({line.replace("\\|", "").count("|") for line in (quality + "\n" + sinks).splitlines()}) == 2
+    assert f"{changed[0].original.first_token_attention:.4f} → {changed[0].edited.first_token_attention:.4f}" in sinks

@@ -1,0 +1,111 @@
+"""What is trained and measured on: kinds of text, what of them is held out, and what a model writes itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from sink_model import BOS, sink_model
+
+from modeling_gated.absorption import AbsorptionError
+from modeling_gated.absorption.sampling import sample_chats, sample_text
+from modeling_gated.absorption.texts import (
+    Text,
+    TrainingWindows,
+    default_texts,
+    given_texts,
+    held_out_windows,
+    sampled_text,
+)
+from modeling_gated.evaluation import EvaluationError
+
+
+TOKENIZER = byte_tokenizer(chat=True)
+
+
+def test_default_texts_are_real_and_held_out_in_part() -> None:
+    texts = {text.kind: text for text in default_texts(TOKENIZER)}
+    assert list(texts) == ["prose", "documentation", "code"]
+    words = {"prose": "Elizabeth", "documentation": "The “for” statement", "code": "def __init__(self"}
+    for kind, text in texts.items():
+        whole = TOKENIZER.decode(text.training) + TOKENIZER.decode(text.held_out)
+        assert words[kind].replace("“", '"').replace("”", '"') in whole
+        assert len(text.held_out) == pytest.approx(0.25 * len(text.training + text.held_out), rel=0.02)
+        assert len(text.held_out) > 8192  # enough for the longest windows, whatever the tokenizer
+        assert TOKENIZER.decode(text.held_out)[:200] not in TOKENIZER.decode(text.training)
+
+
+def test_given_texts(tmp_path: Path) -> None:
+    first, second = tmp_path / "laws.txt", tmp_path / "laws.md"
+    first.write_text("abcdefgh" * 10, encoding="utf-8")
+    second.write_text("other", encoding="utf-8")
+    (found,) = given_texts([first], TOKENIZER)
+    assert (found.kind, len(found.training), len(found.held_out)) == ("laws", 60, 20)
+    with pytest.raises(AbsorptionError, match="another text has the same name"):
+        given_texts([first, second], TOKENIZER)
+    with pytest.raises(EvaluationError, match="No such file"):
+        given_texts([tmp_path / "none.txt"], TOKENIZER)
+
+
+def test_windows_take_turns_and_come_again_from_their_seed() -> None:
+    """As many of each kind, none of them with what is held out; half of them begin with the special token."""
+    texts = [Text("a", [1] * 200, [9] * 50), Text("only measured", [], [9] * 50), Text("b", [2] * 30, [9] * 50)]
+    windows = TrainingWindows(texts, TOKENIZER)
+    batch = windows.training_batch(40, 0, 200, seed=3)
+    assert batch.shape == (200, 40)
+    assert (batch[::2, 1:] == 1).all()
+    assert (batch[1::2, 1:] == 2).all()  # which is shorter than a window, and begins again
+    assert 70 < (batch[:, 0] == BOS).sum() < 130
+    assert torch.equal(windows.training_batch(40, 60, 5, seed=3), batch[60:65])
+    assert not torch.equal(windows.training_batch(40, 0, 200, seed=4), batch)
+
+
+def test_held_out_windows_are_spread_over_what_is_held_out() -> None:
+    text = Text("a", [1] * 500, list(range(100)))
+    found = held_out_windows(text, 21, 4, [256])
+    assert [window.tolist() for window in found] == [[256, *range(at, at + 20)] for at in (0, 25, 50, 75)]
+    assert len(held_out_windows(text, 40, 4)) == 2
+    assert held_out_windows(text, 101, 4) == []
+
+
+def test_sampled_sequences_are_held_out_whole() -> None:
+    found = sampled_text("chat", [[number] * 3 for number in range(8)])
+    assert found.training == [number for number in range(6) for _ in range(3)]
+    assert found.held_out == [6] * 3 + [7] * 3
+
+
+def test_a_model_writes_text_and_chats() -> None:
+    """As many tokens as wanted, the same from the same seed, and torch's own random numbers are left alone."""
+    model = sink_model()
+    state = torch.get_rng_state()
+    for sample in (sample_text, sample_chats):
+        found = sample(model, TOKENIZER, 500, seed=1)
+        assert sum(map(len, found)) >= 500
+        assert found == sample(model, TOKENIZER, 500, seed=1)
+        assert found != sample(model, TOKENIZER, 500, seed=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(BOS not in sequence for sequence in sample_text(model, TOKENIZER, 500, seed=1))
+    for chat in sample_chats(model, TOKENIZER, 500, seed=1):
+        words = TOKENIZER.decode(chat)
+        assert words.startswith("<s>[user] ")
+        assert "\n[assistant] " in words
+
+
+def test_samples_have_the_models_distribution() -> None:
+    """Of a model that says one of two tokens after every other, with probabilities of 3/4 and 1/4."""
+    model = sink_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight[[5, 6]] = 1.0
+        model.lm_head.weight[5] += torch.log(torch.tensor(3.0)) / 32
+    found = [token for text in sample_text(model, TOKENIZER, 6000, seed=0) for token in text[1:]]
+    assert found.count(5) / len(found) == pytest.approx(0.75, abs=0.03)
+    assert found.count(6) / len(found) == pytest.approx(0.25, abs=0.03)
+
+
+def test_without_a_chat_template_there_are_no_chats() -> None:
+    assert sample_chats(sink_model(), byte_tokenizer(), 500, seed=0) == []
