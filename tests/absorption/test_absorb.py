@@ -21,7 +21,7 @@ from modeling_gated.training import loop
 
 SETTINGS = AbsorptionSettings(
     distill_tokens=1536,
-    sample_tokens=600,
+    sample_tokens=0,
     calibration_tokens=1024,
     window_tokens=64,
     refinement_epochs=1,
@@ -74,6 +74,7 @@ def test_the_report_and_the_card_say_what_was_done(absorbed: Path) -> None:
     assert len(report["held_out_losses"]) == 3
     assert {one["kind"] for one in report["comparisons"]} >= {"prose", "documentation", "code"}
     assert set(report["seconds"]) == {"sampling", "edit", "distillation", "proof"}
+    assert report["settings"]["seed"] == 0
     card = (absorbed / "README.md").read_text(encoding="utf-8")
     assert "| gated | 3 of 4 layers; in the others gates are 1 |" in card
     assert "| distilled on | 1,536 tokens |" in card
@@ -99,7 +100,6 @@ def test_an_interrupted_run_goes_on(
 
         monkeypatch.setattr(module, name, interrupted)
 
-    interrupt(work, "sample_text", 0)
     interrupt(work, "absorb_sinks", 1)
     interrupt(loop, "train_step", 8)
     interrupt(work, "prove", 1)
@@ -108,10 +108,10 @@ def test_an_interrupted_run_goes_on(
         absorb_checkpoint(source, output, settings=SETTINGS)
     assert not output.exists()
     absorb_checkpoint(source, output, settings=SETTINGS)
-    assert [calls.count(name) for name in ("sample_text", "absorb_sinks", "train_step", "prove")] == {
-        "absorb_sinks": [1, 2, 12, 1],
-        "train_step": [1, 1, 8 + 7, 1],
-        "prove": [1, 1, 12, 2],
+    assert [calls.count(name) for name in ("absorb_sinks", "train_step", "prove")] == {
+        "absorb_sinks": [2, 12, 1],
+        "train_step": [1, 8 + 7, 1],
+        "prove": [1, 12, 2],
     }[interrupted_in]
     expected, found = weights(absorbed), weights(output)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -121,7 +121,7 @@ def test_other_settings_do_not_go_on_from_there(source: Path, tmp_path: Path, mo
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(work, "sample_text", interrupt)
+    monkeypatch.setattr(work, "absorb_sinks", interrupt)
     with pytest.raises(KeyboardInterrupt):
         absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
     with pytest.raises(AbsorptionError, match=r"out.partial: was made with seed=0, not 1; remove it to begin anew"):
@@ -140,11 +140,23 @@ def test_given_text_is_what_it_learns_from(source: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(loop, "train_step", recorded)
     path = tmp_path / "letters.txt"
     path.write_text("abab" * 500, encoding="utf-8")
-    settings = AbsorptionSettings(**vars(SETTINGS) | {"sample_tokens": 0})
-    done = absorb_checkpoint(source, tmp_path / "out", text=[path], settings=settings)
+    done = absorb_checkpoint(source, tmp_path / "out", text=[path], settings=SETTINGS)
     letters = set(byte_tokenizer()("ab").input_ids)
     assert set(seen[0].flatten().tolist()) == letters
     assert {one.kind for one in done.comparisons} == {"prose", "documentation", "code", "letters"}
+
+
+def test_what_the_model_writes_itself_is_learnt_from_too(source: Path, tmp_path: Path) -> None:
+    """And kept, so that it is not written again."""
+    settings = AbsorptionSettings(**vars(SETTINGS) | {"sample_tokens": 600})
+    written = work.Work(
+        tmp_path, source, byte_tokenizer(chat=True), settings, torch.float32, torch.device("cpu"), False
+    )
+    texts = {text.kind: text for text in written.texts([])}
+    assert list(texts) == ["prose", "documentation", "code", "chat", "sampled"]
+    assert all(len(texts[kind].training) + len(texts[kind].held_out) >= 300 for kind in ("chat", "sampled"))
+    assert (tmp_path / "sampled.json").is_file()
+    assert {text.kind: text for text in written.texts([])} == texts
 
 
 def test_gates_that_were_trained_are_refused(source: Path, tmp_path: Path) -> None:
