@@ -129,12 +129,29 @@ def _keep_value(attention: Any, value: torch.Tensor) -> None:
     attention.o_proj.bias.add_((weight.float() @ heads.to(weight.device)).to(weight.dtype))
 
 
+@torch.no_grad()
+def _closed_at_first(edited: LayerStates, sinks: LayerSinks) -> torch.Tensor:
+    """
+    Whose gates are to be closed at first tokens, bool [heads]. These see themselves alone, so that the original gives
+    their own value: there the mean of sinks' values may be nearer to it than what their value is in the edited model.
+    """
+    values = torch.cat([edited.attend(states)[1].value[:, :, 0].float().cpu() for states in edited.inputs()])
+    # The bias of v_proj has taken the mean away.
+    open_error = (values + sinks.value - sinks.first_values).square().sum((0, 2))
+    closed_error = (sinks.value - sinks.first_values).square().sum((0, 2))
+    return (closed_error < open_error).repeat_interleave(edited.layer.self_attn.num_key_value_groups)
+
+
 def _set_gates(edited: LayerStates, sinks: LayerSinks, heads: torch.Tensor) -> torch.Tensor:
     """Fit the gates of some heads, bool [heads], to what sinks leave; R² of each that was fitted."""
     attention = edited.layer.self_attn
     device = attention.g_proj.weight.device
     inputs = torch.cat([hidden_states.flatten(0, 1) for hidden_states in edited.inputs()])
-    targets = torch.cat([1 - mass[:, heads].transpose(1, 2).flatten(0, 1) for mass in sinks.mass])
+    left = [1 - mass for mass in sinks.mass]
+    closed = _closed_at_first(edited, sinks)
+    for part in left:
+        part[:, closed, 0] = 0
+    targets = torch.cat([part[:, heads].transpose(1, 2).flatten(0, 1) for part in left])
     fit = fit_gates(inputs, targets.to(device), scale=attention.gate_scale)
     rows = attention.g_proj.out_features // len(heads)
     chosen = heads.to(device).repeat_interleave(rows)

@@ -47,7 +47,8 @@ def absorb_sinks(
         settings: of which those that concern the edit count.
         progress: show a progress bar, on a terminal.
     """
-    writers = find_writers(original, windows) if settings.removes_writers else []
+    # They write in every window, so that some are enough.
+    writers = find_writers(original, windows[::4]) if settings.removes_writers else []
     remove_writers(edited, writers)
     refinement = Refinement(settings.refinement_epochs, sink_weight=settings.sink_weight, seed=settings.seed)
     before, after = LayerStates(original, windows), LayerStates(edited, windows)

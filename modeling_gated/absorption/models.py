@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.conversion.architecture import naming, read_gated_config
 from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.gates import changed_gate_layers, ranges
 from modeling_gated.conversion.sources import find_source
+from modeling_gated.modeling_gated_llama import GatedLlamaForCausalLM
 from modeling_gated.training import ungated
 
 from .errors import AbsorptionError

@@ -14,7 +14,7 @@ from modeling_gated.inspection.inspecting import input_device
 
 
 # Sequences at a time.
-_BATCH = 32
+_BATCH = 64
 # Tokens of a question, of an answer, and of a piece of text that starts from one token.
 _QUESTION, _ANSWER, _TEXT = 64, 320, 384
 _MARK = "\u2402"

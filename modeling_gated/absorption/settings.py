@@ -22,7 +22,7 @@ class AbsorptionSettings:
     """
 
     distill_tokens: int = 250_000
-    sample_tokens: int = 60_000
+    sample_tokens: int = 40_000
     calibration_tokens: int = 24_576
     window_tokens: int = 512
     batch_size: int = 2

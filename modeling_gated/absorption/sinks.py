@@ -72,7 +72,8 @@ class LayerSinks:
     `direction` is theirs. Of each batch, `tokens`, bool [batch, tokens], says which tokens are sinks, `mass`, float32
     [batch, heads, tokens], how much of each query's attention goes to sinks other than itself, and `outputs`, float32
     [batch, tokens, hidden_size], are the attention block's. `value`, [key-value heads, head_dim], is the mean of sinks'
-    values, each weighted by what it gets. All on the CPU.
+    values, each weighted by what it gets, and `first_values`, [windows, key-value heads, head_dim], are those of first
+    tokens, which see nothing else. All on the CPU.
     """
 
     direction: SinkDirection
@@ -80,6 +81,7 @@ class LayerSinks:
     mass: list[torch.Tensor]
     outputs: list[torch.Tensor]
     value: torch.Tensor
+    first_values: torch.Tensor
 
     @property
     def mean_mass(self) -> torch.Tensor:
@@ -96,7 +98,7 @@ class LayerSinks:
 def layer_sinks(states: LayerStates) -> LayerSinks:
     """Measure the sinks of the layer before which windows are."""
     direction = sink_direction(states.inputs())
-    tokens, mass, outputs = [], [], []
+    tokens, mass, outputs, first = [], [], [], []
     value, weight = torch.zeros(()), torch.zeros(())
     for hidden_states in states.inputs():
         sinks = direction.tokens(hidden_states)
@@ -105,10 +107,11 @@ def layer_sinks(states: LayerStates) -> LayerSinks:
         tokens.append(sinks.cpu())
         mass.append(given.cpu())
         outputs.append(output.float().cpu())
+        first.append(inputs.value[:, :, 0].float().cpu())
         by_group = received.unflatten(1, (-1, inputs.group)).sum(2)  # [batch, key-value heads, tokens]
         value = value + torch.einsum("bkt,bktd->kd", by_group, inputs.value.float()).cpu()
         weight = weight + by_group.sum((0, 2)).cpu()
-    return LayerSinks(direction, tokens, mass, outputs, value / weight.clamp_min(1e-9)[:, None])
+    return LayerSinks(direction, tokens, mass, outputs, value / weight.clamp_min(1e-9)[:, None], torch.cat(first))
 
 
 @torch.no_grad()

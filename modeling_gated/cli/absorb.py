@@ -27,7 +27,7 @@ def absorb(
     distill_tokens: Annotated[int, typer.Option(help="How many tokens to distil on.")] = 250_000,
     sample_tokens: Annotated[
         int, typer.Option(help="How many of them the model writes itself, before: half chats, half whatever it says.")
-    ] = 60_000,
+    ] = 40_000,
     seed: Annotated[int, typer.Option(help="Of the windows that are drawn and the text that is sampled.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="What to compute in: bfloat16 or float32.", show_default="float32 on a CPU")

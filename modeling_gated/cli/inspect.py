@@ -33,7 +33,8 @@ def inspect(
     interventions: Annotated[
         str,
         typer.Option(
-            help="What to change to see what predictions lose, separated by commas, or none: also gates=0.5, "
+            help="What to change to see what predictions lose, separated by commas, or none: also window=128 (of "
+            "attention), window=128+4 (and the first four tokens), int8_weights, int8_activations, gates=0.5, "
             "gates=0.5@LAYER, gates=0.5@LAYER.HEAD. Those of gates are left out for models without gates."
         ),
     ] = "masked_first_token,masked_first_token@64,closed_gates,open_gates,shuffled_gates",

@@ -1,6 +1,8 @@
 """A checkpoint with sinks in, one without them out: whole, interrupted, given wrong things."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,13 +193,15 @@ def test_wrong_input_is_one_line(source: Path, tmp_path: Path, arguments: list[s
 
 
 def test_the_command_prints_what_was_measured(source: Path, tmp_path: Path) -> None:
-    words = ["absorb", str(source), str(tmp_path / "out"), "--distill-tokens", "0", "--sample-tokens", "0"]
-    found = CliRunner().invoke(app, words)
-    assert found.exit_code == 0, found.stderr
+    """In a process of its own."""
+    command = [Path(sys.executable).with_name("gated-llama"), "absorb", source, tmp_path / "out"]
+    words = ["--distill-tokens", "0", "--sample-tokens", "0"]
+    found = subprocess.run([*command, *words], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
     assert "documentation" in found.stdout
     assert "first-token attention" in found.stdout
     assert (tmp_path / "out" / "absorption.json").is_file()
-    again = CliRunner().invoke(app, words)
+    again = CliRunner().invoke(app, [str(word) for word in (*command[1:], *words)])
     assert again.exit_code == 1
     assert "already exists; --overwrite replaces it" in again.stderr
 
