@@ -22,11 +22,13 @@ class LayerStates:
     """
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> None:
-        self._decoder: Any = model.base_model
-        self._device = self._decoder.embed_tokens.weight.device
-        self._dtype = self._decoder.embed_tokens.weight.dtype
+        decoder: Any = model.base_model
+        self._decoder = decoder
+        weight = decoder.embed_tokens.weight
+        self._device: torch.device = weight.device
+        self._dtype: torch.dtype = weight.dtype
         with torch.no_grad():
-            embedded = [self._decoder.embed_tokens(batch.to(self._device)) for batch in batches]
+            embedded = [decoder.embed_tokens(batch.to(self._device)) for batch in batches]
         self.states = [states.float().cpu() for states in embedded]
         self.number = 0
 

@@ -104,6 +104,7 @@ def compare(
     windows: Windows,
     *,
     interventions: Sequence[str] = (),
+    examined: int = 4,
     progress: bool = False,
 ) -> Comparison:
     """
@@ -114,10 +115,13 @@ def compare(
         edited: a model of the same vocabulary.
         windows: what to measure them on.
         interventions: names as `gated-llama inspect` takes them; those of gates are made in the edited model alone.
+        examined: meters and interventions, which take their time, see as many windows; losses are those of all.
         progress: show a progress bar, on a terminal.
     """
+    some = Windows(windows.kind, windows.start, windows.windows[:examined])
+    others = Windows(windows.kind, windows.start, windows.windows[examined:])
     bar = tqdm(
-        total=len(windows.windows) * (2 + 2 * len(interventions)),
+        total=2 * (len(windows.windows) + len(some.windows) * len(interventions)),
         desc=f"measuring {windows.kind}, {windows.length} tokens, {windows.start}",
         unit="pass",
         leave=False,
@@ -125,21 +129,21 @@ def compare(
     )
     with bar:
         both, meters = (original, edited), (_Meters(), _Meters())
-        hidden = [_hidden_states(model, windows, bar, own) for model, own in zip(both, meters, strict=True)]
+        hidden = [
+            _hidden_states(model, some, bar, own) + _hidden_states(model, others, bar, None)
+            for model, own in zip(both, meters, strict=True)
+        ]
         divergences, losses = _token_losses(original, edited, windows, *hidden)
         del hidden
         found = []
         for model, own, loss in zip(both, meters, losses, strict=True):
-            plain = loss.mean().item()
             changes = {}
             for name in interventions:
                 intervention = Intervention.parse(name)
-                if intervention.needs_gates and model is original:
-                    continue
-                with intervention.apply(model):
-                    changed = _loss(model, windows, bar)
-                changes[name] = changed - plain
-            found.append(own.result(plain, changes))
+                if not (intervention.needs_gates and model is original):
+                    with intervention.apply(model):
+                        changes[name] = _loss(model, some, bar) - loss[: len(some.windows)].mean().item()
+            found.append(own.result(loss.mean().item(), changes))
     quantiles = torch.quantile(divergences.flatten(), torch.tensor(QUANTILES, dtype=divergences.dtype))
     return Comparison(
         kind=windows.kind,
@@ -161,6 +165,7 @@ def prove(
     texts: Sequence[Text],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    windows: int = 16,
     progress: bool = False,
 ) -> list[Comparison]:
     """
@@ -172,20 +177,21 @@ def prove(
         edited: a model of the same vocabulary.
         texts: what they are held out of.
         tokenizer: both models'.
+        windows: of 512 tokens of each text; at 2,048 tokens a quarter as many.
         progress: show progress bars, on a terminal.
     """
     limit = original.config.max_position_embeddings
-    starts = {PLAIN: []} | ({SPECIAL: start} if (start := special_start(tokenizer)) else {})
+    starts: dict[str, list[int]] = {PLAIN: []} | ({SPECIAL: start} if (start := special_start(tokenizer)) else {})
     usual = SPECIAL if beginning(tokenizer) else PLAIN
     found = []
     short = min(512, limit)
-    for length, count in ({limit: 1, min(2048, limit): 3} | {short: 6}).items():
+    for length, count in ({limit: 1, min(2048, limit): max(1, windows // 4)} | {short: windows}).items():
         for text in texts:
             for name, start in starts.items() if length == short else [(usual, starts[usual])]:
-                windows = Windows(text.kind, name, held_out_windows(text, length, count, start))
+                cut = Windows(text.kind, name, held_out_windows(text, length, count, start))
                 changes = INTERVENTIONS + GATE_INTERVENTIONS if (length, name) == (short, usual) else ()
-                if windows.windows:
-                    found.append(compare(original, edited, windows, interventions=changes, progress=progress))
+                if cut.windows:
+                    found.append(compare(original, edited, cut, interventions=changes, progress=progress))
     return found
 
 

@@ -15,7 +15,8 @@ class AbsorptionSettings:
     each attention block sees these in its own training. Of the distillation, `batch_size` windows are a step,
     `learning_rate` is the attention projections' and the norms', `gate_learning_rate` the gates', and `sink_weight`
     what attention to sinks counts beside the KL divergence. `save_every` and `evaluate_every` are steps; it ends early
-    when `patience` evaluations in a row have found no lower loss on held-out text. `seed` draws windows and samples.
+    when `patience` evaluations in a row have found no lower loss on held-out text. The result is measured on
+    `measured_windows` of 512 tokens of each text, and fewer that are longer. `seed` draws windows and samples.
 
     What is left out for comparison's sake: `removes_writers`, `edits_keys` and `edits_gates` without which massive
     activations, keys and gates stay what they are at first, and `trains_gates`.
@@ -34,6 +35,7 @@ class AbsorptionSettings:
     save_every: int = 50
     evaluate_every: int = 50
     patience: int = 3
+    measured_windows: int = 16
     seed: int = 0
     removes_writers: bool = True
     edits_keys: bool = True
@@ -47,6 +49,7 @@ class AbsorptionSettings:
         """
         least = {"distill_tokens": 0, "sample_tokens": 0, "window_tokens": 64, "batch_size": 1, "refinement_epochs": 0}
         least |= {"calibration_tokens": self.window_tokens, "save_every": 1, "evaluate_every": 1, "patience": 1}
+        least |= {"measured_windows": 1}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise AbsorptionError(f"{name} {getattr(self, name)}: at least {number} is needed")

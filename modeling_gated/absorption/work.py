@@ -80,9 +80,16 @@ class Work:
             with self._timed("distillation"), self._making(path) as staging:
                 edited = load_editable(self.folder / "edited", self.dtype, self.device)
                 if self.settings.steps > 0:
-                    original = self._load_original()
-                    options = {"settings": self.settings, "progress": self.progress}
-                    distil(original, edited, edit.directions, texts, self.tokenizer, self.folder, **options)
+                    distil(
+                        self._load_original(),
+                        edited,
+                        edit.directions,
+                        texts,
+                        self.tokenizer,
+                        self.folder,
+                        self.settings,
+                        progress=self.progress,
+                    )
                 edited.to(self.stored_dtype).save_pretrained(staging)
                 self.tokenizer.save_pretrained(staging)
             shutil.rmtree(self.folder / "state", ignore_errors=True)
@@ -92,7 +99,8 @@ class Work:
         """The distilled model, as it is on the disk, beside the original, both computed in the same dtype."""
         with self._timed("proof"):
             edited = load_editable(path, self.dtype, self.device)
-            return prove(self._load_original(), edited, texts, self.tokenizer, progress=self.progress)
+            original, windows = self._load_original(), self.settings.measured_windows
+            return prove(original, edited, texts, self.tokenizer, windows=windows, progress=self.progress)
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -111,11 +119,10 @@ class Work:
         """What the original writes, by kind."""
         if (tokens := self.settings.sample_tokens // 2) == 0:
             return {}
-        model = self._load_original()
-        options = {"seed": self.settings.seed, "progress": self.progress}
+        model, seed = self._load_original(), self.settings.seed
         return {
-            "chat": sample_chats(model, self.tokenizer, tokens, **options),
-            "sampled": sample_text(model, self.tokenizer, tokens, **options),
+            "chat": sample_chats(model, self.tokenizer, tokens, seed=seed, progress=self.progress),
+            "sampled": sample_text(model, self.tokenizer, tokens, seed=seed, progress=self.progress),
         }
 
     def _calibration_windows(self, texts: Sequence[Text]) -> list[torch.Tensor]:

@@ -36,10 +36,17 @@ class TrainingText(Protocol):
 class Plan(Protocol):
     """Lengths are in tokens, and a batch is of one process and forward pass."""
 
-    length: int
-    steps: int
-    batch_size: int
-    learning_rate: float
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def learning_rate(self) -> float: ...
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ SETTINGS = AbsorptionSettings(
     refinement_epochs=1,
     save_every=5,
     evaluate_every=4,
+    measured_windows=3,
 )
 
 

@@ -26,7 +26,7 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
     command = Path(sys.executable).with_name("gated-llama")
-    subcommands = ("convert", "verify", "ungate")
+    subcommands = ("convert", "verify", "ungate", "absorb")
     for arguments in (["--help"], ["--version"], *([name, "--help"] for name in subcommands)):
         # Runs the installed script, which is Python, and looks at what it imported.
         code = (
