@@ -95,7 +95,8 @@ def absorb_checkpoint(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     output, paths = Path(output).resolve(), [Path(path).resolve() for path in text]
-    command = command_line("absorb", checkpoint, output, {}, overwrite)
+    flags = {"text": paths} | {name: getattr(settings, name) for name in ("distill_tokens", "sample_tokens", "seed")}
+    command = command_line("absorb", checkpoint, output, flags | {"revision": revision}, overwrite)
     source = find_source(os.fspath(checkpoint), revision)
     check_output(source.path, output, overwrite)
     for path in paths:
