@@ -4,25 +4,28 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
+from modeling_gated.conversion.architecture import read_gated_config, stored_dtype
+from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.command_line import command_line
-from modeling_gated.conversion.files import sync
-from modeling_gated.conversion.output import check_output, replacing
+from modeling_gated.conversion.files import sha256, sync
+from modeling_gated.conversion.output import check_output, clear_leftovers, replacing
 from modeling_gated.conversion.plan import CARD_NAME
-from modeling_gated.conversion.sources import find_source
-from modeling_gated.evaluation.text import read_text
+from modeling_gated.conversion.sources import Source, find_source
 from modeling_gated.training.loop import read_losses
 
 from .card import absorption_card
 from .closed_form import AbsorbedLayer
 from .distilling import STAGE
+from .errors import AbsorptionError
 from .models import gated_original, load_tokenizer
 from .proof import Comparison
 from .settings import AbsorptionSettings
+from .texts import check_texts
 from .work import Work, begin
 from .writers import Writer
 
@@ -79,8 +82,8 @@ def absorb_checkpoint(
         text: files, UTF-8, to distil on beside what the original writes itself, instead of the default's prose,
             documentation and code. Of each the last quarter is held out.
         settings: how to go about it.
-        dtype: what to compute in; if not given, float32 on a CPU, bfloat16 elsewhere. The result has the dtype of the
-            checkpoint.
+        dtype: what to compute in; if not given, float32 on a CPU, elsewhere that of the checkpoint, which the result
+            has: with a coarser one all its tensors are rounded.
         device: if not given, the GPU if there is one.
         overwrite: replace `output` if it is an empty directory or a checkpoint.
         revision: the branch, tag or commit of a model on the hub.
@@ -93,18 +96,39 @@ def absorb_checkpoint(
     """
     settings = settings or AbsorptionSettings()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    output, paths = Path(output).resolve(), [Path(path).resolve() for path in text]
+    output, paths = Path(output).resolve(), [Path(path) for path in text]
     flags = {"text": paths} | {name: getattr(settings, name) for name in ("distill_tokens", "sample_tokens", "seed")}
     command = command_line("absorb", checkpoint, output, flags | {"revision": revision}, overwrite)
     source = find_source(os.fspath(checkpoint), revision)
     check_output(source.path, output, overwrite)
-    for path in paths:
-        read_text(path)
+    check_texts(paths)
+    clear_leftovers(output)
     folder = output.with_name(f"{output.name}.partial")
-    given = {"checkpoint": os.fspath(source.path), "text": [os.fspath(path) for path in paths], "dtype": str(dtype)}
-    begin(folder, given | asdict(settings))
-    original = gated_original(os.fspath(checkpoint), folder / "original", revision, progress)
+    try:
+        return _absorbed(source, output, folder, paths, settings, dtype, device, overwrite, command, progress)
+    except OSError as error:
+        raise AbsorptionError(f"{error.filename or output}: {error.strerror or error}") from error
+
+
+def _absorbed(
+    source: Source,
+    output: Path,
+    folder: Path,
+    paths: list[Path],
+    settings: AbsorptionSettings,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    overwrite: bool,
+    command: str,
+    progress: bool,
+) -> Absorption:
+    given = {"checkpoint": os.fspath(source.path), "text": {os.fspath(path): sha256(path) for path in paths}}
+    begin(folder, given | {"dtype": str(dtype)} | asdict(settings))
+    original = gated_original(source, folder / "original", progress)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else stored_dtype(open_checkpoint(original))
+    limit = read_gated_config(open_checkpoint(original)).max_position_embeddings
+    settings = replace(settings, window_tokens=min(settings.window_tokens, limit))
     work = Work(folder, original, load_tokenizer(original), settings, dtype, device, progress)
     texts = work.texts(paths)
     edit = work.edit(texts)
@@ -121,11 +145,12 @@ def absorb_checkpoint(
         seconds=work.seconds,
     )
     with replacing(output, overwrite) as staging:
-        for path in distilled.iterdir():
-            shutil.copy2(path, staging / path.name)
+        shutil.copytree(distilled, staging, dirs_exist_ok=True)
         (staging / REPORT_NAME).write_text(done.as_json(), encoding="utf-8")
         (staging / CARD_NAME).write_text(absorption_card(done, source, original, command), encoding="utf-8")
-        for path in staging.iterdir():
+        for path in staging.rglob("*"):
             sync(path)
-    shutil.rmtree(folder)
+    done_with = folder.with_name(f".{folder.name}")  # under its name it is whole or not there
+    folder.rename(done_with)
+    shutil.rmtree(done_with)
     return done

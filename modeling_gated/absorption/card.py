@@ -31,7 +31,7 @@ def absorption_card(done: "Absorption", source: Source, directory: Path, command
         "base model": source.name,
         "revision": source.revision or "not known (a local path)",
         "command": f"`{command}`",
-        "gated": f"{gated} of {len(layers)} layers; in the others gates are 1",
+        "gates fitted": f"in {gated} of {len(layers)} layers",
         "neurons that wrote massive activations, removed": ", ".join(
             f"{writer.neuron} of layer {writer.layer}" for writer in done.writers
         )
@@ -47,7 +47,7 @@ def absorption_card(done: "Absorption", source: Source, directory: Path, command
 
 {cell(source.name)} without its attention sinks: {_PROMISE}
 
-{table(("", ""), [(name, str(value)) for name, value in rows.items()])}
+{table(("", ""), [(name, cell(value)) for name, value in rows.items()])}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,7 +74,7 @@ def quality_table(comparisons: Sequence[Comparison]) -> str:
         head,
         [
             (
-                one.kind,
+                cell(one.kind),
                 f"{one.windows} x {one.window_tokens:,}",
                 one.start,
                 f"{one.original.perplexity:.2f}",
@@ -105,7 +105,7 @@ def sink_table(comparisons: Sequence[Comparison]) -> str:
     rows = [(label, *_changes(chosen, write)) for label, write in _SINKS.items()]
     names = dict.fromkeys(name for one in chosen for name in one.edited.interventions)
     rows += [(f"loss, {name}", *_changes(chosen, partial(_change, name=name))) for name in names]
-    return table(("before → after", *(one.kind for one in chosen)), rows)
+    return table(("before → after", *(cell(one.kind) for one in chosen)), rows)
 
 
 def _changes(chosen: Iterable[Comparison], write: Callable[[Measured], str]) -> list[str]:

@@ -13,6 +13,7 @@ from modeling_gated.training import gate_param_groups
 from modeling_gated.training.loop import Evaluation, Run, Stage, train
 
 from .distillation import SinkDistillation
+from .errors import AbsorptionError
 from .settings import AbsorptionSettings
 from .sinks import SinkDirection
 from .texts import Text, TrainingWindows, held_out_windows
@@ -56,6 +57,8 @@ def distil(
     gate_rate = settings.gate_learning_rate if settings.trains_gates else None
     groups = gate_param_groups(edited, settings.learning_rate, gate_rate)
     held_out = [window[None] for text in texts for window in held_out_windows(text, settings.window_tokens, _EVALUATED)]
+    if not held_out:
+        raise AbsorptionError(f"window_tokens {settings.window_tokens}: no text has as many that are held out")
     accelerator = Accelerator(mixed_precision="no", cpu=edited.device.type == "cpu")
 
     @torch.no_grad()

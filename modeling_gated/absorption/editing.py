@@ -48,9 +48,14 @@ def absorb_sinks(
         progress: show a progress bar, on a terminal.
     """
     # They write in every window, so that some are enough.
-    writers = find_writers(original, windows[::4]) if settings.removes_writers else []
+    writers = find_writers(original, windows[:16]) if settings.removes_writers else []
     remove_writers(edited, writers)
-    refinement = Refinement(settings.refinement_epochs, sink_weight=settings.sink_weight, seed=settings.seed)
+    refinement = Refinement(
+        settings.refinement_epochs,
+        sink_weight=settings.sink_weight,
+        seed=settings.seed,
+        trains_gates=settings.edits_gates,
+    )
     before, after = LayerStates(original, windows), LayerStates(edited, windows)
     layers: list[AbsorbedLayer] = []
     directions: list[SinkDirection | None] = []

@@ -7,18 +7,19 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from modeling_gated.configuration import GatedLlamaConfig, open_gate
 from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.conversion.architecture import naming, read_gated_config
 from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.gates import changed_gate_layers, ranges
-from modeling_gated.conversion.sources import find_source
+from modeling_gated.conversion.sources import Source
 from modeling_gated.modeling_gated_llama import GatedLlamaForCausalLM
 from modeling_gated.training import ungated
 
 from .errors import AbsorptionError
 
 
-def gated_original(checkpoint: str, folder: Path, revision: str | None, progress: bool) -> Path:
+def gated_original(source: Source, folder: Path, progress: bool) -> Path:
     """
     The directory of a checkpoint with gates that are exactly 1: its own, or one that is converted into `folder`.
 
@@ -26,20 +27,25 @@ def gated_original(checkpoint: str, folder: Path, revision: str | None, progress
         ConversionError: if it cannot be converted.
         AbsorptionError: if its gates are not 1 any more, or its weights are quantized.
     """
-    source = find_source(checkpoint, revision)
-    if source.path.is_dir():
-        found = open_checkpoint(source.path)
-        if found.raw_config.get("quantization_config"):
-            raise AbsorptionError(f"{source.path}: is quantized, so its weights cannot be edited")
-        if found.raw_config.get("model_type") == GatedLlamaForCausalLM.config_class.model_type:
-            if changed := changed_gate_layers(found, read_gated_config(found)):
-                raise AbsorptionError(
-                    f"{source.path}: its gates are not 1 any more in layers {ranges(changed)}, but trained or imported"
-                )
-            return source.path
-    if not folder.is_dir():
-        convert_checkpoint(checkpoint, folder, revision=revision, progress=progress)
-    return folder
+    path = folder
+    if (
+        source.path.is_dir()
+        and open_checkpoint(source.path).raw_config.get("model_type") == GatedLlamaConfig.model_type
+    ):
+        path = source.path
+    elif not folder.is_dir():
+        convert_checkpoint(source.path, folder, progress=progress)
+    found = open_checkpoint(path)
+    if found.raw_config.get("quantization_config"):
+        raise AbsorptionError(f"{source.path}: is quantized, so its weights cannot be edited")
+    config = read_gated_config(found)
+    if changed := changed_gate_layers(found, config):
+        raise AbsorptionError(
+            f"{source.path}: its gates are not 1 any more in layers {ranges(changed)}, but trained or imported"
+        )
+    if not config.gate_bias or config.gate_scale != open_gate(config.gate_init)[1]:
+        raise AbsorptionError(f"{source.path}: its gates are not 1, as those that conversion writes are")
+    return path
 
 
 def load_original(path: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from modeling_gated.gate_names import is_gate
+from modeling_gated.training import keep_float32_states
 
 from .layer_states import LayerStates
 from .sinks import LayerSinks
@@ -22,6 +23,7 @@ class Refinement:
 
     `epochs` over the windows, `learning_rate` of projections and, times `gate_factor`, of gates; both fall by a cosine.
     `rows` queries of a batch, drawn at random, say what sinks get. `seed` determines their order and the windows'.
+    Gates are left alone unless `trains_gates`.
     """
 
     epochs: int = 4
@@ -30,14 +32,17 @@ class Refinement:
     sink_weight: float = 1.0
     rows: int = 64
     seed: int = 0
+    trains_gates: bool = True
 
     def __call__(self, edited: LayerStates, sinks: LayerSinks) -> None:
         """Train the attention block of a layer, whose parameters are frozen before and after."""
         attention = edited.layer.self_attn
-        gates = [parameter for name, parameter in attention.named_parameters() if is_gate(name)]
+        gates = [parameter for name, parameter in attention.named_parameters() if self.trains_gates and is_gate(name)]
         others = [parameter for name, parameter in attention.named_parameters() if not is_gate(name)]
         groups = [{"params": gates, "factor": self.gate_factor}, {"params": others, "factor": 1.0}]
         optimizer = torch.optim.AdamW(groups, self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        if any(parameter.dtype != torch.float32 for parameter in gates + others):  # else small updates round away
+            keep_float32_states(optimizer)
         generator = random.Random(self.seed * 1000 + edited.number)
         scale = sum(output.square().sum().item() for output in sinks.outputs)
         scale /= sum(output.shape[:2].numel() for output in sinks.outputs)

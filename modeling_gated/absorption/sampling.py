@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ def sample_text(
     Returns:
         Sequences of token ids, none with special tokens in them, together at least as many as wanted.
     """
-    special = set(tokenizer.all_special_ids)
+    special = _special(tokenizer)
     plain = [token for token in range(min(len(tokenizer), model.config.vocab_size)) if token not in special]
     generator = torch.Generator().manual_seed(seed)
     found: list[list[int]] = []
@@ -70,12 +71,13 @@ def sample_chats(
     if around is None:
         return []
     before, between, after = around
-    special = set(tokenizer.all_special_ids)
+    special = _special(tokenizer)
     found: list[list[int]] = []
     with _seeded(model, seed), _bar("sampling chats", tokens, progress) as bar:
         while (done := sum(map(len, found))) < tokens:
             questions = _continue(model, [before] * _batch(tokens - done, _ANSWER), _QUESTION, special)
-            starts = [before + question + between for question in questions if question]
+            # A question may be empty, too, and is kept, so that there is an end to it whatever the model writes.
+            starts = [before + question + between for question in questions]
             answers = _continue(model, starts, _ANSWER, special)
             found += [start + answer + after for start, answer in zip(starts, answers, strict=True)]
             bar.update(min(tokens, sum(map(len, found))) - done)
@@ -87,13 +89,22 @@ def _batch(tokens: int, of_a_sequence: int) -> int:
     return min(_BATCH, max(2, math.ceil(tokens / of_a_sequence)))
 
 
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All special tokens, those without a role of their own among them."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return added | set(tokenizer.all_special_ids)
+
+
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]] | None:
     """Token ids before a question, between it and its answer, and after that."""
     if not tokenizer.chat_template:
         return None
     chat = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
-    whole = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    if whole.count(_MARK) != 2:
+    try:
+        whole = str(tokenizer.apply_chat_template(chat, tokenize=False))
+    except (TemplateError, ValueError):  # one that wants something else, or several of which none is the default
+        return None
+    if whole.count(_MARK) != 2 or whole.startswith(_MARK):
         return None
     before, between, after = whole.split(_MARK)
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between, after)]

@@ -53,9 +53,11 @@ class AbsorptionSettings:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise AbsorptionError(f"{name} {getattr(self, name)}: at least {number} is needed")
-        for name in ("learning_rate", "gate_learning_rate", "sink_weight"):
-            if not getattr(self, name) >= 0:
-                raise AbsorptionError(f"{name} {getattr(self, name)}: must not be negative")
+        for name in ("learning_rate", "gate_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise AbsorptionError(f"{name} {getattr(self, name)}: must be positive")
+        if not self.sink_weight >= 0:
+            raise AbsorptionError(f"sink_weight {self.sink_weight}: must not be negative")
 
     @property
     def steps(self) -> int:

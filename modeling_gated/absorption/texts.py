@@ -18,6 +18,8 @@ from .errors import AbsorptionError
 
 # Of each text the last part is held out.
 _HELD_OUT_SHARE = 0.25
+# What there is without files.
+_KINDS = ("prose", "documentation", "code", "chat", "sampled")
 # What is read of the standard library, in characters.
 _CODE_CHARACTERS = 600_000
 
@@ -45,10 +47,22 @@ def given_texts(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> li
         EvaluationError: if one cannot be read.
         AbsorptionError: if two have one name.
     """
-    names = [path.stem for path in paths]
-    if doubled := [path for path, name in zip(paths, names, strict=True) if names.count(name) > 1]:
-        raise AbsorptionError(f"{doubled[0]}: another text has the same name")
-    return [as_text(name, read_text(path)[0], tokenizer) for path, name in zip(paths, names, strict=True)]
+    check_texts(paths)
+    return [as_text(path.stem, read_text(path)[0], tokenizer) for path in paths]
+
+
+def check_texts(paths: Sequence[Path]) -> None:
+    """
+    Check, before anything takes long, that text files can be read and told apart.
+
+    Raises:
+        EvaluationError: if one cannot be read.
+        AbsorptionError: if two have one name, or one that of a kind that is there anyway.
+    """
+    for number, path in enumerate(paths):
+        read_text(path)
+        if path.stem in {*_KINDS, *(other.stem for other in paths[:number])}:
+            raise AbsorptionError(f"{path}: another text has the name {path.stem}")
 
 
 def as_text(kind: str, content: str, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -106,8 +120,8 @@ class TrainingWindows:
     """
     Windows of several kinds of text, as many of each, in an endless order that a seed determines.
 
-    Every other window has no special token first: it begins as text goes on. The others begin as the tokenizer begins
-    an input, with its beginning-of-sequence token if it has one at all, since a sink may stand on either.
+    One window in two, by chance, begins as the tokenizer begins an input, with its beginning-of-sequence token if it
+    has one at all; the others begin as text goes on, since a sink may stand on either.
     """
 
     def __init__(self, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> None:

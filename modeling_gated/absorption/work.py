@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gated.conversion.architecture import stored_dtype
 from modeling_gated.conversion.checkpoint import open_checkpoint
+from modeling_gated.conversion.files import sync
 from modeling_gated.conversion.manifest import replace_file
 from modeling_gated.training.loop import check_output
 
@@ -54,12 +56,18 @@ class Work:
         own = default_texts(self.tokenizer)
         if given:  # then the package's are what the result is measured on, and no more
             own = [Text(text.kind, [], text.held_out) for text in own]
+        for text in (texts := given_texts(given, self.tokenizer)):
+            if len(text.held_out) < self.settings.window_tokens:
+                raise AbsorptionError(
+                    f"{text.kind}: is too short: of its {len(text.training + text.held_out)} tokens a quarter is held "
+                    f"out, and a window has {self.settings.window_tokens}"
+                )
         path = self.folder / "sampled.json"
         if not path.is_file():
             with self._timed("sampling"):
                 replace_file(path, json.dumps(self._sampled()).encode())
         sampled = json.loads(path.read_text(encoding="utf-8"))
-        return own + given_texts(given, self.tokenizer) + [sampled_text(*item) for item in sampled.items() if item[1]]
+        return own + texts + [sampled_text(*item) for item in sampled.items() if item[1]]
 
     def edit(self, texts: Sequence[Text]) -> Edit:
         """What was done to the model without the predictions' training; the model is in `edited`."""
@@ -141,6 +149,8 @@ class Work:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging
+        for made in staging.rglob("*"):
+            sync(made)
         staging.rename(path)
 
     @contextmanager
@@ -179,8 +189,11 @@ def _write_edit(edit: Edit, folder: Path) -> None:
 
 
 def _read_edit(folder: Path) -> Edit:
-    content = json.loads((folder / _EDIT).read_text(encoding="utf-8"))
-    tensors = load_file(folder / _DIRECTIONS)
+    try:
+        content = json.loads((folder / _EDIT).read_text(encoding="utf-8"))
+        tensors = load_file(folder / _DIRECTIONS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AbsorptionError(f"{folder}: is damaged ({error}); remove it") from None
     return Edit(
         writers=[Writer(**writer) for writer in content["writers"]],
         layers=[AbsorbedLayer(**layer) for layer in content["layers"]],

@@ -26,11 +26,12 @@ def absorb(
     ] = None,
     distill_tokens: Annotated[int, typer.Option(help="How many tokens to distil on.")] = 250_000,
     sample_tokens: Annotated[
-        int, typer.Option(help="How many of them the model writes itself, before: half chats, half whatever it says.")
+        int, typer.Option(help="How many tokens the model writes itself, before: half chats, half whatever it says.")
     ] = 40_000,
     seed: Annotated[int, typer.Option(help="Of the windows that are drawn and the text that is sampled.")] = 0,
     dtype: Annotated[
-        str | None, typer.Option(help="What to compute in: bfloat16 or float32.", show_default="float32 on a CPU")
+        str | None,
+        typer.Option(help="What to compute in: bfloat16 or float32.", show_default="float32 on a CPU, else its own"),
     ] = None,
     device: Device = None,
     overwrite: Overwrite = False,
@@ -43,7 +44,7 @@ def absorb(
     OUTPUT.partial, and the same command goes on from there. How near it comes is measured, and said in OUTPUT's model
     card.
     """
-    with one_clear_line(kept=f"{output}.partial"):
+    with one_clear_line(kept=Path(f"{Path(output)}.partial")):
         import torch
 
         from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint

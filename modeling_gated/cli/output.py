@@ -12,7 +12,7 @@ _MENDABLE = ("ConversionError", "EvaluationError", "InspectionError", "UnknownAt
 
 
 @contextmanager
-def one_clear_line(kept: str | None = None) -> Iterator[None]:
+def one_clear_line(kept: Path | None = None) -> Iterator[None]:
     """End with one line where the user can mend something, and where the user ends it; what is `kept` then."""
     try:
         yield
@@ -23,7 +23,10 @@ def one_clear_line(kept: str | None = None) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo(f"error: interrupted; {f'goes on from {kept}' if kept else 'nothing was left behind'}", err=True)
+        typer.echo(
+            f"error: interrupted; {f'goes on from {kept}' if kept and kept.exists() else 'nothing was left behind'}",
+            err=True,
+        )
         raise typer.Exit(130) from None
 
 

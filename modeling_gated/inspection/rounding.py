@@ -58,6 +58,7 @@ def int8_activations(model: PreTrainedModel) -> Iterator[None]:
 def _projections(model: PreTrainedModel) -> list[nn.Linear]:
     layers = decoder_layers(model.get_decoder())
     found = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    found = [module for module in found if module.weight.is_floating_point()]  # not what is packed already
     if not found:
         raise InspectionError(f"{type(model).__name__}: its layers have no linear projections to round")
     return found

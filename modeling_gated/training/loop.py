@@ -137,7 +137,9 @@ def train(
         unit="step",
         disable=not (run.progress and accelerator.is_main_process),
     ) as progress:
-        for step in range(start, plan.steps):
+        # A run may have ended early, and been stopped right after.
+        ended = evaluation is not None and has_ended(held_out, evaluation.patience)
+        for step in range(start, start if ended else plan.steps):
             began = time.perf_counter()
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = share * learning_rate(plan, run.warmup_steps, step)

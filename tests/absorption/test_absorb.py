@@ -3,17 +3,18 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sink_model import WRITERS, sink_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import modeling_gated  # noqa: F401 - makes the Auto classes know gated_llama
+from modeling_gated import absorption
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint, work
 from modeling_gated.cli import app
 from modeling_gated.conversion import ConversionError, convert_checkpoint
@@ -79,7 +80,7 @@ def test_the_report_and_the_card_say_what_was_done(absorbed: Path) -> None:
     assert set(report["seconds"]) == {"sampling", "edit", "distillation", "proof"}
     assert report["settings"]["seed"] == 0
     card = (absorbed / "README.md").read_text(encoding="utf-8")
-    assert "| gated | 3 of 4 layers; in the others gates are 1 |" in card
+    assert "| gates fitted | in 3 of 4 layers |" in card
     assert "| distilled on | 1,536 tokens |" in card
     first = report["comparisons"][0]
     assert f"| {first['perplexity_ratio']:.4f} |" in card
@@ -153,15 +154,15 @@ def test_given_text_is_what_it_learns_from(source: Path, tmp_path: Path, monkeyp
 
 def test_what_the_model_writes_itself_is_learnt_from_too(source: Path, tmp_path: Path) -> None:
     """And kept, so that it is not written again."""
-    settings = AbsorptionSettings(**vars(SETTINGS) | {"sample_tokens": 600})
-    written = work.Work(
-        tmp_path, source, byte_tokenizer(chat=True), settings, torch.float32, torch.device("cpu"), False
-    )
-    texts = {text.kind: text for text in written.texts([])}
+    convert_checkpoint(source, tmp_path / "gated")
+    settings, tokenizer = AbsorptionSettings(**vars(SETTINGS) | {"sample_tokens": 300}), byte_tokenizer(chat=True)
+    cpu = torch.device("cpu")
+    steps = work.Work(tmp_path, tmp_path / "gated", tokenizer, settings, torch.float32, cpu, progress=False)
+    texts = {text.kind: text for text in steps.texts([])}
     assert list(texts) == ["prose", "documentation", "code", "chat", "sampled"]
-    assert all(len(texts[kind].training) + len(texts[kind].held_out) >= 300 for kind in ("chat", "sampled"))
+    assert all(len(texts[kind].training) + len(texts[kind].held_out) >= 150 for kind in ("chat", "sampled"))
     assert (tmp_path / "sampled.json").is_file()
-    assert {text.kind: text for text in written.texts([])} == texts
+    assert {text.kind: text for text in steps.texts([])} == texts
 
 
 def test_gates_that_were_trained_are_refused(source: Path, tmp_path: Path) -> None:
@@ -184,6 +185,7 @@ def test_gates_that_were_trained_are_refused(source: Path, tmp_path: Path) -> No
         (["{source}", "{source}"], "must not contain each other"),
         (["{none}", "{out}"], "none.txt"),
         (["{source}", "{out}", "--device", "cuda:9"], "--device cuda:9"),
+        (["{source}", "{source}/config.json/out"], "config.json"),
     ],
 )
 def test_wrong_input_is_one_line(source: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -195,18 +197,59 @@ def test_wrong_input_is_one_line(source: Path, tmp_path: Path, arguments: list[s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_prints_what_was_measured(source: Path, tmp_path: Path) -> None:
-    """In a process of its own."""
-    command = [Path(sys.executable).with_name("gated-llama"), "absorb", source, tmp_path / "out"]
-    words = ["--distill-tokens", "0", "--sample-tokens", "0"]
-    found = subprocess.run([*command, *words], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
+def test_the_command_prints_what_was_measured(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {name: getattr(SETTINGS, name) for name in ("calibration_tokens", "window_tokens", "measured_windows")}
+    monkeypatch.setattr(absorption, "AbsorptionSettings", partial(AbsorptionSettings, **small))
+    words = ["absorb", str(source), str(tmp_path / "out"), "--distill-tokens", "0", "--sample-tokens", "0"]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, found.stderr
     assert "documentation" in found.stdout
     assert "first-token attention" in found.stdout
     assert (tmp_path / "out" / "absorption.json").is_file()
-    again = CliRunner().invoke(app, [str(word) for word in (*command[1:], *words)])
+    again = CliRunner().invoke(app, words)
     assert again.exit_code == 1
     assert "already exists; --overwrite replaces it" in again.stderr
+
+
+def test_the_installed_command_finds_all_it_needs(source: Path, tmp_path: Path) -> None:
+    """In a process of its own, in which importing the package has imported nothing yet."""
+    command = [Path(sys.executable).with_name("gated-llama"), "absorb", source, tmp_path / "out"]
+    found = subprocess.run([*command, "--text", tmp_path / "none.txt"], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (1, f"error: {tmp_path}/none.txt: No such file or directory\n")
+
+
+@pytest.mark.parametrize("name", ["edit.json", "directions.safetensors"])
+def test_a_damaged_step_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(work, "distil", interrupt)
+        absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
+    path = tmp_path / "out.partial" / "edited" / name
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(AbsorptionError, match=r"out\.partial/edited: is damaged .*; remove it"):
+        absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
+
+
+def test_fused_gates_are_refused(tmp_path: Path) -> None:
+    """Those that a checkpoint has are not 1, and a teacher without them would be another model."""
+    model = sink_model()
+    config = model.config.to_dict() | {"headwise_attn_output_gate": True}
+    state = model.state_dict()
+    for number in range(4):
+        name = f"model.layers.{number}.self_attn.q_proj.weight"
+        queries = state[name].view(2, 16, 32)
+        state[name] = torch.cat([queries, torch.randn(2, 2, 32)], dim=1).flatten(0, 1)
+        for norm in ("q_norm", "k_norm"):  # of Qwen3, in which the authors have them
+            state[name.replace("q_proj", norm)] = torch.ones(8)
+    folder = tmp_path / "fused"
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    byte_tokenizer().save_pretrained(folder)
+    with pytest.raises(AbsorptionError, match="fused: its gates are not 1"):
+        absorb_checkpoint(folder, tmp_path / "out", settings=SETTINGS)
 
 
 def test_what_cannot_be_converted_cannot_be_absorbed(tmp_path: Path) -> None:

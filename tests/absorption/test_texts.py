@@ -41,7 +41,7 @@ def test_given_texts(tmp_path: Path) -> None:
     second.write_text("other", encoding="utf-8")
     (found,) = given_texts([first], TOKENIZER)
     assert (found.kind, len(found.training), len(found.held_out)) == ("laws", 60, 20)
-    with pytest.raises(AbsorptionError, match="another text has the same name"):
+    with pytest.raises(AbsorptionError, match="another text has the name laws"):
         given_texts([first, second], TOKENIZER)
     with pytest.raises(EvaluationError, match="No such file"):
         given_texts([tmp_path / "none.txt"], TOKENIZER)
