@@ -16,7 +16,7 @@ test-oldest: build/oldest/ready
 	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -c "import transformers as t; assert t.__version__ == '5.16.1', t.__file__"
 	PYTHONPATH=$(CURDIR)/build/oldest OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
 		tests/configuration tests/modeling_gated tests/conversion/test_identity.py tests/integration/test_remote_code.py \
-		tests/integration/test_trainer.py tests/training tests/inspection/test_attention_meters.py \
+		tests/integration/test_trainer.py tests/training tests/absorption tests/inspection/test_attention_meters.py \
 		tests/inspection/test_kinds_of_attention.py tests/inspection/test_callback.py $(ARGS)
 
 ## Conversion against cp, in time and memory; ARGS="--mergekit PATH" adds mergekit.
