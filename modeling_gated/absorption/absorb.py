@@ -90,7 +90,8 @@ def absorb_checkpoint(
         progress: show progress bars, on a terminal.
 
     Raises:
-        AbsorptionError: if the checkpoint's sinks cannot be absorbed, or `OUTPUT.partial` is of another call.
+        AbsorptionError: if the checkpoint's gates are not 1 or its weights are quantized, a text is too short, or
+            `OUTPUT.partial` is damaged or of another call.
         ConversionError: if the checkpoint cannot be read, or the output not be written.
         EvaluationError: if a text cannot be read.
     """

@@ -11,7 +11,7 @@ from .layer_states import LayerStates
 
 # How much of the sink's direction makes a token a sink.
 SINK_THRESHOLD = 0.3
-# A key-value head whose queries give less than this to sinks, on average, keeps its gates exactly 1.
+# A key-value head whose queries give less than this to sinks, on average, gets gates of exactly 1.
 _LEAST_MASS = 0.1
 # The first tokens of a text are the sink, or may stand in for it.
 _FIRST_TOKENS = 4

@@ -34,7 +34,7 @@ class Text:
 
 
 def default_texts(tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    """What every Python and this package bring along: a novel's beginning, Python's reference, its library's code."""
+    """What every Python and this package bring along: a novel's chapters, Python's reference, its library's code."""
     contents = {"prose": prose(), "documentation": default_text(), "code": code()}
     return [as_text(kind, content, tokenizer) for kind, content in contents.items()]
 
@@ -83,7 +83,7 @@ def sampled_text(kind: str, sequences: Sequence[list[int]]) -> Text:
 
 
 def prose() -> str:
-    """The first chapters of Jane Austen's Pride and Prejudice (1813), which is in the public domain."""
+    """Chapters 24 to 36 of Jane Austen's Pride and Prejudice (1813), which is in the public domain."""
     return (files("modeling_gated.absorption") / "prose.txt").read_text(encoding="utf-8")
 
 

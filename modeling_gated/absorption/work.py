@@ -136,7 +136,7 @@ class Work:
     def _calibration_windows(self, texts: Sequence[Text]) -> list[torch.Tensor]:
         settings, text = self.settings, TrainingWindows(texts, self.tokenizer)
         count = settings.calibration_tokens // (settings.window_tokens * settings.batch_size)
-        # Windows that training does not begin with.
+        # Other windows than training's, as they are drawn from another seed.
         batches = range(0, max(1, count) * settings.batch_size, settings.batch_size)
         return [
             text.training_batch(settings.window_tokens, first, settings.batch_size, ~settings.seed) for first in batches
