@@ -12,6 +12,7 @@ import torch
 from modeling_gated.conversion.architecture import read_gated_config, stored_dtype
 from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.command_line import command_line
+from modeling_gated.conversion.errors import ConversionError
 from modeling_gated.conversion.files import sha256, sync
 from modeling_gated.conversion.output import check_output, clear_leftovers, replacing
 from modeling_gated.conversion.plan import CARD_NAME
@@ -125,7 +126,12 @@ def _absorbed(
 ) -> Absorption:
     given = {"checkpoint": os.fspath(source.path), "text": {os.fspath(path): sha256(path) for path in paths}}
     begin(folder, given | {"dtype": str(dtype)} | asdict(settings))
-    original = gated_original(source, folder / "original", progress)
+    try:
+        original = gated_original(source, folder / "original", progress)
+    except (AbsorptionError, ConversionError):
+        if not (folder / "sampled.json").is_file():  # what is refused leaves nothing behind
+            shutil.rmtree(folder)
+        raise
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored_dtype(open_checkpoint(original))
     limit = read_gated_config(open_checkpoint(original)).max_position_embeddings
