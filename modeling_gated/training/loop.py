@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm import tqdm
@@ -88,7 +89,10 @@ class Stage:
 def make_accelerator(mixed_precision: str, gradient_accumulation_steps: int) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
-        gradient_accumulation_steps=gradient_accumulation_steps,
+        # Else a data loader that another training in this process has left at its end makes a step of every batch.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],  # the others wait for the tokens
     )
     if accelerator.is_fsdp2 and mixed_precision == "bf16":

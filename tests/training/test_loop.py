@@ -6,10 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
+from torch.utils.data import DataLoader
 
-from modeling_gated.training.loop import Evaluation, Run, Stage, check_output, has_ended, read_losses, train
+from modeling_gated.training.loop import (
+    Evaluation,
+    Run,
+    Stage,
+    check_output,
+    has_ended,
+    make_accelerator,
+    read_losses,
+    train,
+)
 
 
 @dataclass
@@ -42,10 +52,10 @@ def own_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trained(output: Path, evaluation: Evaluation | None, save_every: int = 5) -> nn.Module:
+def trained(output: Path, evaluation: Evaluation | None, save_every: int = 5, accumulated: int = 1) -> nn.Module:
     output.mkdir(exist_ok=True)
-    accelerator = Accelerator(cpu=True)
-    run = Run(output, accelerator, Numbers(), output, 2, 1, save_every, 0, progress=False)
+    accelerator = make_accelerator("no", accumulated)
+    run = Run(output, accelerator, Numbers(), output, 2, accumulated, save_every, 0, progress=False)
     module = Loss()
     return train(run, module, [{"params": list(module.parameters())}], Stage("short", Plan(), evaluation))
 
@@ -110,3 +120,14 @@ def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="neither empty nor an output of such a run"):
         check_output({"seed": 1}, tmp_path)
+
+
+def test_another_training_s_data_loader_does_not_count(tmp_path: Path) -> None:
+    """A loop that takes its last batch and leaves (a Trainer at max_steps) never tells accelerate that it has ended."""
+    expected = trained(tmp_path / "first", None, accumulated=2).weight
+    loader = Accelerator(cpu=True).prepare(DataLoader(torch.arange(2)))
+    batches = iter(loader)
+    next(batches), next(batches)
+    assert GradientState().end_of_dataloader
+    assert torch.equal(trained(tmp_path / "second", None, accumulated=2).weight, expected)
+    batches.close()
