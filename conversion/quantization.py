@@ -4,10 +4,10 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+from modeling_gated.gate_names import OUTPUT_LAYERS
+
 
 GATES = r".*\.g_proj"
-# Without a list Transformers leaves these alone by itself; a list takes the place of its own.
-_HEADS = ("lm_head", "score", "qa_outputs")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Scheme:
 
     fields: tuple[str, ...] = ("modules_to_not_convert",)
     pattern: str = GATES
-    otherwise: tuple[str, ...] = _HEADS
+    otherwise: tuple[str, ...] = OUTPUT_LAYERS
 
 
 SCHEMES: dict[str, Scheme] = {

@@ -17,6 +17,7 @@ if not (Path(__path__[0]) / "configuration").is_dir():
 if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name not in ("gated-llama", "gated-llama.exe"):
     from . import registration  # noqa: F401
     from .configuration import GatedLlamaConfig
+    from .gate_names import MODULES_TO_NOT_CONVERT
     from .modeling_gated_llama import (
         GatedLlamaForCausalLM,
         GatedLlamaForQuestionAnswering,
@@ -28,6 +29,7 @@ if TYPE_CHECKING or Path(sys.argv[0] if sys.argv else "").name not in ("gated-ll
     from .training import Distillation, GateTrainerMixin, gate_param_groups, gate_peft_config, keep_float32_states
 
     __all__ = [
+        "MODULES_TO_NOT_CONVERT",
         "Distillation",
         "GateTrainerMixin",
         "GatedLlamaConfig",

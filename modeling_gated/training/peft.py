@@ -5,13 +5,11 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal
 
 from modeling_gated.configuration.configuration_gated_llama import GATE_PROJECTIONS
-from modeling_gated.gate_names import GATE_NAMES, is_gate
+from modeling_gated.gate_names import ALL_GATES, GATE_NAMES, is_gate
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-ALL_GATES = r".*\.g_(.*_)?proj"
 
 
 def gate_peft_config(
