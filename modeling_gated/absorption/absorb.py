@@ -135,7 +135,8 @@ def _absorbed(
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else stored_dtype(open_checkpoint(original))
     limit = read_gated_config(open_checkpoint(original)).max_position_embeddings
-    settings = replace(settings, window_tokens=min(settings.window_tokens, limit))
+    lengths = {name: min(getattr(settings, name), limit) for name in ("window_tokens", "long_window_tokens")}
+    settings = replace(settings, **lengths)
     work = Work(folder, original, load_tokenizer(original), settings, dtype, device, progress)
     texts = work.texts(paths)
     edit = work.edit(texts)

@@ -26,7 +26,7 @@ def absorption_card(done: "Absorption", source: Source, directory: Path, command
     """The text of README.md, with the metadata that the hub reads, some of it from the card in `directory`."""
     layers, gated = done.layers, sum(any(layer.gated) for layer in done.layers)
     settings, losses = done.settings, done.losses
-    tokens = len(losses) * settings.batch_size * settings.window_tokens
+    tokens = settings.tokens(len(losses))
     rows = {
         "base model": source.name,
         "revision": source.revision or "not known (a local path)",

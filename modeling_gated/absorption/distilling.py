@@ -70,7 +70,7 @@ def distil(
     run = Run(
         output=folder,
         accelerator=accelerator,
-        text=TrainingWindows(texts, tokenizer),
+        text=TrainingWindows(texts, tokenizer, settings.long_window_tokens, settings.batches_per_long),
         tokenizer=folder,
         warmup_steps=settings.warmup_steps,
         gradient_accumulation_steps=1,

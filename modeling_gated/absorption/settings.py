@@ -11,12 +11,13 @@ class AbsorptionSettings:
     What `absorb_checkpoint` does, where its defaults are not wanted.
 
     `distill_tokens` are distilled on, `sample_tokens` are sampled from the original for it, half of them chats, and
-    `calibration_tokens` are what gates are fitted on, in windows of `window_tokens`. `refinement_epochs` is how often
-    each attention block sees these in its own training. Of the distillation, `batch_size` windows are a step,
-    `learning_rate` is the attention projections' and the norms', `gate_learning_rate` the gates', and `sink_weight`
-    what attention to sinks counts beside the KL divergence. `save_every` and `evaluate_every` are steps; it ends early
-    when `patience` evaluations in a row have found no lower loss on held-out text. The result is measured on
-    `measured_windows` of 512 tokens of each text, and fewer that are longer. `seed` draws windows and samples.
+    `calibration_tokens` are what gates are fitted on. A batch of either has `batch_size` windows of `window_tokens` or,
+    so that half of all tokens are in such, one of `long_window_tokens`. `refinement_epochs` is how often each attention
+    block sees the calibration's in its own training. Of the distillation, `learning_rate` is the attention projections'
+    and the norms', `gate_learning_rate` the gates', and `sink_weight` what attention to sinks counts beside the KL
+    divergence. `save_every` and `evaluate_every` are steps; it ends early when `patience` evaluations in a row have
+    found no lower loss on held-out text. The result is measured on `measured_windows` of 512 tokens of each text, and
+    fewer that are longer. `seed` draws windows and samples.
 
     What is left out for comparison's sake: `removes_writers`, `edits_keys` and `edits_gates` without which massive
     activations, keys and gates stay what they are at first, and `trains_gates`.
@@ -26,8 +27,9 @@ class AbsorptionSettings:
     sample_tokens: int = 40_000
     calibration_tokens: int = 24_576
     window_tokens: int = 512
+    long_window_tokens: int = 2048
     batch_size: int = 2
-    refinement_epochs: int = 4
+    refinement_epochs: int = 12
     learning_rate: float = 2e-4
     gate_learning_rate: float = 1e-3
     sink_weight: float = 1.0
@@ -49,7 +51,7 @@ class AbsorptionSettings:
         """
         least = {"distill_tokens": 0, "sample_tokens": 0, "window_tokens": 64, "batch_size": 1, "refinement_epochs": 0}
         least |= {"calibration_tokens": self.window_tokens, "save_every": 1, "evaluate_every": 1, "patience": 1}
-        least |= {"measured_windows": 1}
+        least |= {"measured_windows": 1, "long_window_tokens": self.window_tokens}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise AbsorptionError(f"{name} {getattr(self, name)}: at least {number} is needed")
@@ -62,9 +64,25 @@ class AbsorptionSettings:
     @property
     def steps(self) -> int:
         """Of the distillation."""
-        return self.distill_tokens // (self.window_tokens * self.batch_size)
+        return self.batches(self.distill_tokens)
 
     @property
     def length(self) -> int:
         """Tokens of a window, as a training's plan calls them."""
         return self.window_tokens
+
+    @property
+    def batches_per_long(self) -> int:
+        """One batch in so many is a long window, so that these have about half of the tokens."""
+        return 1 + max(1, round(self.long_window_tokens / (self.window_tokens * self.batch_size)))
+
+    def tokens(self, batches: int) -> int:
+        """How many tokens so many batches have, long windows among them."""
+        long = batches // self.batches_per_long
+        return (batches - long) * self.window_tokens * self.batch_size + long * self.long_window_tokens
+
+    def batches(self, tokens: int) -> int:
+        """How many batches have so many tokens, and no more."""
+        rounds, left = divmod(tokens, self.tokens(self.batches_per_long))
+        short = min(self.batches_per_long - 1, left // self.tokens(1))
+        return rounds * self.batches_per_long + short

@@ -118,23 +118,38 @@ def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 class TrainingWindows:
     """
-    Windows of several kinds of text, as many of each, in an endless order that a seed determines.
+    Windows of several kinds of text, each as likely, in an endless order that a seed determines.
 
     One window in two, by chance, begins as the tokenizer begins an input, with its beginning-of-sequence token if it
     has one at all; the others begin as text goes on, since a sink may stand on either.
+
+    Args:
+        texts: of which the parts that may be trained on count.
+        tokenizer: which says how an input begins.
+        long_window_tokens: the last of every `batches_per_long` batches is one window of so many tokens.
+        batches_per_long: see there.
     """
 
-    def __init__(self, texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        texts: Sequence[Text],
+        tokenizer: PreTrainedTokenizerBase,
+        long_window_tokens: int = 0,
+        batches_per_long: int = 0,
+    ) -> None:
         self.texts = [text.training for text in texts if text.training]
         self.start = special_start(tokenizer)
+        self.long_window_tokens, self.batches_per_long = long_window_tokens, batches_per_long
 
     def training_batch(self, length: int, first: int, count: int, seed: int) -> torch.Tensor:
-        """Windows number `first` to `first + count`; token ids [count, length]."""
+        """Windows number `first` to `first + count`, token ids [count, length], or a long one in their place."""
+        if self.batches_per_long > 0 and (first // count + 1) % self.batches_per_long == 0:
+            length, count = self.long_window_tokens, 1
         return torch.tensor([self._window(length, number, seed) for number in range(first, first + count)])
 
     def _window(self, length: int, number: int, seed: int) -> list[int]:
         generator = random.Random(f"{seed} {number}")
-        text = self.texts[number % len(self.texts)]
+        text = generator.choice(self.texts)
         place = generator.randrange(max(1, len(text) - length))
         window = [text[index % len(text)] for index in range(place, place + length)]
         return ((self.start if generator.random() < 0.5 else []) + window)[:length]

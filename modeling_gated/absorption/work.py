@@ -134,13 +134,14 @@ class Work:
         }
 
     def _calibration_windows(self, texts: Sequence[Text]) -> list[torch.Tensor]:
-        settings, text = self.settings, TrainingWindows(texts, self.tokenizer)
-        count = settings.calibration_tokens // (settings.window_tokens * settings.batch_size)
+        """Token ids [1, tokens] each: attention blocks learn more in more and smaller steps."""
+        settings = self.settings
+        text = TrainingWindows(texts, self.tokenizer, settings.long_window_tokens, settings.batches_per_long)
         # Other windows than training's, as they are drawn from another seed.
-        batches = range(0, max(1, count) * settings.batch_size, settings.batch_size)
-        return [
-            text.training_batch(settings.window_tokens, first, settings.batch_size, ~settings.seed) for first in batches
-        ]
+        numbers = range(max(1, settings.batches(settings.calibration_tokens)))
+        length, count = settings.window_tokens, settings.batch_size
+        batches = [text.training_batch(length, number * count, count, ~settings.seed) for number in numbers]
+        return [window for batch in batches for window in batch.split(1)]
 
     @contextmanager
     def _making(self, path: Path) -> Iterator[Path]:

@@ -147,9 +147,8 @@ def train(
             began = time.perf_counter()
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = share * learning_rate(plan, run.warmup_steps, step)
-            loss = train_step(run, module, optimizer, stage, step)
+            loss, tokens = train_step(run, module, optimizer, stage, step)
             losses.append(loss)
-            tokens = plan.length * plan.batch_size * run.gradient_accumulation_steps * accelerator.num_processes
             speed = tokens / (time.perf_counter() - began)
             progress.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
             progress.update()
@@ -185,13 +184,16 @@ def read_losses(output: Path, name: str, kind: str = "losses") -> list[float]:
     return [float(line) for line in path.read_text(encoding="utf-8").split()] if path.is_file() else []
 
 
-def train_step(run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, step: int) -> float:
-    """One step of the optimizer; the mean loss of its batches, over all processes."""
+def train_step(
+    run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, step: int
+) -> tuple[float, int]:
+    """One step of the optimizer; the mean loss of its batches, over all processes, and how many tokens they have."""
     accelerator, accumulated, plan = run.accelerator, run.gradient_accumulation_steps, stage.plan
-    losses = []
+    losses, tokens = [], 0
     for batch in range(step * accumulated, (step + 1) * accumulated):
         first = (batch * accelerator.num_processes + accelerator.process_index) * plan.batch_size
         windows = run.text.training_batch(plan.length, first, plan.batch_size, run.seed)
+        tokens += windows.numel()
         with accelerator.accumulate(module):
             loss = module(windows.to(accelerator.device))
             accelerator.backward(loss)
@@ -200,7 +202,8 @@ def train_step(run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, st
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach().float())
-    return accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+    loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+    return loss, tokens * accelerator.num_processes
 
 
 def learning_rate(plan: Plan, warmup_steps: int, step: int) -> float:

@@ -27,6 +27,7 @@ SETTINGS = AbsorptionSettings(
     sample_tokens=0,
     calibration_tokens=1024,
     window_tokens=64,
+    long_window_tokens=128,
     refinement_epochs=1,
     save_every=5,
     evaluate_every=4,
@@ -137,7 +138,7 @@ def test_given_text_is_what_it_learns_from(source: Path, tmp_path: Path, monkeyp
     seen: list[torch.Tensor] = []
     train_step = loop.train_step
 
-    def recorded(run: loop.Run, *arguments: object) -> float:
+    def recorded(run: loop.Run, *arguments: object) -> tuple[float, int]:
         seen.append(run.text.training_batch(64, 0, 50, 0))
         return train_step(run, *arguments)
 

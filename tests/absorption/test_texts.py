@@ -7,7 +7,7 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from sink_model import BOS, sink_model
 
-from modeling_gated.absorption import AbsorptionError
+from modeling_gated.absorption import AbsorptionError, AbsorptionSettings
 from modeling_gated.absorption.sampling import sample_chats, sample_text
 from modeling_gated.absorption.texts import (
     Text,
@@ -47,17 +47,29 @@ def test_given_texts(tmp_path: Path) -> None:
         given_texts([tmp_path / "none.txt"], TOKENIZER)
 
 
-def test_windows_take_turns_and_come_again_from_their_seed() -> None:
-    """As many of each kind, none of them with what is held out; half of them begin with the special token."""
+def test_windows_are_of_all_kinds_and_come_again_from_their_seed() -> None:
+    """Each kind as often, none with what is held out; half of the windows begin with the special token."""
     texts = [Text("a", [1] * 200, [9] * 50), Text("only measured", [], [9] * 50), Text("b", [2] * 30, [9] * 50)]
     windows = TrainingWindows(texts, TOKENIZER)
     batch = windows.training_batch(40, 0, 200, seed=3)
     assert batch.shape == (200, 40)
-    assert (batch[::2, 1:] == 1).all()
-    assert (batch[1::2, 1:] == 2).all()  # which is shorter than a window, and begins again
+    kinds = batch[:, 1:].unique(dim=1)  # a text that is shorter than a window begins again
+    assert kinds.shape == (200, 1)
+    assert set(kinds.flatten().tolist()) == {1, 2}
+    assert 70 < (kinds == 1).sum() < 130
     assert 70 < (batch[:, 0] == BOS).sum() < 130
     assert torch.equal(windows.training_batch(40, 60, 5, seed=3), batch[60:65])
     assert not torch.equal(windows.training_batch(40, 0, 200, seed=4), batch)
+
+
+def test_half_of_the_tokens_are_in_long_windows() -> None:
+    settings = AbsorptionSettings(window_tokens=64, long_window_tokens=384, batch_size=2, calibration_tokens=640)
+    windows = TrainingWindows([Text("a", [1] * 999, [])], TOKENIZER, 384, settings.batches_per_long)
+    batches = settings.batches(384 * 10)
+    shapes = [tuple(windows.training_batch(64, batch * 2, 2, seed=0).shape) for batch in range(batches)]
+    assert shapes == [(2, 64), (2, 64), (2, 64), (1, 384)] * 5
+    assert settings.tokens(batches) == sum(rows * columns for rows, columns in shapes) == 384 * 10
+    assert [settings.batches(tokens) for tokens in (127, 128, 767, 768, 896)] == [0, 1, 3, 4, 5]
 
 
 def test_held_out_windows_are_spread_over_what_is_held_out() -> None:

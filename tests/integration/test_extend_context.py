@@ -83,7 +83,7 @@ class Interruptions:
         self.train_step = loop.train_step
         monkeypatch.setattr(loop, "train_step", self)
 
-    def __call__(self, *args: object) -> float:
+    def __call__(self, *args: object) -> tuple[float, int]:
         *_, stage, step = args
         if (stage.name, step) in self.left:
             self.left.remove((stage.name, step))

@@ -146,7 +146,7 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(
     uninterrupted = finished(recipe)
     train_step, initialize = loop.train_step, Trainer.__init__
 
-    def interrupted_step(*args: object) -> float:
+    def interrupted_step(*args: object) -> tuple[float, int]:
         loss = train_step(*args)
         taken.append(args[-1])
         if len(taken) == 3:
