@@ -26,8 +26,8 @@ class Refinement:
     Gates are left alone unless `trains_gates`.
     """
 
-    epochs: int = 4
-    learning_rate: float = 3e-4
+    epochs: int = 12
+    learning_rate: float = 1e-3
     gate_factor: float = 3.0
     sink_weight: float = 1.0
     rows: int = 64
