@@ -56,7 +56,7 @@ def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     if not SMOLLM2.is_dir():
         pytest.skip("build/demo has no SmolLM2: make demo")
     folder = tmp_path_factory.mktemp("smollm2") / request.param
-    convert_checkpoint(SMOLLM2, folder, gate_granularity=request.param)
+    convert_checkpoint(SMOLLM2, folder, granularity=request.param)
     return moved_gates(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder)
 
 
