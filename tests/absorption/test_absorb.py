@@ -160,7 +160,7 @@ def test_given_text_is_what_it_learns_from(source: Path, tmp_path: Path, monkeyp
     assert shapes == [(1, 64), (1, 64), (1, 64), (1, 64), (1, 256)] * 2 + [(1, 256)] * 12
     assert {one.kind for one in done.comparisons} == {"prose", "documentation", "code", "letters"}
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert f"{tmp_path / 'out'} --text {path} --distill-tokens 1536 --sample-tokens 0 --seed 0`" in card
+    assert f"{tmp_path / 'out'} --text {path} --distill-tokens 2048 --sample-tokens 0 --seed 0`" in card
 
 
 def test_what_the_model_writes_itself_is_learnt_from_too(source: Path, tmp_path: Path) -> None:
