@@ -1,16 +1,11 @@
 """Tensor parallelism over two processes: every variant's plan gives the logits and gradients of one process."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-from contextlib import ExitStack
 
 import pytest
 import torch
 from paper_variants import CONFIGS, random_model
+from two_ranks import run_two_ranks
 
 
 # Both ranks load each directory in the one that is given, split, and write what they computed.
@@ -47,28 +42,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     root = tmp_path_factory.mktemp("tensor parallel")
     for name in CONFIGS:
         random_model(name).save_pretrained(root / "models" / name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with ExitStack() as stack:
-        processes = []
-        for rank in ("0", "1"):
-            errors = stack.enter_context((root / f"errors{rank}").open("w"))
-            process = subprocess.Popen(
-                [sys.executable, "-c", RANK, root / "models"],
-                env=environment | {"RANK": rank, "LOCAL_RANK": rank},
-                stderr=errors,
-            )
-            stack.callback(process.kill)
-            processes.append(process)
-        deadline = time.monotonic() + 300
-        # Where one rank fails, the other waits for it.
-        while None in (statuses := [process.poll() for process in processes]) and not any(statuses):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        found = "".join((root / f"errors{rank}").read_text() for rank in (0, 1))
-        assert statuses == [0, 0], found
+    run_two_ranks(RANK, root, root / "models")
     return [torch.load(root / f"rank{rank}") for rank in (0, 1)]
 
 
