@@ -1,0 +1,199 @@
+"""
+What gates cost: time and memory of the gated model as ratios to the ungated one.
+
+    python examples/benchmark.py [--shapes SmolLM2-135M] [--dtypes float32,bfloat16] [--workloads prefill,decode]
+
+Gated and ungated model have the same weights, in memory too, and run in one process in turns: each pass of a
+formulation comes right before or after one of the ungated model's, and the median of their ratios is shown, with the
+range that the middle half of them is in. Weights are random. The row "ungated" compares the ungated model with itself:
+what it differs from 1 by is noise. Beside each ratio stands the limit: the bytes that are read in decoding, or the
+operations of the matrix products in prefill and training, with the gates and without.
+
+Without options it measures what fits the machine: SmolLM2-135M on a CPU, the larger shapes on a CUDA device. Where a
+model doesn't fit in half of the memory, it has fewer layers. Compiling takes minutes on a CPU: --modes eager,compiled.
+"""
+
+import gc
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import torch
+import transformers
+import typer
+from benchmark_workloads import (
+    OURS,
+    SHAPES,
+    WORKLOADS,
+    Workload,
+    count_parameters,
+    gated_model,
+    limit,
+    llama_config,
+    ungated_model,
+)
+from gate_formulations import PEERS
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+
+FORMULATIONS = ("ungated", *OURS, *PEERS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: a pass over a shape."""
+
+    shape: str
+    dtype: torch.dtype
+    mode: str
+    workload: str
+    batch_size: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a formulation: the median seconds; the ratios to the ungated model's, their limit, and the ratio of memory."""
+
+    seconds: float
+    ratios: list[float]
+    limit: float
+    memory: float
+
+
+def compare(ungated: PreTrainedModel, name: str, case: Case, rounds: int) -> Cost:
+    """Passes of a formulation and of the ungated model in turns."""
+    model = ungated if name == "ungated" else gated_model(name, ungated)
+    arguments = case.batch_size, case.tokens, case.mode == "compiled"
+    own, other = (WORKLOADS[case.workload](one, *arguments) for one in (model, ungated))
+    for workload in (own, other, own, other):
+        workload.seconds()  # the first is slower
+    pairs = [_pair(own, other, number % 2 == 1) for number in range(rounds)]
+    memory = statistics.median(own.memory() / other.memory() for _ in range(3))
+    ratios = [seconds / of_ungated for seconds, of_ungated in pairs]
+    least = limit(model, ungated, case.workload, case.batch_size, case.tokens)
+    return Cost(statistics.median(seconds for seconds, _ in pairs), ratios, least, memory)
+
+
+def _pair(own: Workload, other: Workload, own_first: bool) -> tuple[float, float]:
+    if own_first:
+        return own.seconds(), other.seconds()
+    of_other = other.seconds()
+    return own.seconds(), of_other
+
+
+def layers_that_fit(case: Case, device: torch.device) -> int:
+    """As many layers as leave half of the memory free, training with two optimizers."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    copies = 7 if case.workload == "training" else 1
+    budget = free / 2 / copies / case.dtype.itemsize
+    all_layers: int = SHAPES[case.shape]["num_hidden_layers"]
+    one, two = (count_parameters(llama_config(case.shape, layers, case.tokens)) for layers in (1, 2))
+    return max(0, min(all_layers, int((budget - one) / (two - one)) + 1))
+
+
+def cases(
+    device: torch.device, shapes: Sequence[str], dtypes: Sequence[str], modes: Sequence[str], workloads: Sequence[str]
+) -> Iterator[Case]:
+    """On a CPU 512 tokens, on a CUDA device 4096, and there decoding of 32 sequences, too."""
+    on_cuda = device.type == "cuda"
+    for shape in shapes:
+        for dtype in dtypes:
+            for mode in modes:
+                for workload in workloads:
+                    for batch_size in (1, 32) if on_cuda and workload == "decode" else (1,):
+                        tokens = 4096 if on_cuda else 512
+                        yield Case(shape, getattr(torch, dtype), mode, workload, batch_size, tokens)
+
+
+def title_of(case: Case, layers: int, ungated_seconds: float) -> str:
+    dtype = str(case.dtype).removeprefix("torch.")
+    return (
+        f"{case.shape}, {layers} layers, {dtype}, {case.mode}, {case.workload}, {case.batch_size} x {case.tokens} "
+        f"tokens: ungated {ungated_seconds:.3f} s"
+    )
+
+
+def table_of(costs: dict[str, Cost]) -> Table:
+    table = Table(box=box.MARKDOWN)
+    table.add_column("formulation", no_wrap=True)
+    for column in ("time / ungated", "middle half", "limit", "peak memory / ungated"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, cost in costs.items():
+        low, _, high = statistics.quantiles(cost.ratios, n=4)
+        middle = f"{low:.3f} - {high:.3f}"
+        table.add_row(name, f"{statistics.median(cost.ratios):.3f}", middle, f"{cost.limit:.3f}", f"{cost.memory:.3f}")
+    return table
+
+
+def chosen(given: str, known: Sequence[str], option: str) -> list[str]:
+    """The parts of a comma-separated option."""
+    parts = given.split(",")
+    for part in parts:
+        if part not in known:
+            sys.exit(f"error: {option} {part}: not one of {', '.join(known)}")
+    return parts
+
+
+def main(
+    shapes: Annotated[str, typer.Option(help="Default: SmolLM2-135M on a CPU, on CUDA all others.")] = "",
+    dtypes: Annotated[str, typer.Option(help="Default: float32,bfloat16 on a CPU, on CUDA bfloat16.")] = "",
+    modes: Annotated[str, typer.Option(help="Default: eager on a CPU, on CUDA eager,compiled.")] = "",
+    workloads: str = ",".join(WORKLOADS),
+    formulations: str = ",".join(FORMULATIONS),
+    rounds: Annotated[int, typer.Option(min=2)] = 15,
+    device: Annotated[str, typer.Option(help="Default: cuda if there is one.")] = "",
+    output: Annotated[Path, typer.Option(help="Where the tables are left.")] = Path("build/benchmark.md"),
+) -> None:
+    """Print one table for each shape, dtype, mode and workload."""
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on_cuda = where.type == "cuda"
+    names = chosen(formulations, FORMULATIONS, "--formulations")
+    wanted = list(
+        cases(
+            where,
+            chosen(shapes or (",".join(list(SHAPES)[1:]) if on_cuda else "SmolLM2-135M"), list(SHAPES), "--shapes"),
+            chosen(
+                dtypes or ("bfloat16" if on_cuda else "float32,bfloat16"),
+                ["float32", "bfloat16", "float16"],
+                "--dtypes",
+            ),
+            chosen(modes or ("eager,compiled" if on_cuda else "eager"), ["eager", "compiled"], "--modes"),
+            chosen(workloads, list(WORKLOADS), "--workloads"),
+        )
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("w") as file:
+        consoles = Console(width=120), Console(width=120, file=file)
+        hardware = torch.cuda.get_device_name(where) if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+        for console in consoles:
+            console.print(f"{hardware}; torch {torch.__version__}, Transformers {transformers.__version__}\n")
+        for case in (progress := tqdm(wanted, unit="case", leave=False)):
+            layers = layers_that_fit(case, where)
+            if layers == 0:
+                print(f"{case.shape}, {case.workload}: left out, not one layer fits")
+                continue
+            config = llama_config(case.shape, layers, case.tokens + 64)
+            ungated = ungated_model(config, case.dtype, where)
+            costs = {}
+            for name in names:
+                progress.set_description(f"{case.shape} {case.mode} {case.workload}, {name}")
+                costs[name] = compare(ungated, name, case, rounds)
+                torch.compiler.reset()
+                gc.collect()
+            seconds = statistics.median(cost.seconds / statistics.median(cost.ratios) for cost in costs.values())
+            for console in consoles:
+                console.print(title_of(case, layers, seconds), table_of(costs))
+            file.flush()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,95 @@
+"""
+What starting costs: importing, the command line, and a checkpoint's first token, each in a process of its own.
+
+    python examples/benchmark_start.py [--rounds 7] [--source FOLDER] [--gated FOLDER]
+
+Each row is measured in turns with the one that it is compared with: importing the package with importing Transformers'
+model classes, which it needs anyway; the gated checkpoint with the one it was converted from. The checkpoints are those
+that make demo leaves. First tokens are timed after the imports.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from processes import run_measured
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+
+NOTHING = "pass"
+TRANSFORMERS = "from transformers import AutoModelForCausalLM, LlamaForCausalLM"
+PACKAGE = "import modeling_gated"
+MODEL = "from modeling_gated import GatedLlamaForCausalLM"
+FIRST_TOKEN = """
+import sys, time
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+import modeling_gated
+from modeling_gated import GatedLlamaForCausalLM
+
+started = time.perf_counter()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+inputs = tokenizer("The capital of France is", return_tensors="pt")
+model.generate(**inputs, max_new_tokens=1, do_sample=False)
+print(time.perf_counter() - started)
+"""
+
+
+def process(*arguments: str | Path) -> float:
+    """Seconds of a whole process of Python."""
+    return run_measured([sys.executable, *arguments], capture=True)[0]
+
+
+def first_token(checkpoint: Path) -> float:
+    """Seconds from `from_pretrained` to a first token, as the process itself measured them."""
+    return float(run_measured([sys.executable, "-c", FIRST_TOKEN, checkpoint], capture=True)[2].split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--source", type=Path, default=Path("build/demo/SmolLM2-135M-Instruct"))
+    parser.add_argument("--gated", type=Path, default=Path("build/demo/SmolLM2-135M-Instruct-gated"))
+    arguments = parser.parse_args()
+    for folder in (arguments.source, arguments.gated):
+        if not (folder / "config.json").is_file():
+            sys.exit(f"error: {folder}: there is no checkpoint; make demo makes one")
+    command = Path(sys.executable).parent / "gated-llama"
+    measures = {
+        "python -c pass": lambda: process("-c", NOTHING),
+        "import modeling_gated": lambda: process("-c", PACKAGE),
+        "importing Transformers' Llama": lambda: process("-c", TRANSFORMERS),
+        "importing GatedLlamaForCausalLM": lambda: process("-c", MODEL),
+        "gated-llama --help": lambda: process(command, "--help"),
+        "gated-llama convert --help": lambda: process(command, "convert", "--help"),
+        "first token of the source": lambda: first_token(arguments.source),
+        "first token of the gated": lambda: first_token(arguments.gated),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in measures}
+    for name in tqdm([*measures] * arguments.rounds, desc="processes"):
+        seconds[name].append(measures[name]())
+    compared = {
+        "importing GatedLlamaForCausalLM": "importing Transformers' Llama",
+        "first token of the gated": "first token of the source",
+    }
+    table = Table(box=box.MARKDOWN)
+    table.add_column("", no_wrap=True)
+    for heading in ("seconds", "min - max", "ratio", "to"):
+        table.add_column(heading, justify="left" if heading == "to" else "right", no_wrap=True)
+    for name, found in seconds.items():
+        other = compared.get(name)
+        ratios = [own / its for own, its in zip(found, seconds[other], strict=True)] if other else []
+        ratio = f"{statistics.median(ratios):.3f}" if ratios else ""
+        table.add_row(
+            name, f"{statistics.median(found):.2f}", f"{min(found):.2f} - {max(found):.2f}", ratio, other or ""
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

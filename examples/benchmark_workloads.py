@@ -1,0 +1,233 @@
+"""What benchmark.py measures: models that share their weights, passes over them, and what a pass cannot do without."""
+
+import ctypes
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from gate_formulations import PEERS
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
+
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+
+
+OURS = ("headwise", "elementwise")
+SHAPES: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.2-1B": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "Qwen3-1.7B": {  # without its QK-norm
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "Llama-3.1-8B": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+def llama_config(shape: str, layers: int, tokens: int) -> LlamaConfig:
+    """Of so many of a shape's layers."""
+    return LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": layers, "max_position_embeddings": tokens})
+
+
+def count_parameters(config: LlamaConfig) -> int:
+    with init_empty_weights():
+        return sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
+
+
+@torch.no_grad()
+def ungated_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Llama with random weights."""
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(dtype)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02)
+    return model.eval()
+
+
+@torch.no_grad()
+def gated_model(name: str, ungated: PreTrainedModel) -> PreTrainedModel:
+    """A formulation's model: the parameters of the ungated one, the very same, and random gates."""
+    config: Any = ungated.config
+    with init_empty_weights():
+        model: PreTrainedModel
+        if name in OURS:
+            model = GatedLlamaForCausalLM(GatedLlamaConfig.from_source_config(config, gate_granularity=name))
+        else:
+            model = LlamaForCausalLM(config)
+            for number, layer in enumerate(model.model.layers):
+                layer.self_attn = PEERS[name](config, number)
+    of_ungated = dict(ungated.named_parameters())
+    for path, parameter in list(model.named_parameters()):
+        module, _, attribute = path.rpartition(".")
+        own = of_ungated.get(path)
+        if own is None or own.shape != parameter.shape:
+            own = nn.Parameter(
+                torch.empty_like(parameter, device=ungated.device, dtype=ungated.dtype).normal_(std=0.02)
+            )
+        setattr(model.get_submodule(module), attribute, own)
+    model.tie_weights()
+    return model.to(ungated.device).eval()
+
+
+class Workload(ABC):
+    """
+    A pass over a model, made again and again.
+
+    `compiled` lets torch compile the model, with fullgraph, first.
+    """
+
+    name: str
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, tokens: int, compiled: bool) -> None:
+        self.model, self.compiled = model, compiled
+        self.call: Callable[..., Any] = torch.compile(model, fullgraph=True) if compiled else model
+        vocab_size: int = model.config.vocab_size
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(vocab_size, (batch_size, tokens), generator=generator).to(model.device)
+
+    @abstractmethod
+    def run(self) -> None:
+        """One pass."""
+
+    def before(self) -> None:  # noqa: B027  # most need nothing
+        """What has to be done before a pass and isn't measured."""
+
+    def seconds(self) -> float:
+        self.before()
+        synchronize(self.model.device)
+        started = time.perf_counter()
+        self.run()
+        synchronize(self.model.device)
+        return time.perf_counter() - started
+
+    def memory(self) -> int:
+        """Bytes that a pass needs at its peak, beyond what there is before."""
+        self.before()
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            self.run()
+            return torch.cuda.max_memory_allocated() - held
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is
+        held = _resident("VmRSS")
+        self.run()
+        return _resident("VmHWM") - held
+
+
+class Prefill(Workload):
+    """The first pass over a prompt, which fills a cache, with the logits of its last token."""
+
+    name = "prefill"
+
+    @torch.no_grad()
+    def run(self) -> None:
+        self.call(self.tokens, use_cache=not self.compiled, logits_to_keep=1)
+
+
+class Decode(Workload):
+    """Passes of one token each after a prompt."""
+
+    name = "decode"
+    steps = 16
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, tokens: int, compiled: bool) -> None:
+        super().__init__(model, batch_size, tokens, compiled)
+        with torch.no_grad():
+            self.cache = StaticCache(config=model.config, max_cache_len=tokens + self.steps)
+            model(self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.filled = [layer.cumulative_length.clone() for layer in self.cache.layers]
+
+    def before(self) -> None:
+        for layer, length in zip(self.cache.layers, self.filled, strict=True):
+            layer.cumulative_length.copy_(length)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        start = self.tokens.shape[1]
+        for step in range(self.steps):
+            position = torch.full((1, 1), start + step, device=self.tokens.device)
+            self.call(self.tokens[:, :1], past_key_values=self.cache, position_ids=position, use_cache=True)
+
+
+class Training(Workload):
+    """Forward, backward and a step of AdamW, whose learning rate is 0 so that the weights stay as they are."""
+
+    name = "training"
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, tokens: int, compiled: bool) -> None:
+        super().__init__(model, batch_size, tokens, compiled)
+        model.train()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+
+    def run(self) -> None:
+        self.call(self.tokens, labels=self.tokens, use_cache=False).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+WORKLOADS: dict[str, type[Workload]] = {workload.name: workload for workload in (Prefill, Decode, Training)}
+
+
+def limit(model: PreTrainedModel, ungated: PreTrainedModel, workload: str, batch_size: int, tokens: int) -> float:
+    """
+    The least that a pass can take, as a ratio to the ungated model's, if it does nothing but what it must: in decoding
+    read weights and cache once, else multiply. Backward is twice forward, so that training's ratio is forward's.
+    """
+    config: Any = ungated.config
+    gates = model.num_parameters() - ungated.num_parameters()
+    embeddings = 0 if config.tie_word_embeddings else ungated.get_input_embeddings().weight.numel()
+    weights = ungated.num_parameters() - embeddings
+    if workload == "decode":
+        cache = 2 * batch_size * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return 1 + gates / (weights + cache)
+    head = config.vocab_size * config.hidden_size
+    products = weights - head + (head if workload == "training" else head / tokens)
+    scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens  # causal: a half of 2
+    return 1 + gates / (products + scores)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _resident(field: str) -> int:
+    """A field of the process's memory, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    sys.exit(f"/proc/self/status has no {field}: the peak of memory is measured on Linux alone")

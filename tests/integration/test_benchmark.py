@@ -1,0 +1,120 @@
+"""What the benchmark compares is what it says: formulations of one function, and the least that gates cost."""
+
+from pathlib import Path
+
+import benchmark
+import benchmark_workloads
+import pytest
+import torch
+from benchmark_workloads import OURS, WORKLOADS, gated_model, limit, ungated_model
+from gate_formulations import PEERS, FusedGateAttention
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, PreTrainedModel
+
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+TOKENS = torch.arange(24).view(2, 12)
+
+
+@pytest.fixture
+def ungated() -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = ungated_model(LlamaConfig(**TINY), torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)  # so that attention is not the mean
+    return model
+
+
+def with_gates_of(model: PreTrainedModel, ours: PreTrainedModel) -> None:
+    """Give a peer's model our gates, without bias and scale."""
+    for layer, our_layer in zip(model.model.layers, ours.model.layers, strict=True):
+        attention, weight = layer.self_attn, our_layer.self_attn.g_proj.weight
+        if isinstance(attention, FusedGateAttention):
+            parts = [one.chunk(attention.groups) for one in (our_layer.self_attn.q_proj.weight, weight)]
+            rows = [part for pair in zip(*parts, strict=True) for part in pair]
+            attention.q_proj.weight.copy_(torch.cat(rows))
+        else:
+            attention.g_proj.weight.copy_(weight)
+
+
+@pytest.mark.parametrize("name", PEERS)
+@torch.no_grad()
+def test_peers_compute_the_same_function(name: str, ungated: PreTrainedModel) -> None:
+    ours = gated_model("headwise" if name.endswith("headwise") else "elementwise", ungated)
+    for layer in ours.model.layers:
+        layer.self_attn.g_proj.bias.zero_()
+        layer.self_attn.gate_scale = 1.0
+        layer.self_attn.g_proj.weight.mul_(50)
+    peer = gated_model(name, ungated)
+    with_gates_of(peer, ours)
+    expected = ours(TOKENS).logits
+    assert (expected - ungated(TOKENS).logits).abs().max() > 0.1
+    torch.testing.assert_close(peer(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*OURS, *PEERS])
+def test_models_share_the_ungated_weights(name: str, ungated: PreTrainedModel) -> None:
+    of_ungated = dict(ungated.named_parameters())
+    found = dict(gated_model(name, ungated).named_parameters())
+    shared = {path for path, parameter in found.items() if parameter is of_ungated.get(path)}
+    fused = (
+        {path for path in of_ungated if path.endswith("q_proj.weight")}
+        if "authors" in name or "qwen" in name
+        else set()
+    )
+    assert shared == set(of_ungated) - fused
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_limit_of_prefill_is_that_of_the_products(name: str, ungated: PreTrainedModel) -> None:
+    """Up to what is under the causal mask, of which the counted model computes all."""
+    model = gated_model(name, ungated)
+    counts = []
+    for one in (model, ungated):
+        one.set_attn_implementation("eager")
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            one(TOKENS[:1], logits_to_keep=1)
+        counts.append(counter.get_total_flops())
+    masked = 2 * 2 * 12 * 12 * 48 * 2 // 2  # two products, 12 queries and keys, 48 channels, 2 layers; half of them
+    biases = sum(layer.self_attn.g_proj.bias.numel() for layer in model.model.layers) * 12 * 2
+    expected = (counts[0] + biases - masked) / (counts[1] - masked)
+    assert limit(model, ungated, "prefill", 1, 12) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "workloads", "formulations"),
+    [("eager", list(WORKLOADS), benchmark.FORMULATIONS), ("compiled", ["prefill", "decode"], ["headwise"])],
+)
+def test_a_table_of_every_workload(
+    mode: str, workloads: list[str], formulations: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(benchmark_workloads.SHAPES, "SmolLM2-135M", TINY)
+    report = tmp_path / "deep" / "report.md"
+    benchmark.main(
+        shapes="SmolLM2-135M",
+        dtypes="float32",
+        modes=mode,
+        workloads=",".join(workloads),
+        formulations=",".join(formulations),
+        rounds=2,
+        device="cpu",
+        output=report,
+    )
+    text = report.read_text()
+    assert text.count(" tokens: ungated ") == len(workloads)
+    for name in formulations:
+        assert text.count(f"| {name} ") == len(workloads)
+
+
+def test_unknown_names_are_refused_in_one_line() -> None:
+    with pytest.raises(SystemExit, match=r"^error: --workloads decoding: not one of prefill, decode, training$"):
+        benchmark.chosen("prefill,decoding", list(WORKLOADS), "--workloads")
