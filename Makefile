@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest test-torchao test-vllm style quality wheel-check benchmark clean
+.PHONY: demo test test-oldest test-torchao test-vllm style quality wheel-check benchmark benchmark-conversion benchmark-start clean
 
 ## The main job on the real SmolLM2-135M-Instruct: convert, load, compare, generate.
 demo: .venv/ready
@@ -31,9 +31,17 @@ test-vllm: build/vllm/ready demo
 	VLLM_PYTHON=$(CURDIR)/build/vllm/bin/python VLLM_PACKAGE=$(CURDIR)/build/vllm-package \
 		$(BIN)/python -m pytest tests/integration/test_vllm.py $(ARGS)
 
-## Conversion against cp, in time and memory; ARGS="--mergekit PATH" adds mergekit.
+## What gates cost in prefill, decoding and training, against the ungated model and others' formulations.
 benchmark: .venv/ready
+	$(BIN)/python examples/benchmark.py $(ARGS)
+
+## Conversion against cp, in time and memory; ARGS="--mergekit PATH" adds mergekit.
+benchmark-conversion: .venv/ready
 	$(BIN)/python examples/benchmark_conversion.py $(ARGS)
+
+## Importing the package, starting the command line, and a checkpoint's first token.
+benchmark-start: demo
+	$(BIN)/python examples/benchmark_start.py $(ARGS)
 
 ## Format and mend what ruff can mend.
 style: .venv/ready
