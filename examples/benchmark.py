@@ -14,6 +14,7 @@ model doesn't fit in half of the memory, it has fewer layers. Compiling takes mi
 """
 
 import gc
+import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -154,6 +155,10 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the tables are left.")] = Path("build/benchmark.md"),
 ) -> None:
     """Print one table for each shape, dtype, mode and workload."""
+    if device and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        sys.exit(f"error: --device {device}: neither cpu nor cuda, cuda:0, ...")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(f"error: --device {device}: torch finds no CUDA device")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cuda = where.type == "cuda"
     names = chosen(formulations, FORMULATIONS, "--formulations")
