@@ -1,6 +1,6 @@
 """Distillation from a model with sinks into one that is not to have any."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,14 +17,17 @@ from .sinks import SinkDirection
 
 class SinkDistillation(Distillation):
     """
-    The mean over tokens of KL(teacher || student) in nats, plus `sink_weight` times what the student's queries give to
-    the teacher's sinks: without that, training makes sinks anew.
+    The mean over tokens of KL(teacher || student) in nats, plus what keeps training from making sinks and massive
+    activations anew: `sink_weight` times what the student's queries give to the teacher's sinks, and `hidden_weight`
+    times the mean over layers of max(|h| / limit - 1, 0)², |h| being the largest hidden state after a layer.
 
     Args:
         student: the edited model.
         teacher: the original.
         directions: of the teacher's sinks, one per layer; None where there are none.
         sink_weight: of the attention to sinks, mean over tokens, heads and layers that have some.
+        hidden_weight: of hidden states above the limit.
+        hidden_limit: theirs. Where the teacher's tokens that are no sinks have larger ones, it is half of the largest.
         rows: how many queries of a batch, drawn at random, say what sinks get.
     """
 
@@ -35,28 +38,40 @@ class SinkDistillation(Distillation):
         directions: Sequence[SinkDirection | None],
         *,
         sink_weight: float,
+        hidden_weight: float,
+        hidden_limit: float,
         rows: int = 64,
         share_weights: bool = True,
     ) -> None:
         super().__init__(student, teacher, attention_weight=0.0, share_weights=share_weights)
         self.directions, self.sink_weight, self.rows = directions, sink_weight, rows
+        self.hidden_weight, self.hidden_limit = hidden_weight, hidden_limit
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """
         Args:
             windows: token ids [batch, tokens], without padding.
         """
-        divergence, mass = self.terms(windows)
-        return divergence + self.sink_weight * mass
+        divergence, mass, excess = self.terms(windows)
+        return divergence + self.sink_weight * mass + self.hidden_weight * excess
 
-    def terms(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """KL divergence and attention to sinks, each a float32 scalar."""
+    def terms(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """KL divergence, attention to sinks, and the excess of hidden states, each a float32 scalar."""
         rows = torch.randperm(windows.shape[1])[: self.rows].to(windows.device)
-        with self._found_sinks() as sinks, captured_attention(self.student.base_model) as captured:
+        with (
+            self._found_sinks() as sinks,
+            captured_attention(self.student.base_model) as captured,
+            _layer_outputs(self.student, _largest) as found,
+            _layer_outputs(self.teacher, _largest_of_tokens) as expected,
+        ):
             divergence = super().forward(windows).kl_loss
         assert divergence is not None
         given = [captured[layer].to_sinks(tokens, rows).sum(-1).mean() for layer, tokens in sinks.items()]
-        return divergence, torch.stack(given).mean() if given else divergence.new_zeros(())
+        mass = torch.stack(given).mean() if given else divergence.new_zeros(())
+        others = ~torch.stack([_first_tokens(windows), *sinks.values()]).any(0)
+        limits = 0.5 * torch.stack([largest[others].amax() for largest in expected])
+        excess = torch.stack(found) / limits.clamp_min(self.hidden_limit) - 1
+        return divergence, mass, excess.clamp_min(0).square().mean()
 
     @contextmanager
     def _found_sinks(self) -> Iterator[dict[int, torch.Tensor]]:
@@ -80,3 +95,32 @@ class SinkDistillation(Distillation):
         output: torch.Tensor,
     ) -> None:
         found[layer] = direction.tokens(output)
+
+
+@contextmanager
+def _layer_outputs(
+    model: PreTrainedModel, summary: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[list[torch.Tensor]]:
+    """A summary of the hidden states after each layer, in the forward pass made meanwhile."""
+    found: list[torch.Tensor] = []
+    decoder: Any = model.base_model
+    with ExitStack() as stack:
+        for layer in decoder.layers:
+            handle = layer.register_forward_hook(lambda module, arguments, output: found.append(summary(output)))
+            stack.callback(handle.remove)
+        yield found
+
+
+def _largest(hidden_states: torch.Tensor) -> torch.Tensor:
+    # A norm, whose gradient needs no other tensor of this size.
+    return torch.linalg.vector_norm(hidden_states.float(), ord=torch.inf)
+
+
+def _largest_of_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(hidden_states.float(), ord=torch.inf, dim=-1)
+
+
+def _first_tokens(windows: torch.Tensor) -> torch.Tensor:
+    first = torch.zeros_like(windows, dtype=torch.bool)
+    first[:, 0] = True
+    return first

@@ -53,7 +53,14 @@ def distil(
         parts = name.split(".")
         in_attention = "self_attn" in parts and (settings.trains_gates or not is_gate(name))
         parameter.requires_grad_(in_attention or parts[-2].endswith("norm"))
-    module = SinkDistillation(edited, original, directions, sink_weight=settings.sink_weight)
+    module = SinkDistillation(
+        edited,
+        original,
+        directions,
+        sink_weight=settings.sink_weight,
+        hidden_weight=settings.hidden_weight,
+        hidden_limit=settings.hidden_limit,
+    )
     gate_rate = settings.gate_learning_rate if settings.trains_gates else None
     groups = gate_param_groups(edited, settings.learning_rate, gate_rate)
     held_out = [window[None] for text in texts for window in held_out_windows(text, settings.window_tokens, _EVALUATED)]

@@ -14,10 +14,11 @@ class AbsorptionSettings:
     `calibration_tokens` are what gates are fitted on. A batch of either has `batch_size` windows of `window_tokens` or,
     so that about half of all tokens are in such, one of `long_window_tokens`, if these are more. `refinement_epochs` is
     how often each attention block sees the calibration's windows in its own training. Of the distillation,
-    `learning_rate` is the attention projections' and the norms', `gate_learning_rate` the gates', and `sink_weight`
-    what attention to sinks counts beside the KL divergence. `save_every` and `evaluate_every` are steps; it ends early
-    when `patience` evaluations in a row have found no lower loss on held-out text. The result is measured on
-    `measured_windows` of 512 tokens of each text, and fewer that are longer. `seed` draws windows and samples.
+    `learning_rate` is the attention projections' and the norms', `gate_learning_rate` the gates', `sink_weight` what
+    attention to sinks counts beside the KL divergence, and `hidden_weight` what hidden states above `hidden_limit` do.
+    `save_every` and `evaluate_every` are steps; it ends early when `patience` evaluations in a row have found no lower
+    loss on held-out text. The result is measured on `measured_windows` of 512 tokens of each text, and fewer that are
+    longer. `seed` draws windows and samples.
 
     What is left out for comparison's sake: `removes_writers`, `edits_keys` and `edits_gates` without which massive
     activations, keys and gates stay what they are at first, and `trains_gates`.
@@ -30,9 +31,11 @@ class AbsorptionSettings:
     long_window_tokens: int = 2048
     batch_size: int = 2
     refinement_epochs: int = 12
-    learning_rate: float = 2e-4
+    learning_rate: float = 3e-4
     gate_learning_rate: float = 1e-3
     sink_weight: float = 1.0
+    hidden_weight: float = 1.0
+    hidden_limit: float = 800.0
     warmup_steps: int = 10
     save_every: int = 50
     evaluate_every: int = 25
@@ -55,11 +58,12 @@ class AbsorptionSettings:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise AbsorptionError(f"{name} {getattr(self, name)}: at least {number} is needed")
-        for name in ("learning_rate", "gate_learning_rate"):
+        for name in ("learning_rate", "gate_learning_rate", "hidden_limit"):
             if not getattr(self, name) > 0:
                 raise AbsorptionError(f"{name} {getattr(self, name)}: must be positive")
-        if not self.sink_weight >= 0:
-            raise AbsorptionError(f"sink_weight {self.sink_weight}: must not be negative")
+        for name in ("sink_weight", "hidden_weight"):
+            if not getattr(self, name) >= 0:
+                raise AbsorptionError(f"{name} {getattr(self, name)}: must not be negative")
 
     @property
     def steps(self) -> int:

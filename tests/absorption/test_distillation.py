@@ -1,0 +1,90 @@
+"""What the edited model is trained to make small, against float64 NumPy."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sink_model import converted, sink_model, windows
+
+from modeling_gated.absorption.distillation import SinkDistillation
+from modeling_gated.absorption.layer_states import LayerStates
+from modeling_gated.absorption.sinks import layer_sinks
+from modeling_gated.training import ungated
+
+
+@pytest.fixture(scope="module")
+def sinks() -> list[Any]:
+    """Each layer's of the original."""
+    states, found = LayerStates(converted(sink_model()), windows(8, 48).split(4)), []
+    for _ in range(4):
+        found.append(layer_sinks(states))
+        states.advance()
+    return found
+
+
+@torch.no_grad()
+def hidden_states(model: Any, tokens: torch.Tensor) -> np.ndarray:
+    """After each layer, [layers, batch, tokens, hidden_size]."""
+    found: list[torch.Tensor] = []
+    handles = [layer.register_forward_hook(lambda *call: found.append(call[-1])) for layer in model.base_model.layers]
+    model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(found).double().numpy()
+
+
+def log_probabilities(model: Any, tokens: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits.double().numpy()
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize(("limit", "teachers_own_counts"), [(500.0, False), (0.01, True)])
+def test_the_loss(sinks: list[Any], limit: float, teachers_own_counts: bool) -> None:
+    """KL divergence, attention to sinks in the layers that have some, and hidden states above the limit."""
+    student, tokens = converted(sink_model(scale=0.9)), windows(2, 32, seed=1)
+    teacher = ungated(converted(sink_model()), share_weights=False)
+    directions = [None, *(layer.direction for layer in sinks[1:])]
+    distillation = SinkDistillation(
+        student, teacher, directions, sink_weight=2.0, hidden_weight=3.0, hidden_limit=limit, rows=32
+    )
+    with torch.no_grad():
+        divergence, mass, excess = distillation.terms(tokens)
+        loss = distillation(tokens)
+    expected, found = log_probabilities(teacher, tokens), log_probabilities(student, tokens)
+    np.testing.assert_allclose(divergence, (np.exp(expected) * (expected - found)).sum(-1).mean(), rtol=1e-4)
+
+    student.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = student(tokens, output_attentions=True, use_cache=False).attentions
+    to_first = torch.stack(attentions[1:])[..., 1:, 0].double().numpy()
+    np.testing.assert_allclose(mass, to_first.sum(-1).mean() / 32, rtol=1e-4)
+
+    others = np.abs(hidden_states(teacher, tokens)[:, :, 1:]).max((1, 2, 3))
+    limits = np.maximum(others / 2, limit)
+    assert (limits > limit).all() == teachers_own_counts
+    largest = np.abs(hidden_states(student, tokens)).max((1, 2, 3))
+    squares = np.maximum(largest / limits - 1, 0) ** 2
+    assert squares[1] > 0.1
+    np.testing.assert_allclose(excess, squares.mean(), rtol=1e-4)
+    np.testing.assert_allclose(loss, divergence + 2 * mass + 3 * excess, rtol=1e-5)
+
+
+def test_training_makes_large_hidden_states_smaller(sinks: list[Any]) -> None:
+    student = converted(sink_model())
+    teacher = ungated(student, share_weights=False)
+    trained = student.base_model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    directions = [layer.direction for layer in sinks]
+    distillation = SinkDistillation(
+        student, teacher, directions, sink_weight=0.0, hidden_weight=1.0, hidden_limit=500.0
+    )
+    optimizer = torch.optim.Adam([trained], 0.2)
+    tokens = windows(2, 32, seed=1)
+    before = np.abs(hidden_states(student, tokens)).max()
+    for _ in range(40):
+        distillation(tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert before > 800
+    assert np.abs(hidden_states(student, tokens)).max() < 520
