@@ -14,6 +14,7 @@ model doesn't fit in half of the memory, it has fewer layers. Compiling takes mi
 """
 
 import gc
+import itertools
 import re
 import statistics
 import sys
@@ -106,13 +107,10 @@ def cases(
 ) -> Iterator[Case]:
     """On a CPU 512 tokens, on a CUDA device 4096, and there decoding of 32 sequences, too."""
     on_cuda = device.type == "cuda"
-    for shape in shapes:
-        for dtype in dtypes:
-            for mode in modes:
-                for workload in workloads:
-                    for batch_size in (1, 32) if on_cuda and workload == "decode" else (1,):
-                        tokens = 4096 if on_cuda else 512
-                        yield Case(shape, getattr(torch, dtype), mode, workload, batch_size, tokens)
+    tokens = 4096 if on_cuda else 512
+    for shape, dtype, mode, workload in itertools.product(shapes, dtypes, modes, workloads):
+        for batch_size in (1, 32) if on_cuda and workload == "decode" else (1,):
+            yield Case(shape, getattr(torch, dtype), mode, workload, batch_size, tokens)
 
 
 def title_of(case: Case, layers: int, ungated_seconds: float) -> str:

@@ -5,6 +5,7 @@ Each is Llama with another attention. A gate on attention's output, after Transf
 2505.06708: attention(X) * sigmoid(X W), in the model's dtype, without a bias and without a scale.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +16,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 
 
-class PeerAttention(LlamaAttention):
+class PeerAttention(LlamaAttention, ABC):
     """Attention whose output [batch, tokens, heads, head_dim] is times a sigmoid; a subclass says of what."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int, gate_channels: int) -> None:
         super().__init__(config, layer_idx)
         self.heads, self.gate_channels = config.num_attention_heads, gate_channels
 
+    @abstractmethod
     def queries_and_gates(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [batch, tokens, heads, head_dim] and gate logits [batch, tokens, heads, gate_channels]."""
-        raise NotImplementedError
 
     def forward(  # type: ignore[override]
         self,
