@@ -16,7 +16,7 @@ from .distillation import SinkDistillation
 from .errors import AbsorptionError
 from .settings import AbsorptionSettings
 from .sinks import SinkDirection
-from .texts import Text, TrainingWindows, held_out_windows
+from .texts import Text, TrainingWindows, spread_windows
 
 
 STAGE = "distillation"
@@ -43,7 +43,7 @@ def distil(
         original: what it learns from.
         edited: the model, of which all is frozen. It is changed, and frozen again.
         directions: of the original's sinks, as `absorb_sinks` found them.
-        texts: what is trained on, in turn, and held out.
+        texts: what is trained on, in turn, and of which the part for it decides when it is enough.
         tokenizer: both models'.
         folder: for the state of the training and its losses.
         settings: of which those that concern the distillation count.
@@ -63,15 +63,13 @@ def distil(
     )
     gate_rate = settings.gate_learning_rate if settings.trains_gates else None
     groups = gate_param_groups(edited, settings.learning_rate, gate_rate)
-    held_out = [window[None] for text in texts for window in held_out_windows(text, settings.window_tokens, _EVALUATED)]
-    if not held_out:
-        raise AbsorptionError(f"window_tokens {settings.window_tokens}: no text has as many that are held out")
+    validation = _validation_windows(texts, settings.window_tokens)
     accelerator = Accelerator(mixed_precision="no", cpu=edited.device.type == "cpu")
 
     @torch.no_grad()
     def loss(trained: nn.Module) -> float:
         trained.eval()
-        return sum(trained(window.to(accelerator.device)).item() for window in held_out) / len(held_out)
+        return sum(trained(window.to(accelerator.device)).item() for window in validation) / len(validation)
 
     stage = Stage(STAGE, settings, Evaluation(loss, settings.evaluate_every, settings.patience))
     run = Run(
@@ -90,3 +88,14 @@ def distil(
         train(run, module, groups, stage, float32_states=edited.dtype != torch.float32)
     accelerator.free_memory()
     edited.eval().requires_grad_(False)
+
+
+def _validation_windows(texts: Sequence[Text], length: int) -> list[torch.Tensor]:
+    """Token ids [1, tokens] each, shorter where a text has fewer than `length`."""
+    found = []
+    for text in texts:
+        if (most := min(length, len(text.validation))) > 1:
+            found += [window[None] for window in spread_windows(text.validation, most, _EVALUATED)]
+    if not found:
+        raise AbsorptionError("no text is long enough to say when training is enough")
+    return found

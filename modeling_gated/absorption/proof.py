@@ -17,7 +17,7 @@ from modeling_gated.inspection.inspecting import input_device
 from modeling_gated.inspection.interventions import Intervention
 from modeling_gated.inspection.report import mean_of, numbers
 
-from .texts import Text, held_out_windows, special_start
+from .texts import Text, special_start, spread_windows
 
 
 # What predictions lose by them without sinks and massive activations, and with them.
@@ -188,7 +188,7 @@ def prove(
     for length, count in ({limit: 1, min(2048, limit): max(1, windows // 4)} | {short: windows}).items():
         for text in texts:
             for name, start in starts.items() if length == short else [(usual, starts[usual])]:
-                cut = Windows(text.kind, name, held_out_windows(text, length, count, start))
+                cut = Windows(text.kind, name, spread_windows(text.held_out, length, count, start))
                 changes = INTERVENTIONS + GATE_INTERVENTIONS if (length, name) == (short, usual) else ()
                 if cut.windows:
                     found.append(compare(original, edited, cut, interventions=changes, progress=progress))

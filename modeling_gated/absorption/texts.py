@@ -3,7 +3,7 @@
 import random
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from modeling_gated.evaluation.text import beginning, read_text
 from .errors import AbsorptionError
 
 
-# Of each text the last part is held out.
-_HELD_OUT_SHARE = 0.25
+# Of each text the last part is held out, and what is before it says when training is enough.
+_HELD_OUT_SHARE, _VALIDATION_SHARE = 0.25, 0.05
 # What there is without files.
 _KINDS = ("prose", "documentation", "code", "chat", "sampled")
 # What is read of the standard library, in characters.
@@ -26,16 +26,20 @@ _CODE_CHARACTERS = 600_000
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of one kind of text: what may be trained on, and what may not."""
+    """
+    Token ids of one kind of text: what may be trained on, what the result is measured on, and, of neither, what decides
+    when training ends.
+    """
 
     kind: str
     training: list[int]
     held_out: list[int]
+    validation: list[int] = field(default_factory=list)
 
 
 def default_texts(tokenizer: PreTrainedTokenizerBase) -> list[Text]:
     """What every Python and this package bring along: a novel's chapters, Python's reference, its library's code."""
-    contents = {"prose": prose(), "documentation": default_text(), "code": code()}
+    contents = {"prose": prose(), "documentation": documentation(), "code": code()}
     return [as_text(kind, content, tokenizer) for kind, content in contents.items()]
 
 
@@ -66,25 +70,36 @@ def check_texts(paths: Sequence[Path]) -> None:
 
 
 def as_text(kind: str, content: str, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A text, of which the last part is held out."""
-    cut = int(len(content) * (1 - _HELD_OUT_SHARE))
-    training, held_out = (
-        tokenizer(part, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-        for part in (content[:cut], content[cut:])
+    """A text in its three parts."""
+    training, validation, held_out = (
+        tokenizer(content[part], add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        for part in _parts(len(content))
     )
-    return Text(kind, training, held_out)
+    return Text(kind, training, held_out, validation)
 
 
 def sampled_text(kind: str, sequences: Sequence[list[int]]) -> Text:
-    """Sampled sequences, one after the other, of which the last are held out."""
-    cut = int(len(sequences) * (1 - _HELD_OUT_SHARE))
-    training, held_out = ([token for one in part for token in one] for part in (sequences[:cut], sequences[cut:]))
-    return Text(kind, training, held_out)
+    """Sampled sequences, one after the other, each in one of the three parts."""
+    training, validation, held_out = (
+        [token for one in sequences[part] for token in one] for part in _parts(len(sequences))
+    )
+    return Text(kind, training, held_out, validation)
+
+
+def _parts(length: int) -> tuple[slice, slice, slice]:
+    """What is trained on, what decides when it is enough, and what is held out."""
+    first, last = (int(length * (1 - share)) for share in (_HELD_OUT_SHARE + _VALIDATION_SHARE, _HELD_OUT_SHARE))
+    return slice(first), slice(first, last), slice(last, None)
 
 
 def prose() -> str:
     """Chapters 24 to 36 of Jane Austen's Pride and Prejudice (1813), which is in the public domain."""
     return (files("modeling_gated.absorption") / "prose.txt").read_text(encoding="utf-8")
+
+
+def documentation() -> str:
+    """Python's reference, whose topics have sections in common, with every paragraph once."""
+    return "\n\n".join(dict.fromkeys(default_text().split("\n\n")))
 
 
 def code() -> str:
@@ -103,12 +118,12 @@ def code() -> str:
     return "\n".join(found)
 
 
-def held_out_windows(text: Text, length: int, count: int, start: Sequence[int] = ()) -> list[torch.Tensor]:
-    """Windows [length] spread evenly over the held-out part of a text, as many as there are, each after `start`."""
+def spread_windows(tokens: Sequence[int], length: int, count: int, start: Sequence[int] = ()) -> list[torch.Tensor]:
+    """Windows [length] spread evenly over tokens, as many as there are, each after `start`."""
     own = length - len(start)
-    count = min(count, len(text.held_out) // own)
-    places = [number * (len(text.held_out) // count) for number in range(count)]
-    return [torch.tensor([*start, *text.held_out[place : place + own]]) for place in places]
+    count = min(count, len(tokens) // own)
+    places = [number * (len(tokens) // count) for number in range(count)]
+    return [torch.tensor([*start, *tokens[place : place + own]]) for place in places]
 
 
 def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

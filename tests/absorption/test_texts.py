@@ -14,8 +14,8 @@ from modeling_gated.absorption.texts import (
     TrainingWindows,
     default_texts,
     given_texts,
-    held_out_windows,
     sampled_text,
+    spread_windows,
 )
 from modeling_gated.evaluation import EvaluationError
 
@@ -28,11 +28,14 @@ def test_default_texts_are_real_and_held_out_in_part() -> None:
     assert list(texts) == ["prose", "documentation", "code"]
     words = {"prose": "Elizabeth", "documentation": "The “for” statement", "code": "def __init__(self"}
     for kind, text in texts.items():
-        whole = TOKENIZER.decode(text.training) + TOKENIZER.decode(text.held_out)
-        assert words[kind].replace("“", '"').replace("”", '"') in whole
-        assert len(text.held_out) == pytest.approx(0.25 * len(text.training + text.held_out), rel=0.02)
+        parts = [TOKENIZER.decode(part) for part in (text.training, text.validation, text.held_out)]
+        assert words[kind].replace("“", '"').replace("”", '"') in "".join(parts)
+        shares = [len(part) / sum(map(len, parts)) for part in parts]
+        assert shares == pytest.approx([0.7, 0.05, 0.25], rel=0.02)
         assert len(text.held_out) > 8192  # enough for the longest windows, whatever the tokenizer
-        assert TOKENIZER.decode(text.held_out)[:200] not in TOKENIZER.decode(text.training)
+        for number, other in ((2, 0), (2, 1), (1, 0)):  # but for a licence, perhaps
+            pieces = [parts[number][at : at + 300] for at in range(0, len(parts[number]) - 300, 300)]
+            assert sum(piece in parts[other] for piece in pieces) <= 0.01 * len(pieces)
 
 
 def test_given_texts(tmp_path: Path) -> None:
@@ -40,7 +43,7 @@ def test_given_texts(tmp_path: Path) -> None:
     first.write_text("abcdefgh" * 10, encoding="utf-8")
     second.write_text("other", encoding="utf-8")
     (found,) = given_texts([first], TOKENIZER)
-    assert (found.kind, len(found.training), len(found.held_out)) == ("laws", 60, 20)
+    assert (found.kind, len(found.training), len(found.validation), len(found.held_out)) == ("laws", 56, 4, 20)
     with pytest.raises(AbsorptionError, match="another text has the name laws"):
         given_texts([first, second], TOKENIZER)
     with pytest.raises(EvaluationError, match="No such file"):
@@ -89,18 +92,19 @@ def test_batches_are_counted() -> None:
     assert AbsorptionSettings().steps // AbsorptionSettings().evaluate_every > AbsorptionSettings().patience
 
 
-def test_held_out_windows_are_spread_over_what_is_held_out() -> None:
-    text = Text("a", [1] * 500, list(range(100)))
-    found = held_out_windows(text, 21, 4, [256])
+def test_windows_are_spread_over_a_text() -> None:
+    found = spread_windows(range(100), 21, 4, [256])
     assert [window.tolist() for window in found] == [[256, *range(at, at + 20)] for at in (0, 25, 50, 75)]
-    assert len(held_out_windows(text, 40, 4)) == 2
-    assert held_out_windows(text, 101, 4) == []
+    assert len(spread_windows(range(100), 40, 4)) == 2
+    assert spread_windows(range(100), 101, 4) == []
 
 
 def test_sampled_sequences_are_held_out_whole() -> None:
-    found = sampled_text("chat", [[number] * 3 for number in range(8)])
-    assert found.training == [number for number in range(6) for _ in range(3)]
-    assert found.held_out == [6] * 3 + [7] * 3
+    found = sampled_text("chat", [[number] * 3 for number in range(20)])
+    parts = [found.training, found.validation, found.held_out]
+    assert parts == [
+        [number for number in part for _ in range(3)] for part in (range(14), range(14, 15), range(15, 20))
+    ]
 
 
 def test_a_model_writes_text_and_chats() -> None:
