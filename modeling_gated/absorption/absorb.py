@@ -13,16 +13,18 @@ from modeling_gated.conversion.architecture import read_gated_config, stored_dty
 from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.command_line import command_line
 from modeling_gated.conversion.errors import ConversionError
-from modeling_gated.conversion.files import sha256, sync
+from modeling_gated.conversion.files import sync
 from modeling_gated.conversion.output import check_output, clear_leftovers, replacing
-from modeling_gated.conversion.plan import CARD_NAME
-from modeling_gated.conversion.sources import Source, find_source
+from modeling_gated.conversion.plan import CARD_NAME, OWN_FILES
+from modeling_gated.conversion.shards import copy_side_files
+from modeling_gated.conversion.sources import find_source
 from modeling_gated.training.loop import read_losses
 
 from .card import absorption_card
 from .closed_form import AbsorbedLayer
 from .distilling import STAGE
 from .errors import AbsorptionError
+from .inputs import Inputs
 from .models import gated_original, load_tokenizer
 from .proof import Comparison
 from .settings import AbsorptionSettings
@@ -43,7 +45,7 @@ class Absorption:
     """
 
     output: Path
-    settings: AbsorptionSettings
+    inputs: Inputs
     writers: list[Writer]
     layers: list[AbsorbedLayer]
     losses: list[float]
@@ -53,8 +55,18 @@ class Absorption:
 
     def as_json(self) -> str:
         """The content of `absorption.json`."""
-        content = {"format": _FORMAT} | asdict(self) | {"output": self.output.name}
-        content["comparisons"] = [comparison.as_dict() for comparison in self.comparisons]
+        content = {
+            "format": _FORMAT,
+            "output": self.output.name,
+            **self.inputs.record(),
+            "settings": asdict(self.inputs.settings),
+            "writers": [asdict(writer) for writer in self.writers],
+            "layers": [asdict(layer) for layer in self.layers],
+            "losses": self.losses,
+            "held_out_losses": self.held_out_losses,
+            "comparisons": [comparison.as_dict() for comparison in self.comparisons],
+            "seconds": self.seconds,
+        }
         return json.dumps(content, indent=2) + "\n"
 
 
@@ -106,59 +118,62 @@ def absorb_checkpoint(
     check_texts(paths)
     clear_leftovers(output)
     folder = output.with_name(f"{output.name}.partial")
+    inputs = Inputs(source, paths, settings, dtype)
     try:
-        return _absorbed(source, output, folder, paths, settings, dtype, device, overwrite, command, progress)
+        begin(folder, inputs.identity())
+        work = _prepared(inputs, folder, device, progress)
+        done, distilled = _absorbed(work, inputs, output)
+        with replacing(output, overwrite) as staging:
+            _write(done, work.original, distilled, staging, command)
+        done_with = folder.with_name(f".{folder.name}")  # under its name it is whole or not there
+        folder.rename(done_with)
+        shutil.rmtree(done_with)
     except OSError as error:
         raise AbsorptionError(f"{error.filename or output}: {error.strerror or error}") from error
+    return done
 
 
-def _absorbed(
-    source: Source,
-    output: Path,
-    folder: Path,
-    paths: list[Path],
-    settings: AbsorptionSettings,
-    dtype: torch.dtype | None,
-    device: torch.device,
-    overwrite: bool,
-    command: str,
-    progress: bool,
-) -> Absorption:
-    given = {"checkpoint": os.fspath(source.path), "text": {os.fspath(path): sha256(path) for path in paths}}
-    begin(folder, given | {"dtype": str(dtype)} | asdict(settings))
+def _prepared(inputs: Inputs, folder: Path, device: torch.device, progress: bool) -> Work:
+    """The steps, of the original with gates that are 1."""
     try:
-        original = gated_original(source, folder / "original", progress)
+        path = gated_original(inputs.source, folder / "original", progress)
     except (AbsorptionError, ConversionError):
         if not (folder / "sampled.json").is_file():  # what is refused leaves nothing behind
             shutil.rmtree(folder)
         raise
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else stored_dtype(open_checkpoint(original))
-    limit = read_gated_config(open_checkpoint(original)).max_position_embeddings
-    lengths = {name: min(getattr(settings, name), limit) for name in ("window_tokens", "long_window_tokens")}
-    settings = replace(settings, **lengths)
-    work = Work(folder, original, load_tokenizer(original), settings, dtype, device, progress)
-    texts = work.texts(paths)
+    original = open_checkpoint(path)
+    limit = read_gated_config(original).max_position_embeddings
+    lengths = {name: min(getattr(inputs.settings, name), limit) for name in ("window_tokens", "long_window_tokens")}
+    dtype = inputs.dtype or (torch.float32 if device.type == "cpu" else stored_dtype(original))
+    return Work(folder, path, load_tokenizer(path), replace(inputs.settings, **lengths), dtype, device, progress)
+
+
+def _absorbed(work: Work, inputs: Inputs, output: Path) -> tuple[Absorption, Path]:
+    """What was done, and the folder with the result's model."""
+    texts = work.texts(inputs.texts)
     edit = work.edit(texts)
     distilled = work.distil(texts, edit)
     comparisons = work.prove(distilled, texts)
     done = Absorption(
         output=output,
-        settings=settings,
+        inputs=replace(inputs, settings=work.settings, dtype=work.dtype),
         writers=edit.writers,
         layers=edit.layers,
-        losses=read_losses(folder, STAGE),
-        held_out_losses=read_losses(folder, STAGE, "held_out"),
+        losses=read_losses(work.folder, STAGE),
+        held_out_losses=read_losses(work.folder, STAGE, "held_out"),
         comparisons=comparisons,
         seconds=work.seconds,
     )
-    with replacing(output, overwrite) as staging:
-        shutil.copytree(distilled, staging, dirs_exist_ok=True)
-        (staging / REPORT_NAME).write_text(done.as_json(), encoding="utf-8")
-        (staging / CARD_NAME).write_text(absorption_card(done, source, original, command), encoding="utf-8")
-        for path in staging.rglob("*"):
-            sync(path)
-    done_with = folder.with_name(f".{folder.name}")  # under its name it is whole or not there
-    folder.rename(done_with)
-    shutil.rmtree(done_with)
-    return done
+    return done, distilled
+
+
+def _write(done: Absorption, original: Path, distilled: Path, folder: Path, command: str) -> None:
+    """The result: the model, and what lies beside the original's weights, its tokenizer and licence for example."""
+    shutil.copytree(distilled, folder, dirs_exist_ok=True)
+    beside = open_checkpoint(original)
+    names = [name for name in beside.side_files() if name not in OWN_FILES and not (folder / name).exists()]
+    copy_side_files(beside, names, folder)
+    (folder / REPORT_NAME).write_text(done.as_json(), encoding="utf-8")
+    (folder / CARD_NAME).write_text(absorption_card(done, original, command), encoding="utf-8")
+    for path in folder.rglob("*"):
+        sync(path)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modeling_gated.conversion.card import card_metadata, cell
-from modeling_gated.conversion.sources import Source
 
 from .proof import Comparison, Measured
 
@@ -22,11 +21,11 @@ _PROMISE = (
 )
 
 
-def absorption_card(done: "Absorption", source: Source, directory: Path, command: str) -> str:
+def absorption_card(done: "Absorption", directory: Path, command: str) -> str:
     """The text of README.md, with the metadata that the hub reads, some of it from the card in `directory`."""
     layers, gated = done.layers, sum(any(layer.gated) for layer in done.layers)
-    settings, losses = done.settings, done.losses
-    tokens = settings.tokens(len(losses))
+    source, settings = done.inputs.source, done.inputs.settings
+    tokens = settings.tokens(len(done.losses))
     rows = {
         "base model": source.name,
         "revision": source.revision or "not known (a local path)",
@@ -47,7 +46,7 @@ def absorption_card(done: "Absorption", source: Source, directory: Path, command
 
 {cell(source.name)} without its attention sinks: {_PROMISE}
 
-{table(("", ""), [(name, cell(value)) for name, value in rows.items()])}
+{markdown([("", ""), *rows.items()])}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,20 +60,20 @@ tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 
 On held-out text, before and after. All of it is in `absorption.json`.
 
-{quality_table(done.comparisons)}
+{markdown(quality_rows(done.comparisons))}
 
-{sink_table(done.comparisons)}
+{markdown(sink_rows(done.comparisons))}
 """
 
 
-def quality_table(comparisons: Sequence[Comparison]) -> str:
-    """Perplexities and KL divergences, in Markdown."""
+def quality_rows(comparisons: Sequence[Comparison]) -> list[Sequence[object]]:
+    """Perplexities and KL divergences, the head first."""
     head = ("text", "tokens", "begins", "perplexity", "after", "ratio", "KL", "KL, 99 %")
-    return table(
+    return [
         head,
-        [
+        *(
             (
-                cell(one.kind),
+                one.kind,
                 f"{one.windows} x {one.window_tokens:,}",
                 one.start,
                 f"{one.original.perplexity:.2f}",
@@ -84,8 +83,8 @@ def quality_table(comparisons: Sequence[Comparison]) -> str:
                 f"{one.kl_quantiles['0.99']:.3f}",
             )
             for one in comparisons
-        ],
-    )
+        ),
+    ]
 
 
 # What a row of the second table says, and how it is written.
@@ -93,19 +92,19 @@ _SINKS: dict[str, Callable[[Measured], str]] = {
     "first-token attention": lambda one: f"{one.first_token_attention:.4f}",
     "sink rate of the first token": lambda one: f"{one.sink_rate:.4f}",
     "sink rate of any other token": lambda one: "-" if one.sink_rate_other is None else f"{one.sink_rate_other:.4f}",
-    "largest \\|hidden state\\|": lambda one: f"{one.hidden_state_maximum:,.0f}",
+    "largest |hidden state|": lambda one: f"{one.hidden_state_maximum:,.0f}",
     "M-Act, mean over layers": lambda one: f"{one.massive_activation:,.0f}",
     "int8 error, one scale a window": lambda one: f"{one.int8_error_per_tensor:.3f}",
 }
 
 
-def sink_table(comparisons: Sequence[Comparison]) -> str:
-    """Sinks, activations and what interventions cost, before → after, a column for each kind of text, in Markdown."""
+def sink_rows(comparisons: Sequence[Comparison]) -> list[Sequence[object]]:
+    """Sinks, activations and what interventions cost, before → after, a column for each kind; the head first."""
     chosen = [one for one in comparisons if one.edited.interventions]
     rows = [(label, *_changes(chosen, write)) for label, write in _SINKS.items()]
     names = dict.fromkeys(name for one in chosen for name in one.edited.interventions)
     rows += [(f"loss, {name}", *_changes(chosen, partial(_change, name=name))) for name in names]
-    return table(("before → after", *(cell(one.kind) for one in chosen)), rows)
+    return [("before → after", *(one.kind for one in chosen)), *rows]
 
 
 def _changes(chosen: Iterable[Comparison], write: Callable[[Measured], str]) -> list[str]:
@@ -116,7 +115,8 @@ def _change(measured: Measured, name: str) -> str:
     return f"{measured.interventions[name]:+.4f}" if name in measured.interventions else "-"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
+def markdown(rows: Sequence[Sequence[object]]) -> str:
+    """A table of rows, of which the first is the head."""
+    lines = [[cell(value) for value in row] for row in rows]
+    lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

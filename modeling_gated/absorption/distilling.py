@@ -1,6 +1,7 @@
 """The training of an edited model on the original's predictions."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -83,11 +84,16 @@ def distil(
         seed=settings.seed,
         progress=progress,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _current(edited.device):
         torch.manual_seed(settings.seed)
         train(run, module, groups, stage, float32_states=edited.dtype != torch.float32)
     accelerator.free_memory()
     edited.eval().requires_grad_(False)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Where accelerate trains, which else takes the first GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _validation_windows(texts: Sequence[Text], length: int) -> list[torch.Tensor]:

@@ -99,7 +99,6 @@ class Work:
                         progress=self.progress,
                     )
                 edited.to(self.stored_dtype).save_pretrained(staging)
-                self.tokenizer.save_pretrained(staging)
             shutil.rmtree(self.folder / "state", ignore_errors=True)
         return path
 

@@ -67,11 +67,16 @@ def absorb(
 
 def _print_summary(done: "Absorption") -> None:
     from rich.console import Console
-    from rich.markdown import Markdown
+    from rich.table import Table
+    from rich.text import Text
 
-    from modeling_gated.absorption.card import quality_table, sink_table
+    from modeling_gated.absorption.card import quality_rows, sink_rows
 
-    console = Console(soft_wrap=True)
-    for table in (quality_table(done.comparisons), sink_table(done.comparisons)):
-        console.print(Markdown(table))
+    for head, *rows in (quality_rows(done.comparisons), sink_rows(done.comparisons)):
+        table = Table(box=None, pad_edge=False)
+        for number, name in enumerate(head):
+            table.add_column(Text(str(name)), justify="right" if number else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(str(value)) for value in row))
+        Console(soft_wrap=True).print(table, "")
     print_lines({"seconds": f"{sum(done.seconds.values()):,.0f}", "result": done.output})

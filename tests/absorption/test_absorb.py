@@ -1,6 +1,8 @@
 """A checkpoint with sinks in, one without them out: whole, interrupted, given wrong things."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -40,6 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("absorbed") / "source"
     sink_model().to(torch.bfloat16).save_pretrained(folder)
     byte_tokenizer(chat=True).save_pretrained(folder)
+    (folder / "LICENSE").write_text("Do what you like.", encoding="utf-8")
     return folder
 
 
@@ -60,6 +63,8 @@ def test_the_result_is_an_ordinary_gated_checkpoint(source: Path, absorbed: Path
     assert {tensor.dtype for tensor in weights(absorbed).values()} == {torch.bfloat16}
     assert {"configuration_gated_llama.py", "modeling_gated_llama.py"} <= {path.name for path in absorbed.iterdir()}
     assert not absorbed.with_name("absorbed.partial").exists()
+    for name in ("LICENSE", "tokenizer.json", "tokenizer_config.json"):
+        assert (absorbed / name).read_bytes() == (source / name).read_bytes()
     tokens = AutoTokenizer.from_pretrained(absorbed)("Some text, and more of it. " * 4, return_tensors="pt").input_ids
     meters = FirstTokenAttention(), FirstTokenAttention()
     for path, meter in zip((source, absorbed), meters, strict=True):
@@ -79,6 +84,9 @@ def test_the_report_and_the_card_say_what_was_done(absorbed: Path) -> None:
     assert len(report["held_out_losses"]) == 3
     assert {one["kind"] for one in report["comparisons"]} >= {"prose", "documentation", "code"}
     assert set(report["seconds"]) == {"sampling", "edit", "distillation", "proof"}
+    assert report["source"] == {"name": "source", "repo_id": None, "revision": None}
+    assert (report["texts"], report["dtype"]) == ({}, "float32")
+    assert report["versions"]["torch"] == torch.__version__
     assert report["settings"]["seed"] == 0
     assert report["settings"]["long_window_tokens"] == 256
     card = (absorbed / "README.md").read_text(encoding="utf-8")
@@ -132,6 +140,23 @@ def test_other_settings_do_not_go_on_from_there(source: Path, tmp_path: Path, mo
         absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
     with pytest.raises(AbsorptionError, match=r"out.partial: was made with seed=0, not 1; remove it to begin anew"):
         absorb_checkpoint(source, tmp_path / "out", settings=AbsorptionSettings(**vars(SETTINGS) | {"seed": 1}))
+
+
+def test_another_checkpoint_does_not_go_on_from_there(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it has the same name."""
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    copy = shutil.copytree(source, tmp_path / "source")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(work, "absorb_sinks", interrupt)
+        absorb_checkpoint(copy, tmp_path / "out", settings=SETTINGS)
+    sink_model(scale=1.2).to(torch.bfloat16).save_pretrained(copy)
+    with pytest.raises(AbsorptionError, match=r"out\.partial: was made with config\.json \(size, mtime_ns\)=.*; remove it"):
+        absorb_checkpoint(copy, tmp_path / "out", settings=SETTINGS)
 
 
 def test_given_text_is_what_it_learns_from(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +241,7 @@ def test_the_command_prints_what_was_measured(source: Path, tmp_path: Path, monk
     assert found.exit_code == 0, found.stderr
     assert "documentation" in found.stdout
     assert "first-token attention" in found.stdout
+    assert re.search(r"prose +\d+ x 256 +plain +[\d.]+ +[\d.]+ +\d\.\d{4} +", found.stdout)  # nothing is cut off
     assert (tmp_path / "out" / "absorption.json").is_file()
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 1

@@ -1,0 +1,46 @@
+"""What the result of absorbing sinks depends on, to be told from what another call was given."""
+
+import os
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_gated.conversion.files import sha256
+from modeling_gated.conversion.sources import Source
+
+from .settings import AbsorptionSettings
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The checkpoint, text files, settings, and what to compute in; None is the default's."""
+
+    source: Source
+    texts: list[Path]
+    settings: AbsorptionSettings
+    dtype: torch.dtype | None
+
+    def identity(self) -> dict[str, Any]:
+        """What is the same as long as the inputs are: texts by their content, checkpoints by files' sizes and times."""
+        path = self.source.path
+        files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+        states = {file.name: file.stat() for file in files}
+        return (
+            {"checkpoint": os.fspath(path), "text": self._hashes(), "dtype": str(self.dtype)}
+            | {f"{name} (size, mtime_ns)": [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+            | asdict(self.settings)
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What the report says of them, beside the settings."""
+        source = {"name": self.source.name, "repo_id": self.source.repo_id, "revision": self.source.revision}
+        texts = {Path(path).name: digest for path, digest in self._hashes().items()}
+        return {"source": source, "texts": texts, "dtype": str(self.dtype).removeprefix("torch.")} | {
+            "versions": {name: version(name) for name in ("modeling-gated", "torch", "transformers")}
+        }
+
+    def _hashes(self) -> dict[str, str]:
+        return {os.fspath(path): sha256(path) for path in self.texts}
