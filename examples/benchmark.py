@@ -4,10 +4,11 @@ What gates cost: time and memory of the gated model as ratios to the ungated one
     python examples/benchmark.py [--shapes SmolLM2-135M] [--dtypes float32,bfloat16] [--workloads prefill,decode]
 
 Gated and ungated model have the same weights, in memory too, and run in one process in turns: each pass of a
-formulation comes right before or after one of the ungated model's, and the median of their ratios is shown, with the
-range that the middle half of them is in. Weights are random. The row "ungated" compares the ungated model with itself:
-what it differs from 1 by is noise. Beside each ratio stands the limit: the bytes that are read in decoding, or the
-operations of the matrix products in prefill and training, with the gates and without.
+formulation comes right before or after one of the ungated model's. A round has two passes of either, or 32 of decoding,
+which are short; the median of the rounds' ratios is shown, with the range that the middle half of them is in. Weights
+are random. The row "ungated" compares the ungated model with itself: what it differs from 1 by is noise. Beside each
+ratio stands the limit: the bytes that are read in decoding, or the operations of the matrix products in prefill and
+training, with the gates and without.
 
 Without options it measures what fits the machine: SmolLM2-135M on a CPU, the larger shapes on a CUDA device. Where a
 model doesn't fit in half of the memory, it has fewer layers. Compiling takes minutes on a CPU: --modes eager,compiled.
@@ -78,18 +79,21 @@ def compare(ungated: PreTrainedModel, name: str, case: Case, rounds: int) -> Cos
     own, other = (WORKLOADS[case.workload](one, *arguments) for one in (model, ungated))
     for workload in (own, other, own, other):
         workload.seconds()  # the first is slower
-    pairs = [_pair(own, other, number % 2 == 1) for number in range(rounds)]
+    pairs = [_round(own, other) for _ in range(rounds)]
     memory = statistics.median(own.memory() / other.memory() for _ in range(3))
     ratios = [seconds / of_ungated for seconds, of_ungated in pairs]
     least = limit(model, ungated, case.workload, case.batch_size, case.tokens)
     return Cost(statistics.median(seconds for seconds, _ in pairs), ratios, least, memory)
 
 
-def _pair(own: Workload, other: Workload, own_first: bool) -> tuple[float, float]:
-    if own_first:
-        return own.seconds(), other.seconds()
-    of_other = other.seconds()
-    return own.seconds(), of_other
+def _round(own: Workload, other: Workload) -> tuple[float, float]:
+    """Seconds of a pass of either, after one another, in turns the one and the other first."""
+    seconds: dict[Workload, list[float]] = {own: [], other: []}
+    for number in range(2 * own.passes):
+        first, second = (own, other) if number % 2 else (other, own)
+        for workload in (first, second):
+            seconds[workload].append(workload.seconds())
+    return statistics.fmean(seconds[own]), statistics.fmean(seconds[other])
 
 
 def layers_that_fit(case: Case, device: torch.device) -> int:

@@ -104,12 +104,13 @@ def gated_model(name: str, ungated: PreTrainedModel) -> PreTrainedModel:
 
 class Workload(ABC):
     """
-    A pass over a model, made again and again.
+    A pass over a model, made again and again; a round of the benchmark has so many `passes`.
 
     `compiled` lets torch compile the model, with fullgraph, first.
     """
 
     name: str
+    passes = 1
 
     def __init__(self, model: PreTrainedModel, batch_size: int, tokens: int, compiled: bool) -> None:
         self.model, self.compiled = model, compiled
@@ -159,16 +160,17 @@ class Prefill(Workload):
 
 
 class Decode(Workload):
-    """Passes of one token each after a prompt."""
+    """A pass of one token after a prompt."""
 
     name = "decode"
-    steps = 16
+    passes = 16
 
     def __init__(self, model: PreTrainedModel, batch_size: int, tokens: int, compiled: bool) -> None:
         super().__init__(model, batch_size, tokens, compiled)
         with torch.no_grad():
-            self.cache = StaticCache(config=model.config, max_cache_len=tokens + self.steps)
+            self.cache = StaticCache(config=model.config, max_cache_len=tokens + 1)
             model(self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.position = torch.full((1, 1), tokens, device=model.device)
         self.filled = [layer.cumulative_length.clone() for layer in self.cache.layers]
 
     def before(self) -> None:
@@ -177,10 +179,7 @@ class Decode(Workload):
 
     @torch.no_grad()
     def run(self) -> None:
-        start = self.tokens.shape[1]
-        for step in range(self.steps):
-            position = torch.full((1, 1), start + step, device=self.tokens.device)
-            self.call(self.tokens[:, :1], past_key_values=self.cache, position_ids=position, use_cache=True)
+        self.call(self.tokens[:, :1], past_key_values=self.cache, position_ids=self.position, use_cache=True)
 
 
 class Training(Workload):

@@ -155,7 +155,9 @@ def test_another_checkpoint_does_not_go_on_from_there(
         patched.setattr(work, "absorb_sinks", interrupt)
         absorb_checkpoint(copy, tmp_path / "out", settings=SETTINGS)
     sink_model(scale=1.2).to(torch.bfloat16).save_pretrained(copy)
-    with pytest.raises(AbsorptionError, match=r"out\.partial: was made with config\.json \(size, mtime_ns\)=.*; remove it"):
+    with pytest.raises(
+        AbsorptionError, match=r"out\.partial: was made with config\.json \(size, mtime_ns\)=.*; remove it"
+    ):
         absorb_checkpoint(copy, tmp_path / "out", settings=SETTINGS)
 
 
