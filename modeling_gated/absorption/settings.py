@@ -29,7 +29,7 @@ class AbsorptionSettings:
     calibration_tokens: int = 24_576
     window_tokens: int = 512
     long_window_tokens: int = 2048
-    batch_size: int = 2
+    batch_size: int = 1
     refinement_epochs: int = 12
     learning_rate: float = 3e-4
     gate_learning_rate: float = 1e-3
