@@ -157,8 +157,8 @@ class GatedLlamaAttention(LlamaAttention):
         assert key_value_heads  # the config has filled it in
         if config.attention_output_bias != config.attention_bias:
             self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=config.attention_output_bias)
-        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
-        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
         is_sliding = config.layer_types[layer_idx] == "sliding_attention"  # type: ignore[index]  # None only as input
         self.sliding_window = config.sliding_window if is_sliding else None
 
@@ -211,8 +211,9 @@ class GatedLlamaAttention(LlamaAttention):
             key_states = self.gated(key_states, self.g_k_proj, gate_input)
             value_states = self.gated(value_states, self.g_v_proj, gate_input)
 
-        query_states = self.q_norm(query_states).transpose(1, 2)
-        key_states = self.k_norm(key_states).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+        query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
         value_states = value_states.transpose(1, 2)
 
         cos, sin = position_embeddings
