@@ -74,7 +74,12 @@ class GatedLlamaGate(nn.Linear):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return super().forward(input.to(self.weight.dtype))
+        return super().forward(with_dtype(input, self.weight.dtype))
+
+
+def with_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in a dtype. In decoding, `to` takes long even where it does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def non_sparse_sigmoid(x: torch.Tensor) -> torch.Tensor:
@@ -187,7 +192,7 @@ class GatedLlamaAttention(LlamaAttention):
         """`states`, of shape [batch, seq, heads, channels], with the gates that `projection` makes of `gate_input`."""
         if projection is None:
             return states
-        gate = self.gate_values(projection, gate_input).to(states.dtype)
+        gate = with_dtype(self.gate_values(projection, gate_input), states.dtype)
         gate = gate.view(*gate.shape[:-1], -1, 1 if self.is_headwise else states.shape[-1])
         return states + gate if self.is_additive else states * gate
 

@@ -1,0 +1,186 @@
+"""
+What absorbing sinks owes to each of its steps, and what it costs in quality: the same budget with steps left out, other
+seeds and other budgets, as a table and a plot.
+
+    python examples/absorption_controls.py [--budgets 20000] [--seeds 0] [--checkpoint FOLDER] [--output FOLDER]
+
+Variants are made with the first budget and the first seed, "absorbed", which is what gated-llama absorb does, with all
+of them. Each is a checkpoint in the output folder, made as any other: what was interrupted goes on where it was, and
+what is there is not made again. The table and the plot have every absorbed checkpoint of the folder.
+"""
+
+import json
+import statistics
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint
+from modeling_gated.conversion import ConversionError
+
+
+# What is left out. The last two train what absorbing trains, on the same loss, without an edit before: with gates that
+# are 1 at first, and the original itself.
+VARIANTS: dict[str, dict[str, bool]] = {
+    "absorbed": {},
+    "keys alone": {"edits_gates": False, "trains_gates": False},
+    "gates alone": {"edits_keys": False, "removes_writers": False},
+    "gates of 1": {"edits_keys": False, "removes_writers": False, "edits_gates": False},
+    "distilled into itself": {
+        "edits_keys": False,
+        "removes_writers": False,
+        "edits_gates": False,
+        "trains_gates": False,
+    },
+}
+KINDS = ("prose", "documentation", "code", "chat")
+
+
+def name_of(variant: str, tokens: int, seed: int) -> str:
+    return f"{variant.replace(' ', '-')}-{tokens}-seed{seed}"
+
+
+def wanted(variants: list[str], budgets: list[int], seeds: list[int]) -> list[tuple[str, int, int]]:
+    """Variant, tokens and seed of each run."""
+    runs = [(variant, budgets[0], seeds[0]) for variant in variants]
+    if "absorbed" in variants:
+        runs += [("absorbed", *rest) for rest in product(budgets, seeds)]
+    return list(dict.fromkeys(runs))
+
+
+def read_reports(output: Path) -> dict[str, dict[str, Any]]:
+    """The reports of all checkpoints in a folder, by their names."""
+    paths = sorted(output.glob("*/absorption.json"))
+    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def comparison(report: dict[str, Any], kind: str, tokens: int) -> dict[str, Any] | None:
+    """What was measured on plain windows of some text, if it was."""
+    found = (one for one in report["comparisons"] if (one["kind"], one["window_tokens"]) == (kind, tokens))
+    return next((one for one in found if one["start"] == "plain"), None)
+
+
+def change(report: dict[str, Any], kind: str, tokens: int) -> float | None:
+    """Of perplexity, in percent."""
+    found = comparison(report, kind, tokens)
+    return None if found is None else 100 * (found["perplexity_ratio"] - 1)
+
+
+def changes(report: dict[str, Any], tokens: int) -> list[float]:
+    """Of all kinds of text that were measured."""
+    found = (change(report, kind, tokens) for kind in KINDS)
+    return [percent for percent in found if percent is not None]
+
+
+def mean_of(report: dict[str, Any], field: str) -> float:
+    """Of the edited model, over texts at 512 tokens."""
+    found = (comparison(report, kind, 512) for kind in KINDS)
+    return statistics.fmean(one["edited"][field] for one in found if one is not None)
+
+
+def tokens_of(report: dict[str, Any]) -> int:
+    """What was distilled on, which is less than the budget if training has ended early."""
+    return AbsorptionSettings(**report["settings"]).tokens(len(report["losses"]))
+
+
+def table_of(reports: dict[str, dict[str, Any]]) -> Table:
+    table = Table(box=box.MARKDOWN)
+    table.add_column("", no_wrap=True)
+    headings = ["tokens", "F-Attn", "other sinks", "max |h|"]
+    headings += [f"{kind}, {tokens:,}" for tokens in (512, 2048) for kind in KINDS]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, report in reports.items():
+        found = [change(report, kind, tokens) for tokens in (512, 2048) for kind in KINDS]
+        table.add_row(
+            name,
+            f"{tokens_of(report):,}",
+            f"{mean_of(report, 'first_token_attention'):.4f}",
+            f"{mean_of(report, 'sink_rate_other'):.4f}",
+            f"{max(one['edited']['hidden_state_maximum'] for one in report['comparisons']):,.0f}",
+            *("-" if percent is None else f"{percent:+.1f} %" for percent in found),
+        )
+    return table
+
+
+def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
+    """Left, what is lost against what is left of the sinks; right, how the distillation's loss on other text falls."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, report) in enumerate(reports.items()):
+        color, sinks = f"C{number % 10}", mean_of(report, "first_token_attention")
+        label = f"{name}: {tokens_of(report):,} tokens"
+        for tokens, marker in ((512, "o"), (2048, "s")):
+            if found := changes(report, tokens):
+                left.plot([sinks] * len(found), found, marker, color=color, alpha=0.3)
+                left.plot(sinks, statistics.fmean(found), marker, color=color, label=label if tokens == 512 else None)
+        settings, losses = AbsorptionSettings(**report["settings"]), report["held_out_losses"]
+        spent = [settings.tokens((step + 1) * settings.evaluate_every) for step in range(len(losses))]
+        right.plot(spent, losses, ".-", color=color)
+    left.axhline(1, color="gray", linewidth=0.5)
+    left.axvline(0.01, color="gray", linewidth=0.5)
+    left.set_xscale("log")
+    left.set(
+        xlabel="attention to the first token (F-Attn)",
+        ylabel="change of perplexity, %; circles 512, squares 2,048 tokens",
+    )
+    left.legend(fontsize="small")
+    right.set(xlabel="tokens distilled on", ylabel="loss on text that is not trained on (KL and penalties), nats")
+    figure.savefig(path, dpi=150)
+
+
+def numbers(given: str, option: str) -> list[int]:
+    """The parts of a comma-separated option."""
+    if not all(part.isdecimal() for part in given.split(",")):
+        sys.exit(f"error: {option} {given}: not numbers with commas between them")
+    return [int(part) for part in given.split(",")]
+
+
+def main(
+    checkpoint: str = "build/demo/SmolLM2-135M-Instruct",
+    output: Path = Path("build/absorption"),
+    budgets: Annotated[str, typer.Option(help="Tokens to distil on.")] = "20000",
+    seeds: str = "0",
+    variants: str = ",".join(VARIANTS),
+    sample_tokens: int = 10_000,
+    calibration_tokens: int = 8_192,
+    measured_windows: int = 8,
+) -> None:
+    """Make what is not there yet, and print a table of all."""
+    names = variants.split(",")
+    for name in names:
+        if name not in VARIANTS:
+            sys.exit(f"error: --variants {name}: not one of {', '.join(VARIANTS)}")
+    output.mkdir(parents=True, exist_ok=True)
+    for variant, tokens, seed in wanted(names, numbers(budgets, "--budgets"), numbers(seeds, "--seeds")):
+        folder = output / name_of(variant, tokens, seed)
+        if folder.exists():
+            continue
+        print(f"making {folder}")
+        settings = AbsorptionSettings(
+            distill_tokens=tokens,
+            sample_tokens=sample_tokens,
+            calibration_tokens=calibration_tokens,
+            measured_windows=measured_windows,
+            seed=seed,
+            **VARIANTS[variant],
+        )
+        try:
+            absorb_checkpoint(checkpoint, folder, settings=settings, progress=True)
+        except (AbsorptionError, ConversionError) as error:
+            sys.exit(f"error: {error}")
+    reports = read_reports(output)
+    Console(width=220).print(table_of(reports))
+    plot(reports, output / "frontier.png")
+    print(f"written: {output / 'frontier.png'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

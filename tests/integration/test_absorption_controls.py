@@ -1,0 +1,77 @@
+"""The example that leaves out steps of absorbing sinks, on a tiny model."""
+
+import json
+import re
+from pathlib import Path
+
+import absorption_controls
+import pytest
+from byte_tokenizer import byte_tokenizer
+from sink_model import sink_model
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("controls")
+    model = sink_model()
+    model.config.max_position_embeddings = 512
+    model.save_pretrained(folder / "source")
+    byte_tokenizer().save_pretrained(folder / "source")
+    absorption_controls.main(
+        str(folder / "source"),
+        output=folder / "made",
+        budgets="2048,4096",
+        variants="absorbed,keys alone,distilled into itself",
+        sample_tokens=0,
+        calibration_tokens=1024,
+        measured_windows=2,
+    )
+    return folder / "made"
+
+
+def test_it_makes_every_variant_once(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All budgets with all steps, the first with those left out; what is complete is not made again."""
+    names = {"absorbed-2048-seed0", "absorbed-4096-seed0", "keys-alone-2048-seed0", "distilled-into-itself-2048-seed0"}
+    assert {path.parent.name for path in output.glob("*/config.json")} == names
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/absorption.json")}
+    absorption_controls.main(str(output.parent / "source"), output=output, budgets="2048", variants="absorbed")
+    assert {path: path.stat().st_mtime_ns for path in output.glob("*/absorption.json")} == before
+    assert (output / "frontier.png").stat().st_size > 10_000
+    rows = {
+        line.split("|")[1].strip(): " ".join(line.split())
+        for line in capsys.readouterr().out.splitlines()
+        if re.search(r"seed0 +\|", line)
+    }
+    assert set(rows) == names
+    report = json.loads((output / "absorbed-4096-seed0" / "absorption.json").read_text(encoding="utf-8"))
+    ratios = [one["perplexity_ratio"] for one in report["comparisons"] if one["start"] == "plain"]
+    assert "| 4,096 | " in rows["absorbed-4096-seed0"]
+    assert f"| {100 * (ratios[0] - 1):+.1f} % |" in rows["absorbed-4096-seed0"]
+
+
+def test_what_is_left_out(output: Path) -> None:
+    reports = absorption_controls.read_reports(output)
+    gates = {name: sum(any(layer["gated"]) for layer in report["layers"]) for name, report in reports.items()}
+    keys = {name: sum(any(layer["keys_edited"]) for layer in report["layers"]) for name, report in reports.items()}
+    writers = {name: len(report["writers"]) for name, report in reports.items()}
+    assert (gates["absorbed-2048-seed0"], writers["absorbed-2048-seed0"]) == (3, 2)
+    assert keys["absorbed-2048-seed0"] > 0
+    assert (gates["keys-alone-2048-seed0"], writers["keys-alone-2048-seed0"]) == (0, 2)
+    assert keys["keys-alone-2048-seed0"] > 0
+    name = "distilled-into-itself-2048-seed0"
+    assert (gates[name], keys[name], writers[name]) == (0, 0, 0)
+    assert absorption_controls.tokens_of(reports[name]) == 2048
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variants": "absorbed,all"}, "error: --variants all: not one of absorbed, keys alone, "),
+        ({"budgets": "1e5"}, "error: --budgets 1e5: not numbers with commas between them"),
+        ({"checkpoint": "nowhere/at/all"}, "error: .*nowhere/at/all"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message) as caught:
+        absorption_controls.main(**{"output": tmp_path / "made"} | options)
+    assert "\n" not in str(caught.value)
