@@ -104,13 +104,15 @@ def gated_model(name: str, ungated: PreTrainedModel) -> PreTrainedModel:
 
 class Workload(ABC):
     """
-    A pass over a model, made again and again; a round of the benchmark has so many `passes`.
+    A pass over a model, made again and again: so many `passes` in either order are a round of the benchmark, and after
+    so many `rounds` the next ones are of a workload that is made anew, where it matters where in memory it is.
 
     `compiled` lets torch compile the model, with fullgraph, first.
     """
 
     name: str
     passes = 1
+    rounds = 1000
 
     def __init__(self, model: PreTrainedModel, batch_size: int, tokens: int, compiled: bool) -> None:
         self.model, self.compiled = model, compiled
@@ -164,6 +166,7 @@ class Decode(Workload):
 
     name = "decode"
     passes = 16
+    rounds = 3
 
     def __init__(self, model: PreTrainedModel, batch_size: int, tokens: int, compiled: bool) -> None:
         super().__init__(model, batch_size, tokens, compiled)
@@ -186,6 +189,7 @@ class Training(Workload):
     """Forward, backward and a step of AdamW, whose learning rate is 0 so that the weights stay as they are."""
 
     name = "training"
+    rounds = 3
 
     def __init__(self, model: PreTrainedModel, batch_size: int, tokens: int, compiled: bool) -> None:
         super().__init__(model, batch_size, tokens, compiled)
