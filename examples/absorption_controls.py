@@ -26,19 +26,14 @@ from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absor
 from modeling_gated.conversion import ConversionError
 
 
-# What is left out. The last two train what absorbing trains, on the same loss, without an edit before: with gates that
-# are 1 at first, and the original itself.
+# What is left out. Without keys edited, writers stay, too, as sinks need what they write. The last two have no edit and
+# are trained on the same loss: with gates that are 1 at first, and without any.
 VARIANTS: dict[str, dict[str, bool]] = {
     "absorbed": {},
-    "keys alone": {"edits_gates": False, "trains_gates": False},
-    "gates alone": {"edits_keys": False, "removes_writers": False},
-    "gates of 1": {"edits_keys": False, "removes_writers": False, "edits_gates": False},
-    "distilled into itself": {
-        "edits_keys": False,
-        "removes_writers": False,
-        "edits_gates": False,
-        "trains_gates": False,
-    },
+    "key edit without gates": {"edits_gates": False, "trains_gates": False},
+    "gates without key edit": {"edits_keys": False, "removes_writers": False},
+    "identity gates": {"edits_keys": False, "removes_writers": False, "edits_gates": False},
+    "self-distilled": {"edits_keys": False, "removes_writers": False, "edits_gates": False, "trains_gates": False},
 }
 KINDS = ("prose", "documentation", "code", "chat")
 
@@ -121,7 +116,7 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
             if found := changes(report, tokens):
                 left.plot([sinks] * len(found), found, marker, color=color, alpha=0.3)
                 left.plot(sinks, statistics.fmean(found), marker, color=color, label=label if tokens == 512 else None)
-        settings, losses = AbsorptionSettings(**report["settings"]), report["held_out_losses"]
+        settings, losses = AbsorptionSettings(**report["settings"]), report["validation_losses"]
         spent = [settings.tokens((step + 1) * settings.evaluate_every) for step in range(len(losses))]
         right.plot(spent, losses, ".-", color=color)
     left.axhline(1, color="gray", linewidth=0.5)
@@ -134,6 +129,15 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
     left.legend(fontsize="small")
     right.set(xlabel="tokens distilled on", ylabel="loss on text that is not trained on (KL and penalties), nats")
     figure.savefig(path, dpi=150)
+
+
+def check_same(folder: Path, source: str, settings: AbsorptionSettings) -> None:
+    """See that what is there was made of the same source with the same settings, of which windows may be shorter."""
+    report = json.loads((folder / "absorption.json").read_text(encoding="utf-8"))
+    found = {"checkpoint": report["source"]["name"], **report["settings"]}
+    for name, value in ({"checkpoint": source} | vars(settings)).items():
+        if found[name] != value and not name.endswith("window_tokens"):
+            sys.exit(f"error: {folder}: was made with {name}={found[name]!r}, not {value!r}; choose another --output")
 
 
 def numbers(given: str, option: str) -> list[int]:
@@ -161,9 +165,6 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     for variant, tokens, seed in wanted(names, numbers(budgets, "--budgets"), numbers(seeds, "--seeds")):
         folder = output / name_of(variant, tokens, seed)
-        if folder.exists():
-            continue
-        print(f"making {folder}")
         settings = AbsorptionSettings(
             distill_tokens=tokens,
             sample_tokens=sample_tokens,
@@ -172,6 +173,10 @@ def main(
             seed=seed,
             **VARIANTS[variant],
         )
+        if folder.exists():
+            check_same(folder, Path(checkpoint).name, settings)
+            continue
+        print(f"making {folder}")
         try:
             absorb_checkpoint(checkpoint, folder, settings=settings, progress=True)
         except (AbsorptionError, ConversionError) as error:

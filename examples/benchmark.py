@@ -75,17 +75,30 @@ class Cost:
 def compare(ungated: PreTrainedModel, name: str, case: Case, rounds: int) -> Cost:
     """Passes of a formulation and of the ungated model in turns."""
     model = ungated if name == "ungated" else gated_model(name, ungated)
-    arguments = case.batch_size, case.tokens, case.mode == "compiled"
     pairs: list[tuple[float, float]] = []
-    while len(pairs) < rounds:
-        own, other = (WORKLOADS[case.workload](one, *arguments) for one in (model, ungated))
-        for workload in (own, other, own, other):
-            workload.seconds()  # the first is slower
-        pairs += [_round(own, other) for _ in range(min(own.rounds, rounds - len(pairs)))]
-    memory = statistics.median(own.memory() / other.memory() for _ in range(3))
+    memory: list[float] = []
+    while (left := rounds - len(pairs)) > 0:
+        found, of_memory = _rounds(model, ungated, case, left)
+        pairs += found
+        memory.append(of_memory)
+        gc.collect()
     ratios = [seconds / of_ungated for seconds, of_ungated in pairs]
     least = limit(model, ungated, case.workload, case.batch_size, case.tokens)
-    return Cost(statistics.median(seconds for seconds, _ in pairs), ratios, least, memory)
+    return Cost(statistics.median(seconds for seconds, _ in pairs), ratios, least, statistics.median(memory))
+
+
+def _rounds(
+    model: PreTrainedModel, ungated: PreTrainedModel, case: Case, most: int
+) -> tuple[list[tuple[float, float]], float]:
+    """Some rounds of two workloads that are there for these alone, and the ratio of what they need of memory."""
+    is_compiled = case.mode == "compiled"
+    arguments = case.batch_size, case.tokens, is_compiled
+    own, other = (WORKLOADS[case.workload](one, *arguments) for one in (model, ungated))
+    for workload in (own, other, own, other):
+        workload.seconds()  # the first is slower
+    # Compiled code is of one cache, so that another has to be compiled for.
+    count = most if is_compiled else min(own.rounds, most)
+    return [_round(own, other) for _ in range(count)], own.memory() / other.memory()
 
 
 def _round(own: Workload, other: Workload) -> tuple[float, float]:

@@ -105,14 +105,14 @@ def gated_model(name: str, ungated: PreTrainedModel) -> PreTrainedModel:
 class Workload(ABC):
     """
     A pass over a model, made again and again: so many `passes` in either order are a round of the benchmark, and after
-    so many `rounds` the next ones are of a workload that is made anew, where it matters where in memory it is.
+    so many `rounds` the next ones are of a workload that is made anew, as it matters where in memory it is.
 
     `compiled` lets torch compile the model, with fullgraph, first.
     """
 
     name: str
     passes = 1
-    rounds = 1000
+    rounds = 5
 
     def __init__(self, model: PreTrainedModel, batch_size: int, tokens: int, compiled: bool) -> None:
         self.model, self.compiled = model, compiled

@@ -216,8 +216,10 @@ class GatedLlamaAttention(LlamaAttention):
             key_states = self.gated(key_states, self.g_k_proj, gate_input)
             value_states = self.gated(value_states, self.g_v_proj, gate_input)
 
-        if self.q_norm is not None and self.k_norm is not None:
-            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+        if self.q_norm is not None:
+            query_states = self.q_norm(query_states)
+        if self.k_norm is not None:
+            key_states = self.k_norm(key_states)
         query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
         value_states = value_states.transpose(1, 2)
 

@@ -13,7 +13,7 @@ from modeling_gated.conversion.architecture import read_gated_config, stored_dty
 from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.command_line import command_line
 from modeling_gated.conversion.errors import ConversionError
-from modeling_gated.conversion.files import sync
+from modeling_gated.conversion.files import sha256, sync
 from modeling_gated.conversion.output import check_output, clear_leftovers, replacing
 from modeling_gated.conversion.plan import CARD_NAME, OWN_FILES
 from modeling_gated.conversion.shards import copy_side_files
@@ -40,8 +40,9 @@ _FORMAT = 1
 @dataclass(frozen=True)
 class Absorption:
     """
-    What was done to a checkpoint, and what came of it: `writers` and `layers` as of `Edit`, the `losses` of the
-    distillation's steps and its `held_out_losses`, and how the model in `output` compares with the original.
+    What was done to a checkpoint, and what came of it: the `inputs` with the settings as they were, `writers` and
+    `layers` as of `Edit`, the `losses` of the distillation's steps and its `validation_losses`, every
+    `settings.evaluate_every` steps, and how the model in `output` compares with the original.
     """
 
     output: Path
@@ -49,9 +50,13 @@ class Absorption:
     writers: list[Writer]
     layers: list[AbsorbedLayer]
     losses: list[float]
-    held_out_losses: list[float]
+    validation_losses: list[float]
     comparisons: list[Comparison]
     seconds: dict[str, float]
+
+    @property
+    def settings(self) -> AbsorptionSettings:
+        return self.inputs.settings
 
     def as_json(self) -> str:
         """The content of `absorption.json`."""
@@ -59,11 +64,11 @@ class Absorption:
             "format": _FORMAT,
             "output": self.output.name,
             **self.inputs.record(),
-            "settings": asdict(self.inputs.settings),
+            "settings": asdict(self.settings),
             "writers": [asdict(writer) for writer in self.writers],
             "layers": [asdict(layer) for layer in self.layers],
             "losses": self.losses,
-            "held_out_losses": self.held_out_losses,
+            "validation_losses": self.validation_losses,
             "comparisons": [comparison.as_dict() for comparison in self.comparisons],
             "seconds": self.seconds,
         }
@@ -93,7 +98,8 @@ def absorb_checkpoint(
         checkpoint: whatever can be converted, or a gated checkpoint whose gates are 1, as conversion writes them.
         output: the directory to make.
         text: files, UTF-8, to distil on beside what the original writes itself, instead of the default's prose,
-            documentation and code. Of each the last quarter is held out.
+            documentation and code. Of each the last quarter is held out, and a twentieth before it decides when
+            training is enough.
         settings: how to go about it.
         dtype: what to compute in; if not given, float32 on a CPU, elsewhere that of the checkpoint, which the result
             has: with a coarser one all its tensors are rounded.
@@ -118,8 +124,8 @@ def absorb_checkpoint(
     check_texts(paths)
     clear_leftovers(output)
     folder = output.with_name(f"{output.name}.partial")
-    inputs = Inputs(source, paths, settings, dtype)
     try:
+        inputs = Inputs(source, {path: sha256(path) for path in paths}, settings, dtype)
         begin(folder, inputs.identity())
         work = _prepared(inputs, folder, device, progress)
         done, distilled = _absorbed(work, inputs, output)
@@ -150,7 +156,7 @@ def _prepared(inputs: Inputs, folder: Path, device: torch.device, progress: bool
 
 def _absorbed(work: Work, inputs: Inputs, output: Path) -> tuple[Absorption, Path]:
     """What was done, and the folder with the result's model."""
-    texts = work.texts(inputs.texts)
+    texts = work.texts(list(inputs.texts))
     edit = work.edit(texts)
     distilled = work.distil(texts, edit)
     comparisons = work.prove(distilled, texts)
@@ -160,7 +166,7 @@ def _absorbed(work: Work, inputs: Inputs, output: Path) -> tuple[Absorption, Pat
         writers=edit.writers,
         layers=edit.layers,
         losses=read_losses(work.folder, STAGE),
-        held_out_losses=read_losses(work.folder, STAGE, "held_out"),
+        validation_losses=read_losses(work.folder, STAGE, "held_out"),
         comparisons=comparisons,
         seconds=work.seconds,
     )

@@ -46,7 +46,7 @@ def absorption_card(done: "Absorption", directory: Path, command: str) -> str:
 
 {cell(source.name)} without its attention sinks: {_PROMISE}
 
-{markdown([("", ""), *rows.items()])}
+{markdown_table([("", ""), *rows.items()])}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,9 +60,9 @@ tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 
 On held-out text, before and after. All of it is in `absorption.json`.
 
-{markdown(quality_rows(done.comparisons))}
+{markdown_table(quality_rows(done.comparisons))}
 
-{markdown(sink_rows(done.comparisons))}
+{markdown_table(sink_rows(done.comparisons))}
 """
 
 
@@ -115,7 +115,7 @@ def _change(measured: Measured, name: str) -> str:
     return f"{measured.interventions[name]:+.4f}" if name in measured.interventions else "-"
 
 
-def markdown(rows: Sequence[Sequence[object]]) -> str:
+def markdown_table(rows: Sequence[Sequence[object]]) -> str:
     """A table of rows, of which the first is the head."""
     lines = [[cell(value) for value in row] for row in rows]
     lines.insert(1, ["---"] * len(lines[0]))

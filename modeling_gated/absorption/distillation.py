@@ -27,7 +27,8 @@ class SinkDistillation(Distillation):
         directions: of the teacher's sinks, one per layer; None where there are none.
         sink_weight: of the attention to sinks, mean over tokens, heads and layers that have some.
         hidden_weight: of hidden states above the limit.
-        hidden_limit: theirs. Where the teacher's tokens that are no sinks have larger ones, it is half of the largest.
+        hidden_limit: theirs, or half of the largest that the teacher's tokens have which are no sinks, if that is more:
+            a model whose hidden states are all large is not held to what small ones have.
         rows: how many queries of a batch, drawn at random, say what sinks get.
     """
 
@@ -69,7 +70,7 @@ class SinkDistillation(Distillation):
         given = [captured[layer].to_sinks(tokens, rows).sum(-1).mean() for layer, tokens in sinks.items()]
         mass = torch.stack(given).mean() if given else divergence.new_zeros(())
         others = ~torch.stack([_first_tokens(windows), *sinks.values()]).any(0)
-        limits = 0.5 * torch.stack([largest[others].amax() for largest in expected])
+        limits = 0.5 * torch.stack([largest.masked_fill(~others, 0).amax() for largest in expected])
         excess = torch.stack(found) / limits.clamp_min(self.hidden_limit) - 1
         return divergence, mass, excess.clamp_min(0).square().mean()
 

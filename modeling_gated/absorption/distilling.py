@@ -70,7 +70,8 @@ def distil(
     @torch.no_grad()
     def loss(trained: nn.Module) -> float:
         trained.eval()
-        return sum(trained(window.to(accelerator.device)).item() for window in validation) / len(validation)
+        losses = [trained(window.to(accelerator.device)).item() * window.numel() for window in validation]
+        return sum(losses) / sum(window.numel() for window in validation)
 
     stage = Stage(STAGE, settings, Evaluation(loss, settings.evaluate_every, settings.patience))
     run = Run(

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from modeling_gated.conversion.files import sha256
 from modeling_gated.conversion.sources import Source
 
 from .settings import AbsorptionSettings
@@ -16,10 +15,10 @@ from .settings import AbsorptionSettings
 
 @dataclass(frozen=True)
 class Inputs:
-    """The checkpoint, text files, settings, and what to compute in; None is the default's."""
+    """The checkpoint, text files with their SHA-256, settings, and what to compute in; None is the default's."""
 
     source: Source
-    texts: list[Path]
+    texts: dict[Path, str]
     settings: AbsorptionSettings
     dtype: torch.dtype | None
 
@@ -28,8 +27,9 @@ class Inputs:
         path = self.source.path
         files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
         states = {file.name: file.stat() for file in files}
+        texts = {os.fspath(text): digest for text, digest in self.texts.items()}
         return (
-            {"checkpoint": os.fspath(path), "text": self._hashes(), "dtype": str(self.dtype)}
+            {"checkpoint": os.fspath(path), "text": texts, "dtype": str(self.dtype)}
             | {f"{name} (size, mtime_ns)": [state.st_size, state.st_mtime_ns] for name, state in states.items()}
             | asdict(self.settings)
         )
@@ -37,10 +37,7 @@ class Inputs:
     def record(self) -> dict[str, Any]:
         """What the report says of them, beside the settings."""
         source = {"name": self.source.name, "repo_id": self.source.repo_id, "revision": self.source.revision}
-        texts = {Path(path).name: digest for path, digest in self._hashes().items()}
+        texts = {path.name: digest for path, digest in self.texts.items()}
         return {"source": source, "texts": texts, "dtype": str(self.dtype).removeprefix("torch.")} | {
             "versions": {name: version(name) for name in ("modeling-gated", "torch", "transformers")}
         }
-
-    def _hashes(self) -> dict[str, str]:
-        return {os.fspath(path): sha256(path) for path in self.texts}

@@ -58,9 +58,10 @@ class Work:
             own = [Text(text.kind, [], text.held_out) for text in own]
         for text in (texts := given_texts(given, self.tokenizer)):
             if len(text.held_out) < self.settings.window_tokens:
+                tokens = len(text.training + text.validation + text.held_out)
                 raise AbsorptionError(
-                    f"{text.kind}: is too short: of its {len(text.training + text.held_out)} tokens a quarter is held "
-                    f"out, and a window has {self.settings.window_tokens}"
+                    f"{text.kind}: is too short: of its {tokens} tokens a quarter is held out, and a window has "
+                    f"{self.settings.window_tokens}"
                 )
         path = self.folder / "sampled.json"
         if not path.is_file():

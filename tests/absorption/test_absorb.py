@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 from modeling_gated import absorption
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint, work
+from modeling_gated.absorption.distilling import _validation_windows
+from modeling_gated.absorption.texts import Text
 from modeling_gated.cli import app
 from modeling_gated.conversion import ConversionError, convert_checkpoint
 from modeling_gated.inspection import FirstTokenAttention, inspecting
@@ -30,6 +32,7 @@ SETTINGS = AbsorptionSettings(
     calibration_tokens=1024,
     window_tokens=64,
     long_window_tokens=500,  # more than the model takes
+    batch_size=2,
     refinement_epochs=1,
     save_every=5,
     evaluate_every=4,
@@ -81,7 +84,7 @@ def test_the_report_and_the_card_say_what_was_done(absorbed: Path) -> None:
     assert {writer["layer"]: writer["neuron"] for writer in report["writers"]} == WRITERS
     assert len(report["layers"]) == 4
     assert len(report["losses"]) == 12
-    assert len(report["held_out_losses"]) == 3
+    assert len(report["validation_losses"]) == 3
     assert {one["kind"] for one in report["comparisons"]} >= {"prose", "documentation", "code"}
     assert set(report["seconds"]) == {"sampling", "edit", "distillation", "proof"}
     assert report["source"] == {"name": "source", "repo_id": None, "revision": None}
@@ -201,6 +204,19 @@ def test_what_the_model_writes_itself_is_learnt_from_too(source: Path, tmp_path:
     assert all(len(texts[kind].training) + len(texts[kind].held_out) >= 150 for kind in ("chat", "sampled"))
     assert (tmp_path / "sampled.json").is_file()
     assert {text.kind: text for text in steps.texts([])} == texts
+
+
+def test_training_ends_by_text_of_its_own() -> None:
+    """Neither what is trained on nor what is measured on."""
+    texts = [Text("a", [1] * 900, [9] * 900, [5] * 300), Text("b", [1] * 90, [9] * 90, [6] * 20), Text("c", [1], [9])]
+    found = _validation_windows(texts, 64)
+    assert [(tuple(one.shape), one.unique().tolist()) for one in found] == [
+        ((1, 64), [5]),
+        ((1, 64), [5]),
+        ((1, 20), [6]),
+    ]
+    with pytest.raises(AbsorptionError, match="no text is long enough to say when training is enough"):
+        _validation_windows(texts[2:], 64)
 
 
 def test_gates_that_were_trained_are_refused(source: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from sink_model import converted, sink_model, windows
 from torch.nn import functional
 
 from modeling_gated.absorption import AbsorptionSettings, Windows, absorb_sinks, compare, prove
-from modeling_gated.absorption.card import markdown, quality_rows, sink_rows
+from modeling_gated.absorption.card import markdown_table, quality_rows, sink_rows
 from modeling_gated.absorption.proof import GATE_INTERVENTIONS, INTERVENTIONS
 from modeling_gated.absorption.texts import Text
 from modeling_gated.inspection import FirstTokenAttention, inspecting, masked_first_token
@@ -78,7 +78,7 @@ def test_a_proof_has_all_kinds_lengths_and_beginnings(models) -> None:
     for one in changed:
         assert list(one.original.interventions) == list(INTERVENTIONS)
         assert list(one.edited.interventions) == [*INTERVENTIONS, *GATE_INTERVENTIONS]
-    quality, sinks = markdown(quality_rows(found)), markdown(sink_rows(found))
+    quality, sinks = markdown_table(quality_rows(found)), markdown_table(sink_rows(found))
     assert len(quality.splitlines()) == 2 + 4
     assert len({line.replace("\\|", "").count("|") for line in (quality + "\n" + sinks).splitlines()}) == 2
     assert f"{changed[0].original.first_token_attention:.4f} → {changed[0].edited.first_token_attention:.4f}" in sinks

@@ -10,6 +10,9 @@ from byte_tokenizer import byte_tokenizer
 from sink_model import sink_model
 
 
+SMALL = {"sample_tokens": 0, "calibration_tokens": 1024, "measured_windows": 2}
+
+
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("controls")
@@ -21,20 +24,27 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(folder / "source"),
         output=folder / "made",
         budgets="2048,4096",
-        variants="absorbed,keys alone,distilled into itself",
-        sample_tokens=0,
-        calibration_tokens=1024,
-        measured_windows=2,
+        variants="absorbed,key edit without gates,self-distilled",
+        **SMALL,
     )
     return folder / "made"
 
 
 def test_it_makes_every_variant_once(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All budgets with all steps, the first with those left out; what is complete is not made again."""
-    names = {"absorbed-2048-seed0", "absorbed-4096-seed0", "keys-alone-2048-seed0", "distilled-into-itself-2048-seed0"}
+    names = {
+        "absorbed-2048-seed0",
+        "absorbed-4096-seed0",
+        "key-edit-without-gates-2048-seed0",
+        "self-distilled-2048-seed0",
+    }
     assert {path.parent.name for path in output.glob("*/config.json")} == names
     before = {path: path.stat().st_mtime_ns for path in output.glob("*/absorption.json")}
-    absorption_controls.main(str(output.parent / "source"), output=output, budgets="2048", variants="absorbed")
+    absorption_controls.main(str(output.parent / "source"), output=output, budgets="2048", variants="absorbed", **SMALL)
+    with pytest.raises(SystemExit, match=r"absorbed-2048-seed0: was made with sample_tokens=0, not 10; choose another"):
+        absorption_controls.main(
+            str(output.parent / "source"), output=output, budgets="2048", **SMALL | {"sample_tokens": 10}
+        )
     assert {path: path.stat().st_mtime_ns for path in output.glob("*/absorption.json")} == before
     assert (output / "frontier.png").stat().st_size > 10_000
     rows = {
@@ -56,9 +66,9 @@ def test_what_is_left_out(output: Path) -> None:
     writers = {name: len(report["writers"]) for name, report in reports.items()}
     assert (gates["absorbed-2048-seed0"], writers["absorbed-2048-seed0"]) == (3, 2)
     assert keys["absorbed-2048-seed0"] > 0
-    assert (gates["keys-alone-2048-seed0"], writers["keys-alone-2048-seed0"]) == (0, 2)
-    assert keys["keys-alone-2048-seed0"] > 0
-    name = "distilled-into-itself-2048-seed0"
+    assert (gates["key-edit-without-gates-2048-seed0"], writers["key-edit-without-gates-2048-seed0"]) == (0, 2)
+    assert keys["key-edit-without-gates-2048-seed0"] > 0
+    name = "self-distilled-2048-seed0"
     assert (gates[name], keys[name], writers[name]) == (0, 0, 0)
     assert absorption_controls.tokens_of(reports[name]) == 2048
 
@@ -66,7 +76,7 @@ def test_what_is_left_out(output: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variants": "absorbed,all"}, "error: --variants all: not one of absorbed, keys alone, "),
+        ({"variants": "absorbed,all"}, "error: --variants all: not one of absorbed, key edit without gates, "),
         ({"budgets": "1e5"}, "error: --budgets 1e5: not numbers with commas between them"),
         ({"checkpoint": "nowhere/at/all"}, "error: .*nowhere/at/all"),
     ],

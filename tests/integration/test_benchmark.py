@@ -105,7 +105,7 @@ def test_a_table_of_every_workload(
         modes=mode,
         workloads=",".join(workloads),
         formulations=",".join(formulations),
-        rounds=2,
+        rounds=6,
         device="cpu",
         output=report,
     )
