@@ -64,33 +64,38 @@ class Case:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a formulation: the median seconds; the ratios to the ungated model's, their limit, and the ratio of memory."""
+    """
+    Of a formulation: the median seconds; the ratios to the ungated model's, their limit, and the ratio of memory, None
+    where the ungated model's pass needs so little that it cannot be seen.
+    """
 
     seconds: float
     ratios: list[float]
     limit: float
-    memory: float
+    memory: float | None
 
 
 def compare(ungated: PreTrainedModel, name: str, case: Case, rounds: int) -> Cost:
     """Passes of a formulation and of the ungated model in turns."""
     model = ungated if name == "ungated" else gated_model(name, ungated)
     pairs: list[tuple[float, float]] = []
-    memory: list[float] = []
+    memory: list[tuple[int, int]] = []
     while (left := rounds - len(pairs)) > 0:
-        found, of_memory = _rounds(model, ungated, case, left)
+        found, bytes_needed = _rounds(model, ungated, case, left)
         pairs += found
-        memory.append(of_memory)
+        memory.append(bytes_needed)
         gc.collect()
     ratios = [seconds / of_ungated for seconds, of_ungated in pairs]
     least = limit(model, ungated, case.workload, case.batch_size, case.tokens)
-    return Cost(statistics.median(seconds for seconds, _ in pairs), ratios, least, statistics.median(memory))
+    of_own, of_other = (sum(found) for found in zip(*memory, strict=True))
+    of_memory = of_own / of_other if of_other else None
+    return Cost(statistics.median(seconds for seconds, _ in pairs), ratios, least, of_memory)
 
 
 def _rounds(
     model: PreTrainedModel, ungated: PreTrainedModel, case: Case, most: int
-) -> tuple[list[tuple[float, float]], float]:
-    """Some rounds of two workloads that are there for these alone, and the ratio of what they need of memory."""
+) -> tuple[list[tuple[float, float]], tuple[int, int]]:
+    """Some rounds of two workloads that are there for these alone, and the bytes that a pass of either needs."""
     is_compiled = case.mode == "compiled"
     arguments = case.batch_size, case.tokens, is_compiled
     own, other = (WORKLOADS[case.workload](one, *arguments) for one in (model, ungated))
@@ -98,7 +103,7 @@ def _rounds(
         workload.seconds()  # the first is slower
     # Compiled code is of one cache, so that another has to be compiled for.
     count = most if is_compiled else min(own.rounds, most)
-    return [_round(own, other) for _ in range(count)], own.memory() / other.memory()
+    return [_round(own, other) for _ in range(count)], (own.memory(), other.memory())
 
 
 def _round(own: Workload, other: Workload) -> tuple[float, float]:
@@ -148,7 +153,8 @@ def table_of(costs: dict[str, Cost]) -> Table:
     for name, cost in costs.items():
         low, _, high = statistics.quantiles(cost.ratios, n=4)
         middle = f"{low:.3f} - {high:.3f}"
-        table.add_row(name, f"{statistics.median(cost.ratios):.3f}", middle, f"{cost.limit:.3f}", f"{cost.memory:.3f}")
+        memory = "-" if cost.memory is None else f"{cost.memory:.3f}"
+        table.add_row(name, f"{statistics.median(cost.ratios):.3f}", middle, f"{cost.limit:.3f}", memory)
     return table
 
 
