@@ -27,7 +27,7 @@ from modeling_gated.conversion import ConversionError
 
 
 # What is left out. Without keys edited, writers stay, too, as sinks need what they write. The last two have no edit and
-# are trained on the same loss: with gates that are 1 at first, and without any.
+# are trained on the same loss: with gates that are 1 at first, and with gates that stay 1.
 VARIANTS: dict[str, dict[str, bool]] = {
     "absorbed": {},
     "key edit without gates": {"edits_gates": False, "trains_gates": False},
@@ -76,8 +76,10 @@ def changes(report: dict[str, Any], tokens: int) -> list[float]:
 
 def mean_of(report: dict[str, Any], field: str) -> float:
     """Of the edited model, over texts at 512 tokens."""
-    found = (comparison(report, kind, 512) for kind in KINDS)
-    return statistics.fmean(one["edited"][field] for one in found if one is not None)
+    found = [one for one in (comparison(report, kind, 512) for kind in KINDS) if one is not None]
+    if not found:
+        sys.exit(f"error: {report['output']}: was not measured on windows of 512 tokens")
+    return statistics.fmean(one["edited"][field] for one in found)
 
 
 def tokens_of(report: dict[str, Any]) -> int:
@@ -165,19 +167,19 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     for variant, tokens, seed in wanted(names, numbers(budgets, "--budgets"), numbers(seeds, "--seeds")):
         folder = output / name_of(variant, tokens, seed)
-        settings = AbsorptionSettings(
-            distill_tokens=tokens,
-            sample_tokens=sample_tokens,
-            calibration_tokens=calibration_tokens,
-            measured_windows=measured_windows,
-            seed=seed,
-            **VARIANTS[variant],
-        )
-        if folder.exists():
-            check_same(folder, Path(checkpoint).name, settings)
-            continue
-        print(f"making {folder}")
         try:
+            settings = AbsorptionSettings(
+                distill_tokens=tokens,
+                sample_tokens=sample_tokens,
+                calibration_tokens=calibration_tokens,
+                measured_windows=measured_windows,
+                seed=seed,
+                **VARIANTS[variant],
+            )
+            if (folder / "absorption.json").is_file():
+                check_same(folder, Path(checkpoint).name, settings)
+                continue
+            print(f"making {folder}")
             absorb_checkpoint(checkpoint, folder, settings=settings, progress=True)
         except (AbsorptionError, ConversionError) as error:
             sys.exit(f"error: {error}")

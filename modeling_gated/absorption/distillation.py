@@ -69,7 +69,10 @@ class SinkDistillation(Distillation):
         assert divergence is not None
         given = [captured[layer].to_sinks(tokens, rows).sum(-1).mean() for layer, tokens in sinks.items()]
         mass = torch.stack(given).mean() if given else divergence.new_zeros(())
-        others = ~torch.stack([_first_tokens(windows), *sinks.values()]).any(0)
+        others = torch.ones_like(windows, dtype=torch.bool)
+        others[:, 0] = False
+        for tokens in sinks.values():
+            others &= ~tokens
         limits = 0.5 * torch.stack([largest.masked_fill(~others, 0).amax() for largest in expected])
         excess = torch.stack(found) / limits.clamp_min(self.hidden_limit) - 1
         return divergence, mass, excess.clamp_min(0).square().mean()
@@ -119,9 +122,3 @@ def _largest(hidden_states: torch.Tensor) -> torch.Tensor:
 
 def _largest_of_tokens(hidden_states: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(hidden_states.float(), ord=torch.inf, dim=-1)
-
-
-def _first_tokens(windows: torch.Tensor) -> torch.Tensor:
-    first = torch.zeros_like(windows, dtype=torch.bool)
-    first[:, 0] = True
-    return first

@@ -79,6 +79,7 @@ def test_what_is_left_out(output: Path) -> None:
         ({"variants": "absorbed,all"}, "error: --variants all: not one of absorbed, key edit without gates, "),
         ({"budgets": "1e5"}, "error: --budgets 1e5: not numbers with commas between them"),
         ({"checkpoint": "nowhere/at/all"}, "error: .*nowhere/at/all"),
+        ({"calibration_tokens": 10}, "error: calibration_tokens 10: at least 512 is needed"),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path: Path, options: dict[str, str], message: str) -> None:
