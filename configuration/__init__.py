@@ -1,8 +1,9 @@
 """Configuration of GatedLlama, and the extension of a model's context."""
 
-from .configuration_gated_llama import SOURCE_FAMILIES, GatedLlamaConfig, check_source_family
+from .configuration_gated_llama import GatedLlamaConfig
 from .context_extension import ContextExtension, describe_context, extend_context
 from .gate_opening import initial_gate_bias, open_gate
+from .source_families import SOURCE_FAMILIES, check_source_family
 
 
 __all__ = [

@@ -41,6 +41,7 @@ from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
 from .gate_opening import initial_gate_bias, open_gate
+from .source_families import check_source_family, source_fields
 
 
 logger = logging.get_logger(__name__)
@@ -50,40 +51,6 @@ if Version(transformers.__version__).release[:2] > (5, 23):
 
 # The paper's positions, and the name of the layer from which a position's gates come.
 GATE_PROJECTIONS = {"G1": "g_proj", "G2": "g_v_proj", "G3": "g_k_proj", "G4": "g_q_proj", "G5": "g_o_proj"}
-
-# What each source family leaves out of its config because its code fixes it.
-SOURCE_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"attention_bias": False, "mlp_bias": False},
-    "ministral": {"attention_bias": False, "mlp_bias": False},
-    "qwen2": {"attention_bias": True, "attention_output_bias": False, "mlp_bias": False},
-    "qwen3": {"use_qk_norm": True, "mlp_bias": False},
-    "cwm": {"attention_bias": False},
-    "internlm3": {},
-    "iquestcoder": {},
-    "seed_oss": {},
-}
-# Fields of source families that say nothing about the gated model: they are said in other fields, hold only for
-# training (residual_dropout), or describe a q_proj with gates in it, which serving engines would then expect.
-_OTHER_FIELDS = [
-    "use_sliding_window",
-    "max_window_layers",
-    "attention_out_bias",
-    "qkv_bias",
-    "residual_dropout",
-    "clip_qkv",
-    "attn_output_gate",
-    "headwise_attn_output_gate",
-    "elementwise_attn_output_gate",
-]
-
-
-def check_source_family(model_type: object) -> None:
-    """Raise ValueError unless `model_type`, as it stands in a config.json, is one of `SOURCE_FAMILIES`."""
-    if model_type == GatedLlamaConfig.model_type:
-        raise ValueError(f"model_type={model_type!r} is already gated")
-    if not isinstance(model_type, str) or model_type not in SOURCE_FAMILIES:
-        raise ValueError(f"model_type={model_type!r} is not supported; supported are {', '.join(SOURCE_FAMILIES)}")
 
 
 class _TensorParallelPlan:
@@ -260,21 +227,10 @@ class GatedLlamaConfig(LlamaConfig):
         Raises:
             ValueError: if `config.model_type` is of another family, or `config` overrides fields layer by layer.
         """
-        family = config.model_type
-        check_source_family(family)
+        check_source_family(config.model_type)
         if config.is_heterogeneous:
             raise ValueError("per_layer_config: models whose layers differ in shape are not supported")
-
-        values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}
-        # A field that the family's config lacks is one that its model doesn't read, whatever a config.json says. Only
-        # head_dim is read all the same, by Qwen2.
-        unread = {own.name for own in fields(cls)} - {read.name for read in fields(config)} - {"head_dim"}
-        unread |= {"model_type", "architectures", "auto_map", "transformers_version", *_OTHER_FIELDS}
-        output_bias = values.get("attention_out_bias") if family == "seed_oss" else None
-        values = {name: value for name, value in values.items() if name not in unread}
-        values |= SOURCE_FAMILIES[family]
-        values.setdefault("attention_output_bias", values["attention_bias"] if output_bias is None else output_bias)
-        gated = cls(**values | gate_options)
+        gated = cls(**source_fields(config, {own.name for own in fields(cls)}) | gate_options)
         kind = gated.gate_activation, gated.gate_form, gated.gate_bias
         if gated.gate_position and kind == ("sigmoid", "multiplicative", True) and "gate_scale" not in gate_options:
             gated.gate_scale = open_gate(gated.gate_init)[1]
@@ -392,13 +348,15 @@ class GatedLlamaConfig(LlamaConfig):
 
 def _source_files() -> Iterator[tuple[str, str]]:
     """Name and text of the two source files of a checkpoint, with imports of each other as flat siblings."""
-    for module in ("configuration_gated_llama", "modeling_gated_llama"):
+    modules = ("configuration_gated_llama", "modeling_gated_llama")
+
+    def written_in(found: re.Match[str]) -> str:
+        """What else is imported is no file of its own there: every checkpoint has the same two."""
+        return found[0] if found[1] in modules else _source(found[1])
+
+    for module in modules:
         source = re.sub(r"^from \.\w+\.(\w+) import", r"from .\1 import", _source(module), flags=re.MULTILINE)
-        # Not a file of its own there: every checkpoint has the same two.
-        yield (
-            f"{module}.py",
-            re.sub(r"^from \.gate_opening import .*\n", lambda _: _source("gate_opening"), source, flags=re.MULTILINE),
-        )
+        yield f"{module}.py", re.sub(r"^from \.(\w+) import .*\n", written_in, source, flags=re.MULTILINE)
 
 
 def _source(module: str) -> str:
