@@ -65,6 +65,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype
+
 
 class GatedLlamaGate(nn.Linear):
     """
@@ -75,31 +77,6 @@ class GatedLlamaGate(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(with_dtype(input, self.weight.dtype))
-
-
-def with_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in a dtype. In decoding, `to` takes long even where it does nothing."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def non_sparse_sigmoid(x: torch.Tensor) -> torch.Tensor:
-    """0.5 + 0.5 sigmoid(x), between 0.5 and 1: a gate that cannot close (arXiv 2505.06708, Section 4.2)."""
-    return 0.5 + 0.5 * torch.sigmoid(x)
-
-
-def identity(x: torch.Tensor) -> torch.Tensor:
-    return x
-
-
-# Functions, not modules, whose calls take longer.
-GATE_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "ns_sigmoid": non_sparse_sigmoid,
-    "silu": nn.functional.silu,
-    "tanh": torch.tanh,
-    "relu": torch.relu,
-    "linear": identity,
-}
 
 
 def gate_projection(config: GatedLlamaConfig, position: str, heads: int) -> GatedLlamaGate | None:
@@ -183,18 +160,28 @@ class GatedLlamaAttention(LlamaAttention):
         self.is_additive = config.gate_form == "additive"
         self.is_input_independent = config.gate_input_independent
 
-    def gate_values(self, projection: nn.Module, gate_input: torch.Tensor) -> torch.Tensor:
-        """Gates, float32, of shape [batch, seq, rows of the projection], or [1, rows] if independent of the input."""
+    def gate_values(self, logits: torch.Tensor) -> torch.Tensor:
+        """Gates, float32, of the shape of their logits: [batch, seq, rows of the projection], or [1, rows]."""
         # In float32: in bfloat16 a sigmoid saturates, without gradient, from a logit of 6.25 on.
-        return self.gate_act_fn(projection(gate_input).float()) * self.gate_scale
+        return self.gate_act_fn(logits.float()) * self.gate_scale
+
+    def with_gates(self, states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """`states`, of shape [batch, seq, heads, channels], with gates as `gate_values` gives them."""
+        gates = self.gates_of_heads(with_dtype(gates, states.dtype), states)
+        return states + gates if self.is_additive else states * gates
+
+    def gates_of_heads(self, gates: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Gates of `states`, apart by heads and channels: [..., heads, channels], either 1 if it shares them."""
+        return gates.view(*gates.shape[:-1], -1, 1 if self.is_headwise else states.shape[-1])
 
     def gated(self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor) -> torch.Tensor:
         """`states`, of shape [batch, seq, heads, channels], with the gates that `projection` makes of `gate_input`."""
         if projection is None:
             return states
-        gate = with_dtype(self.gate_values(projection, gate_input), states.dtype)
-        gate = gate.view(*gate.shape[:-1], -1, 1 if self.is_headwise else states.shape[-1])
-        return states + gate if self.is_additive else states * gate
+        logits = projection(gate_input)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which decides itself what is kept
+            return GatedStates.apply(states, logits, self)
+        return self.with_gates(states, self.gate_values(logits))
 
     def forward(  # type: ignore[override]  # Llama's annotations are narrower than its code
         self,

@@ -39,9 +39,9 @@ def gates_of_a_head(attention: Any, position: str, rows: int) -> int:
 @contextmanager
 def hooked(attention: Any, *, change: Change | None = None, watch: Watch | None = None) -> Iterator[None]:
     """Change or watch an attention block's gates. Whoever watches sees them as all changes have left them."""
-    hooks = vars(attention).get("gate_values")
+    hooks = vars(attention).get("gated")
     if hooks is None:
-        hooks = attention.gate_values = _Hooks(attention)
+        hooks = attention.gated = _Hooks(attention)
     if change is not None:
         hooks.changes.append(change)
     if watch is not None:
@@ -54,22 +54,24 @@ def hooked(attention: Any, *, change: Change | None = None, watch: Watch | None 
         if watch is not None:
             hooks.watches.remove(watch)
         if not (hooks.changes or hooks.watches):
-            del attention.gate_values
+            del attention.gated
 
 
 class _Hooks:
-    """Stands in the place of a block's own `gate_values`."""
+    """Stands in the place of a block's own `gated`."""
 
     def __init__(self, attention: Any) -> None:
-        self.attention, self.computed = attention, attention.gate_values
+        self.attention = attention
         self.position_of = {projection: position for position, projection in gate_positions(attention).items()}
         self.changes: list[Change] = []
         self.watches: list[Watch] = []
 
-    def __call__(self, projection: nn.Module, gate_input: torch.Tensor) -> torch.Tensor:
-        gates, position = self.computed(projection, gate_input), self.position_of[projection]
+    def __call__(self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor) -> torch.Tensor:
+        if projection is None:
+            return states
+        gates, position = self.attention.gate_values(projection(gate_input)), self.position_of[projection]
         for change in self.changes:
             gates = change(self.attention, position, gates)
         for watch in self.watches:
             watch(self.attention, position, gates)
-        return gates
+        return self.attention.with_gates(states, gates)

@@ -83,7 +83,7 @@ def test_a_gate_stands_between_attention_and_the_sinks_value() -> None:
     hidden = after.input(0)
     with torch.no_grad():
         found, inputs = after.attend(hidden)
-        gates = attention.gate_values(attention.g_proj, hidden).double().numpy()  # [batch, tokens, heads]
+        gates = attention.gate_values(attention.g_proj(hidden)).double().numpy()  # [batch, tokens, heads]
         probabilities = inputs.probabilities(torch.arange(48)).double().numpy()
     source = original.base_model.layers[1].self_attn
     values = (hidden @ source.v_proj.weight.T).view(16, 48, 2, 8).double().numpy().repeat(2, 2)
@@ -112,7 +112,7 @@ def test_first_tokens_get_what_comes_nearer() -> None:
         absorb_layer(after, sinks)
         hidden, attention = after.input(0), after.layer.self_attn
         with torch.no_grad():
-            gates[layer] = attention.gate_values(attention.g_proj, hidden)[:, 0, :2].mean().item()
+            gates[layer] = attention.gate_values(attention.g_proj(hidden))[:, 0, :2].mean().item()
             found = after.attend(hidden)[0][:, 0]
         errors[layer] = ((found - sinks.outputs[0][:, 0]).norm() / sinks.outputs[0][:, 0].norm()).item()
         before.advance(), after.advance()

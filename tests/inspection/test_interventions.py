@@ -68,7 +68,7 @@ def test_one_layer_and_one_head(granularity: str) -> None:
     with torch.no_grad(), inspecting(model, again), forced_gates(model, 0.25, layer=1, head=2):
         model(**inputs_of("plain"))  # the other way round
     assert torch.equal(again.result()["G1"].value, found)
-    assert "gate_values" not in vars(model.model.layers[1].self_attn)
+    assert "gated" not in vars(model.model.layers[1].self_attn)
 
 
 def test_one_position() -> None:

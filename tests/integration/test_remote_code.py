@@ -214,7 +214,11 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
             "from .gate_opening import initial_gate_bias, open_gate\n": folder / "gate_opening.py",
             "from .source_families import check_source_family, source_fields\n": folder / "source_families.py",
         },
-        "modeling_gated/modeling_gated_llama.py": {},
+        "modeling_gated/modeling_gated_llama.py": {
+            "from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype\n": root
+            / "modeling_gated"
+            / "gate_functions.py"
+        },
     }
     for (path, parts), name in zip(replaced.items(), CODE_FILES, strict=True):
         expected = (root / path).read_text()

@@ -1,0 +1,128 @@
+"""Gates are made again for the backward pass: with the gradients of autograd, and less memory."""
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from gated_models import gated_model
+from paper_variants import CONFIGS, random_model
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jvp, vmap
+from transformers import PreTrainedModel
+
+from modeling_gated.gate_functions import GATE_ACTIVATIONS, GatedStates
+
+
+FORMS = [
+    {"gate_activation": activation, "gate_form": form, "gate_granularity": granularity, "gate_bias": False}
+    for activation, form, granularity in product(
+        GATE_ACTIVATIONS, ("multiplicative", "additive"), ("headwise", "elementwise")
+    )
+    if form == "multiplicative" or "sigmoid" not in activation
+] + [{"gate_head_shared": True}, {"gate_input_independent": True}]
+
+
+def applied_plainly(model: PreTrainedModel) -> None:
+    """Let autograd see what gates are made of."""
+    for layer in model.base_model.layers:
+        attention = layer.self_attn
+
+        def gated(states: torch.Tensor, projection: Any, gate_input: torch.Tensor, own: Any = attention) -> Any:
+            return states if projection is None else own.with_gates(states, own.gate_values(projection(gate_input)))
+
+        attention.gated = gated
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_gradients_of_every_variant_are_autograd_s(name: str, dtype: torch.dtype, tokens: torch.Tensor) -> None:
+    gradients = []
+    for plainly in (False, True):
+        model = random_model(name).to(dtype)
+        if plainly:
+            applied_plainly(model)
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    for name, expected in gradients[1].items():
+        difference = (gradients[0][name] - expected).float().norm() / expected.float().norm().clamp_min(1e-12)
+        assert difference < tolerance, name
+
+
+def block_and_inputs(fields: dict[str, Any]) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """An attention block, states [2, 3, 6, 8] and as many logits as it has gates, far from 0 and near it."""
+    attention = gated_model(**fields, gate_scale=1.3).model.layers[0].self_attn
+    rows = len(attention.g_proj.weight)
+    logits = torch.linspace(-9, 9, 6 * rows).view(2, 3, rows) + 0.1
+    if attention.is_input_independent:
+        logits = logits[0, :1]
+    return attention, torch.randn(2, 3, 6, 8, requires_grad=True), logits.requires_grad_()
+
+
+@pytest.mark.parametrize("fields", FORMS, ids=lambda fields: " ".join(map(str, list(fields.values())[:3])))
+def test_derivatives_of_every_kind_are_autograd_s(fields: dict[str, Any]) -> None:
+    """Gradients, gradients of gradients, forward mode by both of its ways, and those of torch.func."""
+    attention, states, logits = block_and_inputs(fields)
+    weights, changes = torch.randn(states.shape), (torch.randn(states.shape), torch.randn(logits.shape))
+
+    def ours(states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return GatedStates.apply(states, logits, attention)
+
+    def plain(states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return attention.with_gates(states, attention.gate_values(logits))
+
+    def derivatives(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        first = torch.autograd.grad(
+            (function(states, logits).square() * weights).sum(), (states, logits), create_graph=True
+        )
+        second = torch.autograd.grad(sum(one.square().sum() for one in first), (states, logits))
+        with forward_ad.dual_level():
+            pair = function(states.detach(), forward_ad.make_dual(logits.detach(), changes[1]))
+            dual = forward_ad.unpack_dual(pair).tangent
+        both = jvp(function, (states.detach(), logits.detach()), changes)[1]
+        curvature = hessian(lambda own: function(states[:1, :1], own).square().sum())(logits[:1, :1].detach())
+        return [*first, *second, dual, both, curvature]
+
+    for found, expected in zip(derivatives(ours), derivatives(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_single_texts(tokens: torch.Tensor) -> None:
+    """torch.func's, of each text by itself."""
+    model = gated_model("elementwise", attn_implementation="eager")
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor], text: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, parameters, (text,), {"labels": text, "use_cache": False}).loss
+
+    each = vmap(grad(loss), (None, 0))(parameters, tokens[:, None])
+    for number, text in enumerate(tokens):
+        model.zero_grad()
+        model(text[None], labels=text[None]).loss.backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(each[name][number], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
+def test_gates_keep_no_more_than_their_logits(granularity: str, dtype: torch.dtype, trained: bool) -> None:
+    """Beside weights, and what the rest of the block keeps anyway: its input and the attention output."""
+    attention = gated_model(granularity).to(dtype).model.layers[0].self_attn.requires_grad_(trained)
+    hidden = torch.randn(2, 16, 48, dtype=dtype, requires_grad=True)
+    states = torch.randn(2, 16, 6, 8, dtype=dtype, requires_grad=True)
+    others = {tensor.untyped_storage().data_ptr() for tensor in (hidden, states, *attention.parameters())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in others:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = attention.gated(states, attention.g_proj, hidden)
+    assert output.requires_grad
+    assert sum(kept.values()) == 2 * 16 * len(attention.g_proj.weight) * dtype.itemsize
