@@ -8,7 +8,8 @@ formulation comes right before or after one of the ungated model's. A round has 
 which are short; the median of the rounds' ratios is shown, with the range that the middle half of them is in. Weights
 are random. The row "ungated" compares the ungated model with itself: what it differs from 1 by is noise. Beside each
 ratio stands the limit: the bytes that are read in decoding, or the operations of the matrix products in prefill and
-training, with the gates and without.
+training, with the gates and without. Memory is the peak of what a pass needs; of training on a CPU, exactly, what is
+kept for the backward pass.
 
 Without options it measures what fits the machine: SmolLM2-135M on a CPU, the larger shapes on a CUDA device. Where a
 model doesn't fit in half of the memory, it has fewer layers. Compiling takes minutes on a CPU: --modes eager,compiled.
@@ -148,7 +149,7 @@ def title_of(case: Case, layers: int, ungated_seconds: float) -> str:
 def table_of(costs: dict[str, Cost]) -> Table:
     table = Table(box=box.MARKDOWN)
     table.add_column("formulation", no_wrap=True)
-    for column in ("time / ungated", "middle half", "limit", "peak memory / ungated"):
+    for column in ("time / ungated", "middle half", "limit", "memory / ungated"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, cost in costs.items():
         low, _, high = statistics.quantiles(cost.ratios, n=4)

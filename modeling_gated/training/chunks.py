@@ -11,15 +11,16 @@ def sum_over_chunks(
 ) -> torch.Tensor:
     """
     The sum of a function over chunks of tokens. Nothing that it computes is kept for the backward pass, which computes
-    it again, chunk by chunk.
+    it again, chunk by chunk; but of the last one, with which the backward pass begins.
 
     Args:
         summed_loss: of the chunks of `tensors`, a scalar.
         tensors: of the same length, [tokens, ...].
         chunk_size: tokens at a time.
     """
-    chunks = zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True)
-    return torch.stack([checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    *others, last = zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True)
+    losses = [checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in others]
+    return torch.stack([*losses, summed_loss(*last)]).sum()
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

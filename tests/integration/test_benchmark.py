@@ -6,7 +6,7 @@ import benchmark
 import benchmark_workloads
 import pytest
 import torch
-from benchmark_workloads import OURS, WORKLOADS, gated_model, limit, ungated_model
+from benchmark_workloads import OURS, WORKLOADS, Training, gated_model, limit, ungated_model
 from gate_formulations import PEERS, FusedGateAttention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, PreTrainedModel
@@ -88,6 +88,17 @@ def test_limit_of_prefill_is_that_of_the_products(name: str, ungated: PreTrained
     biases = sum(layer.self_attn.g_proj.bias.numel() for layer in model.model.layers) * 12 * 2
     expected = (counts[0] + biases - masked) / (counts[1] - masked)
     assert limit(model, ungated, "prefill", 1, 12) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ungated", *OURS, "plain-headwise", "plain-elementwise"])
+def test_memory_of_training_is_what_gates_keep(name: str, ungated: PreTrainedModel) -> None:
+    """In bytes of float32: the logits and the gated output; plainly the gates, too."""
+    of_ungated = Training(ungated, 2, 12, compiled=False).memory()
+    model = ungated if name == "ungated" else gated_model(name, ungated)
+    of_gates = Training(model, 2, 12, compiled=False).memory() - of_ungated
+    rows, channels = (48 if "elementwise" in name else 6), 48
+    expected = 2 * 2 * 12 * 4 * (rows + channels)  # layers, windows, tokens, bytes
+    assert of_gates == (0 if name == "ungated" else expected)
 
 
 @pytest.mark.parametrize(
