@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +39,7 @@ def distil(
 ) -> None:
     """
     Train an edited model's attention blocks and norms until it predicts what the original does, or the tokens are used
-    up. Where there is a state in the folder, training goes on from it.
+    up. Gates stay 1 in layers without sinks. Where there is a state in the folder, training goes on from it.
 
     Args:
         original: what it learns from.
@@ -50,10 +51,7 @@ def distil(
         settings: of which those that concern the distillation count.
         progress: show a progress bar.
     """
-    for name, parameter in edited.named_parameters():
-        parts = name.split(".")
-        in_attention = "self_attn" in parts and (settings.trains_gates or not is_gate(name))
-        parameter.requires_grad_(in_attention or parts[-2].endswith("norm"))
+    _unfreeze(edited, directions, settings.trains_gates)
     module = SinkDistillation(
         edited,
         original,
@@ -62,7 +60,8 @@ def distil(
         hidden_weight=settings.hidden_weight,
         hidden_limit=settings.hidden_limit,
     )
-    gate_rate = settings.gate_learning_rate if settings.trains_gates else None
+    trains_gates = any(is_gate(name) for name, parameter in edited.named_parameters() if parameter.requires_grad)
+    gate_rate = settings.gate_learning_rate if trains_gates else None
     groups = gate_param_groups(edited, settings.learning_rate, gate_rate)
     validation = _validation_windows(texts, settings.window_tokens)
     accelerator = Accelerator(mixed_precision="no", cpu=edited.device.type == "cpu")
@@ -90,6 +89,16 @@ def distil(
         train(run, module, groups, stage, float32_states=edited.dtype != torch.float32)
     accelerator.free_memory()
     edited.eval().requires_grad_(False)
+
+
+def _unfreeze(edited: PreTrainedModel, directions: Sequence[SinkDirection | None], trains_gates: bool) -> None:
+    decoder: Any = edited.base_model
+    for layer, direction in zip(decoder.layers, directions, strict=True):
+        for name, parameter in layer.self_attn.named_parameters():
+            parameter.requires_grad_(not is_gate(name) or (trains_gates and direction is not None))
+    for name, parameter in edited.named_parameters():
+        if name.split(".")[-2].endswith("norm"):
+            parameter.requires_grad_(True)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -177,7 +177,8 @@ def prove(
         edited: a model of the same vocabulary.
         texts: what they are held out of.
         tokenizer: both models'.
-        windows: of 512 tokens of each text; at 2,048 tokens a quarter as many.
+        windows: of 512 tokens of each text; at 2,048 tokens a quarter as many, but one at least, and of the longest a
+            sixteenth.
         progress: show progress bars, on a terminal.
     """
     limit = original.config.max_position_embeddings
@@ -185,7 +186,7 @@ def prove(
     usual = SPECIAL if beginning(tokenizer) else PLAIN
     found = []
     short = min(512, limit)
-    for length, count in ({limit: 1, min(2048, limit): max(1, windows // 4)} | {short: windows}).items():
+    for length, count in ({limit: windows // 16, min(2048, limit): max(1, windows // 4)} | {short: windows}).items():
         for text in texts:
             for name, start in starts.items() if length == short else [(usual, starts[usual])]:
                 cut = Windows(text.kind, name, spread_windows(text.held_out, length, count, start))

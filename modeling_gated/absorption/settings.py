@@ -31,7 +31,7 @@ class AbsorptionSettings:
     long_window_tokens: int = 2048
     batch_size: int = 1
     refinement_epochs: int = 12
-    learning_rate: float = 3e-4
+    learning_rate: float = 1.5e-4
     gate_learning_rate: float = 1e-3
     sink_weight: float = 1.0
     hidden_weight: float = 1.0

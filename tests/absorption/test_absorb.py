@@ -21,6 +21,7 @@ from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absor
 from modeling_gated.absorption.distilling import _validation_windows
 from modeling_gated.absorption.texts import Text
 from modeling_gated.cli import app
+from modeling_gated.configuration import open_gate
 from modeling_gated.conversion import ConversionError, convert_checkpoint
 from modeling_gated.inspection import FirstTokenAttention, inspecting
 from modeling_gated.training import loop
@@ -77,6 +78,13 @@ def test_the_result_is_an_ordinary_gated_checkpoint(source: Path, absorbed: Path
     before, after = (meter.result()[1:, :2].mean() for meter in meters)
     assert after < 0.15 * before
     assert len(model.generate(tokens, max_new_tokens=4, do_sample=False)[0]) == tokens.shape[1] + 4
+
+
+def test_gates_without_sinks_are_still_one(absorbed: Path) -> None:
+    found = weights(absorbed)
+    moved = [bool(found[f"model.layers.{layer}.self_attn.g_proj.weight"].any()) for layer in range(4)]
+    assert moved == [False, True, True, True]
+    assert (found["model.layers.0.self_attn.g_proj.bias"] == open_gate(0.85)[0]).all()
 
 
 def test_the_report_and_the_card_say_what_was_done(absorbed: Path) -> None:

@@ -82,3 +82,15 @@ def test_a_proof_has_all_kinds_lengths_and_beginnings(models) -> None:
     assert len(quality.splitlines()) == 2 + 4
     assert len({line.replace("\\|", "").count("|") for line in (quality + "\n" + sinks).splitlines()}) == 2
     assert f"{changed[0].original.first_token_attention:.4f} → {changed[0].edited.first_token_attention:.4f}" in sinks
+
+
+@pytest.mark.parametrize(("count", "expected"), [(2, [(2048, 1), (512, 2)]), (16, [(2304, 1), (2048, 4), (512, 16)])])
+def test_there_are_fewer_windows_that_are_longer(models, count: int, expected: list[tuple[int, int]]) -> None:
+    limits = [model.config.max_position_embeddings for model in models]
+    for model in models:
+        model.config.max_position_embeddings = 2304
+    texts = [Text("a", [], windows(1, 8192).flatten().tolist())]
+    found = prove(*models, texts, byte_tokenizer(), windows=count)
+    for model, limit in zip(models, limits, strict=True):
+        model.config.max_position_embeddings = limit
+    assert list(dict.fromkeys((one.window_tokens, one.windows) for one in found)) == expected
