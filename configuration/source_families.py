@@ -60,10 +60,11 @@ def check_source_family(model_type: object) -> None:
 
 def source_fields(config: PreTrainedConfig, names: AbstractSet[str]) -> dict[str, Any]:
     """
-    The fields of the gated model's config, of which `names` are all, that have its source's architecture.
+    What a source's config says of the gated model's architecture: values of fields of the gated model's config.
 
     Args:
         config: the source's, of one of `SOURCE_FAMILIES`.
+        names: all fields that the gated model's config has.
     """
     family = config.model_type
     values = {name: value for name, value in config.to_dict().items() if not name.startswith("_")}

@@ -27,7 +27,8 @@ from modeling_gated.conversion import ConversionError
 
 
 # What is left out. Without keys edited, writers stay, too, as sinks need what they write. The last two have no edit and
-# are trained on the same loss: with gates that are 1 at first, and with gates that stay 1.
+# are trained on the same loss: with gates that are 1 at first and, where there
+# are sinks, learn, and with gates that stay 1.
 VARIANTS: dict[str, dict[str, bool]] = {
     "absorbed": {},
     "key edit without gates": {"edits_gates": False, "trains_gates": False},

@@ -212,7 +212,7 @@ class Training(Workload):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # an operation that kept its own output would never be freed
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = self._loss()  # which holds them, so that none has the place of another

@@ -51,7 +51,7 @@ GATE_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
     "linear": identity,
 }
-# Their derivatives.
+# Their derivatives, for a backward pass that has no activations to go by.
 GATE_SLOPES: dict[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]] = {
     torch.sigmoid: sigmoid_slope,
     non_sparse_sigmoid: lambda x: 0.5 * sigmoid_slope(x),
@@ -64,9 +64,9 @@ GATE_SLOPES: dict[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor
 
 class GatedStates(torch.autograd.Function):
     """
-    States with the gates that an attention block makes of logits. For the backward pass it keeps the states, which are
-    kept anyway, and the logits, of which it makes the gates again: half of what autograd would keep, the activations
-    and the gates, and in bfloat16, whose activations are float32, a third.
+    States with the gates that an attention block makes of logits. For the backward pass it keeps the logits, of which
+    it makes the gates again, and of gates that multiply the states, too. Of sigmoid gates autograd would keep twice as
+    much beside the states, the activations and the gates, and in bfloat16, as activations are float32, three times.
     """
 
     generate_vmap_rule = True
@@ -84,19 +84,20 @@ class GatedStates(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         states, logits, ctx.attention = inputs
-        ctx.save_for_backward(states, logits)
+        ctx.save_for_backward(None if ctx.attention.is_additive else states, logits)
         ctx.save_for_forward(states, logits)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         states, logits = ctx.saved_tensors
         attention: Any = ctx.attention
-        of_states, of_logits = gradient, None
-        if not attention.is_additive and ctx.needs_input_grad[0]:
-            of_states = attention.with_gates(gradient, attention.gate_values(logits))
+        of_states = of_logits = None
+        if ctx.needs_input_grad[0]:
+            is_additive = attention.is_additive
+            of_states = gradient if is_additive else attention.with_gates(gradient, attention.gate_values(logits))
         if ctx.needs_input_grad[1]:
             of_gates = gradient if attention.is_additive else gradient * states
-            of_gates = of_gates.sum_to_size(attention.gates_of_heads(logits, states).shape).reshape(logits.shape)
+            of_gates = of_gates.sum_to_size(attention.gates_of_heads(logits, gradient).shape).reshape(logits.shape)
             of_logits = with_dtype(of_gates.float() * _slopes(attention, logits), logits.dtype)
         return of_states, of_logits, None
 

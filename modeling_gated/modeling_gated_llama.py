@@ -178,8 +178,12 @@ class GatedLlamaAttention(LlamaAttention):
         """`states`, of shape [batch, seq, heads, channels], with the gates that `projection` makes of `gate_input`."""
         if projection is None:
             return states
-        logits = projection(gate_input)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which decides itself what is kept
+        return self.gated_by(states, projection(gate_input))
+
+    def gated_by(self, states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """`states`, of shape [batch, seq, heads, channels], with the gates of these logits."""
+        # Who compiles decides what is kept.
+        if (states.requires_grad or logits.requires_grad) and not torch.compiler.is_compiling():
             return GatedStates.apply(states, logits, self)
         return self.with_gates(states, self.gate_values(logits))
 

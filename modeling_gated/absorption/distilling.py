@@ -60,8 +60,8 @@ def distil(
         hidden_weight=settings.hidden_weight,
         hidden_limit=settings.hidden_limit,
     )
-    trains_gates = any(is_gate(name) for name, parameter in edited.named_parameters() if parameter.requires_grad)
-    gate_rate = settings.gate_learning_rate if trains_gates else None
+    has_gates = any(is_gate(name) for name, parameter in edited.named_parameters() if parameter.requires_grad)
+    gate_rate = settings.gate_learning_rate if has_gates else None
     groups = gate_param_groups(edited, settings.learning_rate, gate_rate)
     validation = _validation_windows(texts, settings.window_tokens)
     accelerator = Accelerator(mixed_precision="no", cpu=edited.device.type == "cpu")

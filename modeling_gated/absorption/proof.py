@@ -170,7 +170,7 @@ def prove(
 ) -> list[Comparison]:
     """
     Compare two models on the held-out part of every text, with and without a special token first, at 512 and 2,048
-    tokens and at the longest that the original is made for, as far as a text has so many.
+    tokens and, given enough windows, at the longest that the original is made for, as far as a text has so many.
 
     Args:
         original: in evaluation mode, as is the other.
@@ -178,7 +178,7 @@ def prove(
         texts: what they are held out of.
         tokenizer: both models'.
         windows: of 512 tokens of each text; at 2,048 tokens a quarter as many, but one at least, and of the longest a
-            sixteenth.
+            sixteenth, so that below 16 there is none.
         progress: show progress bars, on a terminal.
     """
     limit = original.config.max_position_embeddings

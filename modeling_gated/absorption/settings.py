@@ -17,8 +17,9 @@ class AbsorptionSettings:
     `learning_rate` is the attention projections' and the norms', `gate_learning_rate` the gates', `sink_weight` what
     attention to sinks counts beside the KL divergence, and `hidden_weight` what hidden states above `hidden_limit` do.
     `save_every` and `evaluate_every` are steps; it ends early when `patience` evaluations in a row have found no lower
-    loss on text for that alone. The result is measured on `measured_windows` of 512 tokens of each text, and fewer that
-    are longer. `seed` draws windows and samples.
+    loss on text for that alone. The result is measured on `measured_windows` of 512 tokens of each text, a quarter as
+    many of 2,048, and a sixteenth, if that is any, of as many as the model is made for. `seed` draws windows and
+    samples.
 
     What is left out for comparison's sake: `removes_writers`, `edits_keys` and `edits_gates` without which massive
     activations, keys and gates stay what they are at first, and `trains_gates`.

@@ -19,7 +19,7 @@ def gated_attentions(layers: nn.ModuleList) -> Iterator[tuple[int, Any]]:
     """The attention blocks that have gates of this package, each with the number of its layer."""
     for number, layer in enumerate(layers):
         for module in layer.modules():
-            if hasattr(module, "gate_values") and gate_positions(module):
+            if hasattr(module, "gated_by") and gate_positions(module):
                 yield number, module
 
 
@@ -69,9 +69,12 @@ class _Hooks:
     def __call__(self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor) -> torch.Tensor:
         if projection is None:
             return states
-        gates, position = self.attention.gate_values(projection(gate_input)), self.position_of[projection]
+        logits, position = projection(gate_input), self.position_of[projection]
+        # Whoever watches alone leaves the computation what it is, and what it keeps for the backward pass.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.changes)):
+            gates = self.attention.gate_values(logits)
         for change in self.changes:
             gates = change(self.attention, position, gates)
         for watch in self.watches:
             watch(self.attention, position, gates)
-        return self.attention.with_gates(states, gates)
+        return self.attention.with_gates(states, gates) if self.changes else self.attention.gated_by(states, logits)

@@ -11,7 +11,7 @@ def sum_over_chunks(
 ) -> torch.Tensor:
     """
     The sum of a function over chunks of tokens. Nothing that it computes is kept for the backward pass, which computes
-    it again, chunk by chunk; but of the last one, with which the backward pass begins.
+    it again, chunk by chunk; but of the last one, with which its backward pass begins.
 
     Args:
         summed_loss: of the chunks of `tensors`, a scalar.

@@ -1,15 +1,20 @@
 """What the edited model is trained to make small, against float64 NumPy."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from sink_model import converted, sink_model, windows
 
+from modeling_gated.absorption import AbsorptionSettings
 from modeling_gated.absorption.distillation import SinkDistillation
+from modeling_gated.absorption.distilling import distil
 from modeling_gated.absorption.layer_states import LayerStates
 from modeling_gated.absorption.sinks import layer_sinks
+from modeling_gated.absorption.texts import Text
 from modeling_gated.training import ungated
 
 
@@ -88,3 +93,23 @@ def test_training_makes_large_hidden_states_smaller(sinks: list[Any]) -> None:
         optimizer.zero_grad()
     assert before > 800
     assert np.abs(hidden_states(student, tokens)).max() < 520
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_gates_are_trained_where_there_are_sinks(sinks: list[Any], has_sinks: bool, tmp_path: Path) -> None:
+    """And all attention blocks are, also in a model that has no sink at all."""
+    edited = converted(sink_model(scale=0.9))
+    before = {name: parameter.clone() for name, parameter in edited.named_parameters()}
+    directions = [None, *(layer.direction for layer in sinks[1:])] if has_sinks else [None] * 4
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    text = Text("bytes", *(windows(1, 400, seed).flatten().tolist() for seed in range(3)))
+    settings = AbsorptionSettings(distill_tokens=256, window_tokens=64, long_window_tokens=0, calibration_tokens=64)
+    original = ungated(converted(sink_model()), share_weights=False)
+    distil(original, edited, directions, [text], byte_tokenizer(), tmp_path, settings)
+    changed = {name for name, parameter in edited.named_parameters() if not torch.equal(parameter, before[name])}
+    for layer in range(4):
+        block = f"model.layers.{layer}.self_attn"
+        assert f"{block}.q_proj.weight" in changed
+        assert (f"{block}.g_proj.weight" in changed) == (has_sinks and layer > 0)
+    assert not any("mlp" in name or "embed" in name for name in changed)
+    assert not any(parameter.requires_grad for parameter in edited.parameters())

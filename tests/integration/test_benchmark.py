@@ -92,7 +92,7 @@ def test_limit_of_prefill_is_that_of_the_products(name: str, ungated: PreTrained
 
 @pytest.mark.parametrize("name", ["ungated", *OURS, "plain-headwise", "plain-elementwise"])
 def test_memory_of_training_is_what_gates_keep(name: str, ungated: PreTrainedModel) -> None:
-    """In bytes of float32: the logits and the gated output; plainly the gates, too."""
+    """In bytes of float32: the logits, or plainly the gates, and the gated output."""
     of_ungated = Training(ungated, 2, 12, compiled=False).memory()
     model = ungated if name == "ungated" else gated_model(name, ungated)
     of_gates = Training(model, 2, 12, compiled=False).memory() - of_ungated

@@ -1,6 +1,7 @@
 """Gates are made again for the backward pass: with the gradients of autograd, and less memory."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from transformers import PreTrainedModel
 
 from modeling_gated.gate_functions import GATE_ACTIVATIONS, GatedStates
+from modeling_gated.inspection.gate_hooks import hooked
 
 
 FORMS = [
@@ -22,6 +24,11 @@ FORMS = [
     )
     if form == "multiplicative" or "sigmoid" not in activation
 ] + [{"gate_head_shared": True}, {"gate_input_independent": True}]
+KEPT = [
+    {"gate_granularity": "headwise"},
+    {"gate_granularity": "elementwise"},
+    {"gate_granularity": "elementwise", "gate_form": "additive", "gate_activation": "silu"},
+]
 
 
 def applied_plainly(model: PreTrainedModel) -> None:
@@ -44,11 +51,11 @@ def test_gradients_of_every_variant_are_autograd_s(name: str, dtype: torch.dtype
         if plainly:
             applied_plainly(model)
         model(tokens, labels=tokens).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        gradients.append({path: parameter.grad for path, parameter in model.named_parameters()})
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
-    for name, expected in gradients[1].items():
-        difference = (gradients[0][name] - expected).float().norm() / expected.float().norm().clamp_min(1e-12)
-        assert difference < tolerance, name
+    for path, expected in gradients[1].items():
+        difference = (gradients[0][path] - expected).float().norm() / expected.float().norm().clamp_min(1e-12)
+        assert difference < tolerance, path
 
 
 def block_and_inputs(fields: dict[str, Any]) -> tuple[Any, torch.Tensor, torch.Tensor]:
@@ -57,11 +64,13 @@ def block_and_inputs(fields: dict[str, Any]) -> tuple[Any, torch.Tensor, torch.T
     rows = len(attention.g_proj.weight)
     logits = torch.linspace(-9, 9, 6 * rows).view(2, 3, rows) + 0.1
     if attention.is_input_independent:
-        logits = logits[0, :1]
+        logits = logits[1, :1]
     return attention, torch.randn(2, 3, 6, 8, requires_grad=True), logits.requires_grad_()
 
 
-@pytest.mark.parametrize("fields", FORMS, ids=lambda fields: " ".join(map(str, list(fields.values())[:3])))
+@pytest.mark.parametrize(
+    "fields", FORMS, ids=lambda fields: " ".join(map(str, [*fields][:1] + list(fields.values())[:3]))
+)
 def test_derivatives_of_every_kind_are_autograd_s(fields: dict[str, Any]) -> None:
     """Gradients, gradients of gradients, forward mode by both of its ways, and those of torch.func."""
     attention, states, logits = block_and_inputs(fields)
@@ -107,22 +116,27 @@ def test_gradients_of_single_texts(tokens: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
-def test_gates_keep_no_more_than_their_logits(granularity: str, dtype: torch.dtype, trained: bool) -> None:
-    """Beside weights, and what the rest of the block keeps anyway: its input and the attention output."""
-    attention = gated_model(granularity).to(dtype).model.layers[0].self_attn.requires_grad_(trained)
+@pytest.mark.parametrize("fields", KEPT, ids=lambda fields: " ".join(fields.values()))
+def test_gates_keep_no_more_than_their_logits(fields: dict[str, Any], dtype: torch.dtype, trained: bool) -> None:
+    """Beside weights, their own input, and what they multiply."""
+    attention = gated_model(**fields).to(dtype).model.layers[0].self_attn.requires_grad_(trained)
     hidden = torch.randn(2, 16, 48, dtype=dtype, requires_grad=True)
     states = torch.randn(2, 16, 6, 8, dtype=dtype, requires_grad=True)
-    others = {tensor.untyped_storage().data_ptr() for tensor in (hidden, states, *attention.parameters())}
+    others = {tensor.untyped_storage().data_ptr() for tensor in (hidden, *attention.parameters())}
+    if not attention.is_additive:
+        others.add(states.untyped_storage().data_ptr())
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in others:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = attention.gated(states, attention.g_proj, hidden)
-    assert output.requires_grad
-    assert sum(kept.values()) == 2 * 16 * len(attention.g_proj.weight) * dtype.itemsize
+    for watched in (False, True):
+        kept.clear()
+        watching = hooked(attention, watch=lambda *_: None) if watched else nullcontext()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), watching:
+            output = attention.gated(states, attention.g_proj, hidden)
+        assert output.requires_grad
+        assert sum(kept.values()) == 2 * 16 * len(attention.g_proj.weight) * dtype.itemsize
