@@ -72,7 +72,7 @@ class GatedStates(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(states: torch.Tensor, logits: torch.Tensor, attention: Any) -> torch.Tensor:  # type: ignore[override]
+    def forward(states: torch.Tensor, logits: torch.Tensor, attention: Any) -> torch.Tensor:
         """
         Args:
             states: [batch, seq, heads, channels].
@@ -88,7 +88,7 @@ class GatedStates(torch.autograd.Function):
         ctx.save_for_forward(states, logits)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         states, logits = ctx.saved_tensors
         attention: Any = ctx.attention
         of_states = of_logits = None
@@ -102,7 +102,7 @@ class GatedStates(torch.autograd.Function):
         return of_states, of_logits, None
 
     @staticmethod
-    def jvp(ctx: Any, of_states: torch.Tensor, of_logits: torch.Tensor, _: None) -> torch.Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, of_states: torch.Tensor, of_logits: torch.Tensor, _: None) -> torch.Tensor:
         states, logits = ctx.saved_tensors
         attention: Any = ctx.attention
         of_gates = of_logits * _slopes(attention, logits)
