@@ -95,10 +95,11 @@ def test_the_gate_has_a_gradient_where_a_bfloat16_sigmoid_has_none() -> None:
     config = GatedLlamaConfig(
         vocab_size=16, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
+    torch.manual_seed(0)
     model = GatedLlamaModel(config).to(torch.bfloat16)
     attention: GatedLlamaAttention = model.layers[0].self_attn
     with torch.no_grad():
         attention.g_proj.bias.fill_(7.5)
     assert torch.sigmoid(attention.g_proj.bias).eq(1).all()
-    model(torch.arange(8)[None]).last_hidden_state.float().pow(2).mean().backward()
-    assert torch.all(attention.g_proj.bias.grad != 0)
+    model(torch.arange(8)[None]).last_hidden_state[..., 0].float().sum().backward()  # squares of a norm hardly change
+    assert torch.all(attention.g_proj.bias.grad.abs() > 1e-6)
