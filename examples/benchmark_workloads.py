@@ -4,7 +4,8 @@ import ctypes
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -205,16 +206,7 @@ class Training(Workload):
         """On a CPU, where peaks scatter by more than gates need, the bytes that are kept for the backward pass."""
         if self.model.device.type == "cuda":
             return super().memory()
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # an operation that kept its own output would never be freed
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with kept_for_backward(self.model.parameters()) as kept:
             loss = self._loss()  # which holds them, so that none has the place of another
         assert loss.requires_grad
         return sum(kept.values())
@@ -242,6 +234,22 @@ def limit(model: PreTrainedModel, ungated: PreTrainedModel, workload: str, batch
     products = weights - head + (head if workload == "training" else head / tokens)
     scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens  # causal: a half of 2
     return 1 + gates / (products + scores)
+
+
+@contextmanager
+def kept_for_backward(others: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
+    """The bytes that the operations made meanwhile keep for their backward pass, by place, without those of others."""
+    left_out = {tensor.untyped_storage().data_ptr() for tensor in others}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in left_out:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # an operation that kept its own output would never be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 def synchronize(device: torch.device) -> None:

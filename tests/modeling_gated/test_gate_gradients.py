@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_workloads import kept_for_backward
 from gated_models import gated_model
 from paper_variants import CONFIGS, random_model
 from torch.autograd import forward_ad
@@ -122,21 +123,10 @@ def test_gates_keep_no_more_than_their_logits(fields: dict[str, Any], dtype: tor
     attention = gated_model(**fields).to(dtype).model.layers[0].self_attn.requires_grad_(trained)
     hidden = torch.randn(2, 16, 48, dtype=dtype, requires_grad=True)
     states = torch.randn(2, 16, 6, 8, dtype=dtype, requires_grad=True)
-    others = {tensor.untyped_storage().data_ptr() for tensor in (hidden, *attention.parameters())}
-    if not attention.is_additive:
-        others.add(states.untyped_storage().data_ptr())
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in others:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
-
+    multiplied = [] if attention.is_additive else [states]
     for watched in (False, True):
-        kept.clear()
         watching = hooked(attention, watch=lambda *_: None) if watched else nullcontext()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), watching:
+        with kept_for_backward([hidden, *multiplied, *attention.parameters()]) as kept, watching:
             output = attention.gated(states, attention.g_proj, hidden)
         assert output.requires_grad
         assert sum(kept.values()) == 2 * 16 * len(attention.g_proj.weight) * dtype.itemsize
