@@ -24,6 +24,7 @@ from rich.table import Table
 
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint
 from modeling_gated.conversion import ConversionError
+from modeling_gated.conversion.sources import find_source
 
 
 # What is left out. Without keys edited, writers stay, too, as sinks need what they write. The last two have no edit and
@@ -58,9 +59,9 @@ def read_reports(output: Path) -> dict[str, dict[str, Any]]:
 
 
 def comparison(report: dict[str, Any], kind: str, tokens: int) -> dict[str, Any] | None:
-    """What was measured on plain windows of some text, if it was."""
+    """What was measured on windows of some text, if it was: plain ones, if there are such of that length."""
     found = (one for one in report["comparisons"] if (one["kind"], one["window_tokens"]) == (kind, tokens))
-    return next((one for one in found if one["start"] == "plain"), None)
+    return min(found, key=lambda one: one["start"] != "plain", default=None)
 
 
 def change(report: dict[str, Any], kind: str, tokens: int) -> float | None:
@@ -178,7 +179,7 @@ def main(
                 **VARIANTS[variant],
             )
             if (folder / "absorption.json").is_file():
-                check_same(folder, Path(checkpoint).name, settings)
+                check_same(folder, find_source(checkpoint).name, settings)
                 continue
             print(f"making {folder}")
             absorb_checkpoint(checkpoint, folder, settings=settings, progress=True)

@@ -8,20 +8,23 @@ formulation comes right before or after one of the ungated model's. A round has 
 which are short; the median of the rounds' ratios is shown, with the range that the middle half of them is in. Weights
 are random. The row "ungated" compares the ungated model with itself: what it differs from 1 by is noise. Beside each
 ratio stands the limit: the bytes that are read in decoding, or the operations of the matrix products in prefill and
-training, with the gates and without. Memory is the peak of what a pass needs; of training on a CPU, exactly, what is
-kept for the backward pass.
+training, with the gates and without; where the ungated pass is far from its own least, ratios are nearer to 1. Memory
+is the peak of what a pass needs; of training on a CPU, exactly, what is kept for the backward pass.
 
-Without options it measures what fits the machine: SmolLM2-135M on a CPU, the larger shapes on a CUDA device. Where a
-model doesn't fit in half of the memory, it has fewer layers. Compiling takes minutes on a CPU: --modes eager,compiled.
+Without options it measures what fits the machine: SmolLM2-135M on a CPU, the larger shapes on a CUDA device, where it
+takes hours, and decoding compiled, too. Where a model doesn't fit in half of the memory, it has fewer layers. What
+cannot be measured is a line in its table, and the rest goes on. Compiled prefill and training are of a causal mask that
+is a matrix, as Transformers makes it then: --modes eager,compiled.
 """
 
 import gc
 import itertools
+import math
 import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +52,7 @@ from transformers import PreTrainedModel
 
 
 FORMULATIONS = ("ungated", *OURS, *PEERS)
+MODES = ("eager", "compiled")
 
 
 @dataclass(frozen=True)
@@ -123,17 +127,50 @@ def layers_that_fit(case: Case, device: torch.device) -> int:
     copies = 7 if case.workload == "training" else 1
     budget = free / 2 / copies / case.dtype.itemsize
     all_layers: int = SHAPES[case.shape]["num_hidden_layers"]
+    config = llama_config(case.shape, 1, case.tokens)
     one, two = (count_parameters(llama_config(case.shape, layers, case.tokens)) for layers in (1, 2))
-    return max(0, min(all_layers, int((budget - one) / (two - one)) + 1))
+    caches = 0
+    if case.workload == "decode":  # keys and values, of either model
+        caches = 2 * 2 * case.batch_size * case.tokens * (config.num_key_value_heads or 0) * (config.head_dim or 0)
+    return max(0, min(all_layers, int((budget - one - caches) / (two - one + caches)) + 1))
+
+
+def measure(case: Case, layers: int, names: Sequence[str], rounds: int, device: torch.device) -> dict[str, Cost | str]:
+    """What each formulation costs, or in a line why that is not known."""
+    found: dict[str, Cost | str] = {}
+    ungated = None
+    for name in (progress := tqdm(names, desc=f"{case.shape} {case.mode} {case.workload}", leave=False)):
+        progress.set_postfix_str(name)
+        try:
+            if ungated is None:
+                ungated = ungated_model(llama_config(case.shape, layers, case.tokens + 64), case.dtype, device)
+            found[name] = compare(ungated, name, case, rounds)
+        except Exception as error:  # whatever it is, hours of other tables must not be lost
+            first_line = str(error).strip().partition("\n")[0]
+            found[name] = f"{type(error).__name__}: {first_line}"
+        free_memory(device)  # the error had kept its tensors
+    return found
+
+
+def free_memory(device: torch.device) -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def cases(
     device: torch.device, shapes: Sequence[str], dtypes: Sequence[str], modes: Sequence[str], workloads: Sequence[str]
 ) -> Iterator[Case]:
-    """On a CPU 512 tokens, on a CUDA device 4096, and there decoding of 32 sequences, too."""
+    """
+    On a CPU 512 tokens, on a CUDA device 4096, and there decoding of 32 sequences, too. Without modes all are eager,
+    then on a CUDA device decoding compiled.
+    """
     on_cuda = device.type == "cuda"
     tokens = 4096 if on_cuda else 512
-    for shape, dtype, mode, workload in itertools.product(shapes, dtypes, modes, workloads):
+    for mode, shape, dtype, workload in itertools.product(modes or MODES, shapes, dtypes, workloads):
+        if not modes and mode == "compiled" and not (on_cuda and workload == "decode"):
+            continue
         for batch_size in (1, 32) if on_cuda and workload == "decode" else (1,):
             yield Case(shape, getattr(torch, dtype), mode, workload, batch_size, tokens)
 
@@ -142,16 +179,19 @@ def title_of(case: Case, layers: int, ungated_seconds: float) -> str:
     dtype = str(case.dtype).removeprefix("torch.")
     return (
         f"{case.shape}, {layers} layers, {dtype}, {case.mode}, {case.workload}, {case.batch_size} x {case.tokens} "
-        f"tokens: ungated {ungated_seconds:.3f} s"
+        f"tokens: ungated {1000 * ungated_seconds:.4g} ms"
     )
 
 
-def table_of(costs: dict[str, Cost]) -> Table:
+def table_of(costs: dict[str, Cost | str]) -> Table:
     table = Table(box=box.MARKDOWN)
     table.add_column("formulation", no_wrap=True)
     for column in ("time / ungated", "middle half", "limit", "memory / ungated"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, cost in costs.items():
+        if isinstance(cost, str):
+            table.add_row(name, "-", "-", "-", "-")
+            continue
         low, _, high = statistics.quantiles(cost.ratios, n=4)
         middle = f"{low:.3f} - {high:.3f}"
         memory = "-" if cost.memory is None else f"{cost.memory:.3f}"
@@ -171,7 +211,7 @@ def chosen(given: str, known: Sequence[str], option: str) -> list[str]:
 def main(
     shapes: Annotated[str, typer.Option(help="Default: SmolLM2-135M on a CPU, on CUDA all others.")] = "",
     dtypes: Annotated[str, typer.Option(help="Default: float32,bfloat16 on a CPU, on CUDA bfloat16.")] = "",
-    modes: Annotated[str, typer.Option(help="Default: eager on a CPU, on CUDA eager,compiled.")] = "",
+    modes: Annotated[str, typer.Option(help="Default: eager; on CUDA decoding compiled, too.")] = "",
     workloads: str = ",".join(WORKLOADS),
     formulations: str = ",".join(FORMULATIONS),
     rounds: Annotated[int, typer.Option(min=2)] = 15,
@@ -185,6 +225,8 @@ def main(
         sys.exit(f"error: --device {device}: torch finds no CUDA device")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cuda = where.type == "cuda"
+    if where.index is not None:
+        torch.cuda.set_device(where)  # of which memory is asked
     names = chosen(formulations, FORMULATIONS, "--formulations")
     wanted = list(
         cases(
@@ -195,7 +237,7 @@ def main(
                 ["float32", "bfloat16", "float16"],
                 "--dtypes",
             ),
-            chosen(modes or ("eager,compiled" if on_cuda else "eager"), ["eager", "compiled"], "--modes"),
+            chosen(modes, MODES, "--modes") if modes else (),
             chosen(workloads, list(WORKLOADS), "--workloads"),
         )
     )
@@ -205,23 +247,24 @@ def main(
         hardware = torch.cuda.get_device_name(where) if on_cuda else f"CPU, {torch.get_num_threads()} threads"
         for console in consoles:
             console.print(f"{hardware}; torch {torch.__version__}, Transformers {transformers.__version__}\n")
-        for case in (progress := tqdm(wanted, unit="case", leave=False)):
-            layers = layers_that_fit(case, where)
-            if layers == 0:
-                print(f"{case.shape}, {case.workload}: left out, not one layer fits")
-                continue
-            config = llama_config(case.shape, layers, case.tokens + 64)
-            ungated = ungated_model(config, case.dtype, where)
-            costs = {}
-            for name in names:
-                progress.set_description(f"{case.shape} {case.mode} {case.workload}, {name}")
-                costs[name] = compare(ungated, name, case, rounds)
-                torch.compiler.reset()
-                gc.collect()
-            seconds = statistics.median(cost.seconds / statistics.median(cost.ratios) for cost in costs.values())
+        complete = True
+        sizes: dict[Case, int] = {}
+        for case in tqdm(wanted, unit="case", leave=False):
+            # Eager and compiled, it is the same model.
+            layers = sizes.setdefault(replace(case, mode=""), layers_that_fit(case, where))
+            costs = measure(case, layers, names, rounds, where) if layers else {}
+            known = [cost for cost in costs.values() if isinstance(cost, Cost)]
+            failed = [f"{name}: {cost}" for name, cost in costs.items() if isinstance(cost, str)]
+            seconds = [cost.seconds / statistics.median(cost.ratios) for cost in known] or [math.nan]
             for console in consoles:
-                console.print(title_of(case, layers, seconds), table_of(costs))
+                console.print(title_of(case, layers, statistics.median(seconds)))
+                console.print(table_of(costs) if costs else "left out, not one layer fits")
+                for line in failed:
+                    console.print(line, markup=False, soft_wrap=True)
             file.flush()
+            complete &= layers > 0 and not failed
+    if not complete:
+        sys.exit(f"error: not all was measured; {output} says what")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def count_parameters(config: LlamaConfig) -> int:
 def ungated_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Llama with random weights."""
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype)
+        model: PreTrainedModel = LlamaForCausalLM._from_config(config, dtype=dtype)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
     return model.eval()
@@ -108,16 +108,18 @@ class Workload(ABC):
     A pass over a model, made again and again: so many `passes` in either order are a round of the benchmark, and after
     so many `rounds` the next ones are of a workload that is made anew, as it matters where in memory it is.
 
-    `compiled` lets torch compile the model, with fullgraph, first.
+    `compiled` lets torch compile the model, with fullgraph, first; on a CUDA device in `mode`.
     """
 
     name: str
+    mode: str | None = None
     passes = 1
     rounds = 5
 
     def __init__(self, model: PreTrainedModel, batch_size: int, tokens: int, compiled: bool) -> None:
         self.model, self.compiled = model, compiled
-        self.call: Callable[..., Any] = torch.compile(model, fullgraph=True) if compiled else model
+        mode = self.mode if model.device.type == "cuda" else None
+        self.call: Callable[..., Any] = torch.compile(model, fullgraph=True, mode=mode) if compiled else model
         vocab_size: int = model.config.vocab_size
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(vocab_size, (batch_size, tokens), generator=generator).to(model.device)
@@ -153,7 +155,9 @@ class Workload(ABC):
 
 
 class Prefill(Workload):
-    """The first pass over a prompt, which fills a cache, with the logits of its last token."""
+    """
+    The first pass over a prompt, which fills a cache (not if it is compiled), with the logits of its last token.
+    """
 
     name = "prefill"
 
@@ -166,6 +170,7 @@ class Decode(Workload):
     """A pass of one token after a prompt."""
 
     name = "decode"
+    mode = "reduce-overhead"  # CUDA graphs, as when Transformers' generate compiles
     passes = 16
     rounds = 3
 
@@ -178,8 +183,14 @@ class Decode(Workload):
         self.filled = [layer.cumulative_length.clone() for layer in self.cache.layers]
 
     def before(self) -> None:
+        if self.compiled and self.model.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
         for layer, length in zip(self.cache.layers, self.filled, strict=True):
             layer.cumulative_length.copy_(length)
+
+    def memory(self) -> int:
+        """0, which is not known, of CUDA graphs, whose memory is their own."""
+        return 0 if self.compiled and self.model.device.type == "cuda" else super().memory()
 
     @torch.no_grad()
     def run(self) -> None:
@@ -220,8 +231,8 @@ WORKLOADS: dict[str, type[Workload]] = {workload.name: workload for workload in 
 
 def limit(model: PreTrainedModel, ungated: PreTrainedModel, workload: str, batch_size: int, tokens: int) -> float:
     """
-    The least that a pass can take, as a ratio to the ungated model's, if it does nothing but what it must: in decoding
-    read weights and cache once, else multiply. Backward is twice forward, so that training's ratio is forward's.
+    What a pass takes, as a ratio to the ungated model's, if both do nothing but what they must: in decoding read
+    weights and cache once, else multiply. Backward is twice forward, so that training's ratio is forward's.
     """
     config: Any = ungated.config
     gates = model.num_parameters() - ungated.num_parameters()

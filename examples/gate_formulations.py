@@ -82,9 +82,17 @@ class FusedGateAttention(PeerAttention):
         return queries.reshape(shape), logits.reshape(shape)
 
 
+class Qwen3NextGateAttention(FusedGateAttention):
+    """The gates are copied apart from the queries, which stay where they are."""
+
+    def queries_and_gates(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        queries, logits = super().queries_and_gates(hidden_states)
+        return queries, logits.flatten(-2).unflatten(-1, (self.heads, -1))
+
+
 def qwen3_next(config: LlamaConfig, layer_idx: int) -> PeerAttention:
     """Elementwise gates, each head's after its queries, as in Transformers' Qwen3-Next."""
-    return FusedGateAttention(config, layer_idx, config.head_dim or 0, config.num_attention_heads)
+    return Qwen3NextGateAttention(config, layer_idx, config.head_dim or 0, config.num_attention_heads)
 
 
 def authors_elementwise(config: LlamaConfig, layer_idx: int) -> PeerAttention:

@@ -1,4 +1,4 @@
-"""A checkpoint with attention sinks in, one without them out; every step is kept until the result is complete."""
+"""A checkpoint with attention sinks in, one without them out; its steps are kept until the result is complete."""
 
 import json
 import os
@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from modeling_gated.conversion.architecture import read_gated_config, stored_dtype
 from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.command_line import command_line
 from modeling_gated.conversion.errors import ConversionError
 from modeling_gated.conversion.files import sha256, sync
-from modeling_gated.conversion.output import check_output, clear_leftovers, replacing
+from modeling_gated.conversion.output import check_output, clear_leftovers, replacing, scratch_directory
 from modeling_gated.conversion.plan import CARD_NAME, OWN_FILES
 from modeling_gated.conversion.shards import copy_side_files
 from modeling_gated.conversion.sources import find_source
@@ -22,13 +24,13 @@ from modeling_gated.training.loop import read_losses
 
 from .card import absorption_card
 from .closed_form import AbsorbedLayer
-from .distilling import STAGE
+from .distilling import STAGE, accelerator_for
 from .errors import AbsorptionError
 from .inputs import Inputs
 from .models import gated_original, load_tokenizer
 from .proof import Comparison
 from .settings import AbsorptionSettings
-from .texts import check_texts
+from .texts import Text, check_texts
 from .work import Work, begin
 from .writers import Writer
 
@@ -101,8 +103,8 @@ def absorb_checkpoint(
             documentation and code. Of each the last quarter is held out, and a twentieth before it decides when
             training is enough.
         settings: how to go about it.
-        dtype: what to compute in; if not given, float32 on a CPU, elsewhere that of the checkpoint, which the result
-            has: with a coarser one all its tensors are rounded.
+        dtype: what to compute in, bfloat16 or float32; if not given, float32 on a CPU, elsewhere bfloat16 if the
+            checkpoint is, else float32. The result has the checkpoint's, and what bfloat16 rounds stays rounded.
         device: if not given, the GPU if there is one.
         overwrite: replace `output` if it is an empty directory or a checkpoint.
         revision: the branch, tag or commit of a model on the hub.
@@ -110,53 +112,63 @@ def absorb_checkpoint(
 
     Raises:
         AbsorptionError: if the checkpoint's gates are not 1 or its weights are quantized, a text is too short, or
-            `OUTPUT.partial` is damaged or of another call.
+            `OUTPUT.partial` is damaged or of another call; for another dtype; in a process in which accelerate was told
+            to use another device or precision.
         ConversionError: if the checkpoint cannot be read, or the output not be written.
         EvaluationError: if a text cannot be read.
     """
     settings = settings or AbsorptionSettings()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output, paths = Path(output).resolve(), [Path(path) for path in text]
+    if dtype not in (None, torch.bfloat16, torch.float32):
+        raise AbsorptionError(f"dtype {dtype}: is neither bfloat16 nor float32")
     flags = {"text": paths} | {name: getattr(settings, name) for name in ("distill_tokens", "sample_tokens", "seed")}
-    command = command_line("absorb", checkpoint, output, flags | {"revision": revision}, overwrite)
+    flags |= {"dtype": dtype, "revision": revision}
+    command = command_line("absorb", checkpoint, output, flags, overwrite)
     source = find_source(os.fspath(checkpoint), revision)
+    clear_leftovers(output)
     check_output(source.path, output, overwrite)
     check_texts(paths)
-    clear_leftovers(output)
+    accelerator_for(device)
     folder = output.with_name(f"{output.name}.partial")
     try:
+        dtype = torch.float32 if dtype is None and device.type == "cpu" else dtype
         inputs = Inputs(source, {path: sha256(path) for path in paths}, settings, dtype)
         begin(folder, inputs.identity())
-        work = _prepared(inputs, folder, device, progress)
-        done, distilled = _absorbed(work, inputs, output)
+        work, texts = _prepared(inputs, folder, device, progress)
+        done, distilled = _absorbed(work, texts, inputs, output)
         with replacing(output, overwrite) as staging:
             _write(done, work.original, distilled, staging, command)
-        done_with = folder.with_name(f".{folder.name}")  # under its name it is whole or not there
-        folder.rename(done_with)
-        shutil.rmtree(done_with)
+        with scratch_directory(output) as scratch:  # under its name it is whole or not there
+            folder.rename(scratch / folder.name)
     except OSError as error:
         raise AbsorptionError(f"{error.filename or output}: {error.strerror or error}") from error
+    except SafetensorError as error:  # how saving says that the disk is full
+        raise AbsorptionError(f"{output}: {error}") from error
     return done
 
 
-def _prepared(inputs: Inputs, folder: Path, device: torch.device, progress: bool) -> Work:
-    """The steps, of the original with gates that are 1."""
+def _prepared(inputs: Inputs, folder: Path, device: torch.device, progress: bool) -> tuple[Work, list[Text]]:
+    """The steps, of the original with gates that are 1, and their texts."""
     try:
         path = gated_original(inputs.source, folder / "original", progress)
+        original = open_checkpoint(path)
+        limit = read_gated_config(original).max_position_embeddings
+        lengths = {name: min(getattr(inputs.settings, name), limit) for name in ("window_tokens", "long_window_tokens")}
+        settings = replace(inputs.settings, **lengths)
+        # Gradients of float16 would vanish.
+        is_bfloat16 = stored_dtype(original) == torch.bfloat16
+        dtype = inputs.dtype or (torch.bfloat16 if is_bfloat16 else torch.float32)
+        work = Work(folder, path, load_tokenizer(path), settings, dtype, device, progress)
+        return work, work.texts(list(inputs.texts))
     except (AbsorptionError, ConversionError):
         if not (folder / "sampled.json").is_file():  # what is refused leaves nothing behind
             shutil.rmtree(folder)
         raise
-    original = open_checkpoint(path)
-    limit = read_gated_config(original).max_position_embeddings
-    lengths = {name: min(getattr(inputs.settings, name), limit) for name in ("window_tokens", "long_window_tokens")}
-    dtype = inputs.dtype or (torch.float32 if device.type == "cpu" else stored_dtype(original))
-    return Work(folder, path, load_tokenizer(path), replace(inputs.settings, **lengths), dtype, device, progress)
 
 
-def _absorbed(work: Work, inputs: Inputs, output: Path) -> tuple[Absorption, Path]:
+def _absorbed(work: Work, texts: list[Text], inputs: Inputs, output: Path) -> tuple[Absorption, Path]:
     """What was done, and the folder with the result's model."""
-    texts = work.texts(list(inputs.texts))
     edit = work.edit(texts)
     distilled = work.distil(texts, edit)
     comparisons = work.prove(distilled, texts)
@@ -176,9 +188,9 @@ def _absorbed(work: Work, inputs: Inputs, output: Path) -> tuple[Absorption, Pat
 def _write(done: Absorption, original: Path, distilled: Path, folder: Path, command: str) -> None:
     """The result: the model, and what lies beside the original's weights, its tokenizer and licence for example."""
     shutil.copytree(distilled, folder, dirs_exist_ok=True)
+    (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)  # the original's, if it has one, is among those
     beside = open_checkpoint(original)
-    names = [name for name in beside.side_files() if name not in OWN_FILES and not (folder / name).exists()]
-    copy_side_files(beside, names, folder)
+    copy_side_files(beside, [name for name in beside.side_files() if name not in OWN_FILES], folder)
     (folder / REPORT_NAME).write_text(done.as_json(), encoding="utf-8")
     (folder / CARD_NAME).write_text(absorption_card(done, original, command), encoding="utf-8")
     for path in folder.rglob("*"):

@@ -30,9 +30,9 @@ _LEAST_MASS_LEFT = 0.02
 class AbsorbedLayer:
     """
     What was done to a layer. `mass` [heads] is what queries gave to sinks before, on average, `mass_left` [heads] what
-    they give to the same tokens now. `gated` [key-value heads] says whose heads got gates that are not 1,
-    `keys_edited` [key-value heads] whose keys have lost the sink's direction. `gate_score` [heads] is R² of the gates
-    on tokens that the fit has not seen, None for those that are 1. `error` is the relative squared error of the
+    they give to the same tokens now. `gated` [key-value heads] says whose heads' gates were fitted, `keys_edited`
+    [key-value heads] whose keys have lost the sink's direction. `gate_score` [heads] is R² of these gates on tokens
+    that the fit has not seen, None for those that were not fitted. `error` is the relative squared error of the
     attention block's output, on the windows that gates were fitted on.
     """
 

@@ -42,9 +42,8 @@ class SinkDistillation(Distillation):
         hidden_weight: float,
         hidden_limit: float,
         rows: int = 64,
-        share_weights: bool = True,
     ) -> None:
-        super().__init__(student, teacher, attention_weight=0.0, share_weights=share_weights)
+        super().__init__(student, teacher, attention_weight=0.0)
         self.directions, self.sink_weight, self.rows = directions, sink_weight, rows
         self.hidden_weight, self.hidden_limit = hidden_weight, hidden_limit
 

@@ -64,7 +64,7 @@ def distil(
     gate_rate = settings.gate_learning_rate if has_gates else None
     groups = gate_param_groups(edited, settings.learning_rate, gate_rate)
     validation = _validation_windows(texts, settings.window_tokens)
-    accelerator = Accelerator(mixed_precision="no", cpu=edited.device.type == "cpu")
+    accelerator = accelerator_for(edited.device)
 
     @torch.no_grad()
     def loss(trained: nn.Module) -> float:
@@ -89,6 +89,24 @@ def distil(
         train(run, module, groups, stage, float32_states=edited.dtype != torch.float32)
     accelerator.free_memory()
     edited.eval().requires_grad_(False)
+
+
+def accelerator_for(device: torch.device) -> Accelerator:
+    """
+    Of this process, and without mixed precision.
+
+    Raises:
+        AbsorptionError: if accelerate was told otherwise before, as a Trainer does; it keeps to that.
+    """
+    try:
+        accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+    except ValueError as error:
+        raise AbsorptionError(
+            f"accelerate is set up in another way in this process; begin a new one ({error})"
+        ) from None
+    if accelerator.device.type != device.type:
+        raise AbsorptionError(f"device {device}: accelerate uses {accelerator.device} in this process; begin a new one")
+    return accelerator
 
 
 def _unfreeze(edited: PreTrainedModel, directions: Sequence[SinkDirection | None], trains_gates: bool) -> None:

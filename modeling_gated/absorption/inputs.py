@@ -15,7 +15,7 @@ from .settings import AbsorptionSettings
 
 @dataclass(frozen=True)
 class Inputs:
-    """The checkpoint, text files with their SHA-256, settings, and what to compute in; None is the default's."""
+    """The checkpoint, text files with their SHA-256, settings, and what to compute in, None if the checkpoint says."""
 
     source: Source
     texts: dict[Path, str]
@@ -25,11 +25,12 @@ class Inputs:
     def identity(self) -> dict[str, Any]:
         """What is the same as long as the inputs are: texts by their content, checkpoints by files' sizes and times."""
         path = self.source.path
-        files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+        files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
         states = {file.name: file.stat() for file in files}
         texts = {os.fspath(text): digest for text, digest in self.texts.items()}
         return (
             {"checkpoint": os.fspath(path), "text": texts, "dtype": str(self.dtype)}
+            | {"modeling-gated": version("modeling-gated")}
             | {f"{name} (size, mtime_ns)": [state.st_size, state.st_mtime_ns] for name, state in states.items()}
             | asdict(self.settings)
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 from modeling_gated.conversion import convert_checkpoint
@@ -74,4 +74,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     with naming(path):
         model = GatedLlamaForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    # A checkpoint's own says how it is to be used, and may be one that Transformers refuses to save again.
+    model.generation_config = GenerationConfig()
     return model.eval().requires_grad_(False).to(device)

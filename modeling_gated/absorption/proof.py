@@ -169,8 +169,9 @@ def prove(
     progress: bool = False,
 ) -> list[Comparison]:
     """
-    Compare two models on the held-out part of every text, with and without a special token first, at 512 and 2,048
-    tokens and, given enough windows, at the longest that the original is made for, as far as a text has so many.
+    Compare two models on the held-out part of every text: at 512 tokens, with and without a special token first; as the
+    tokenizer begins a text, at 2,048 and, given enough windows, at the longest that the original is made for, as far as
+    a text has so many.
 
     Args:
         original: in evaluation mode, as is the other.

@@ -1,4 +1,4 @@
-"""The steps of absorbing a checkpoint's sinks, each kept in a folder, so that what is done is not done again."""
+"""The steps of absorbing a checkpoint's sinks; all but the proof are kept in a folder, and not done again."""
 
 import json
 import shutil
@@ -18,6 +18,7 @@ from modeling_gated.conversion.architecture import stored_dtype
 from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.files import sync
 from modeling_gated.conversion.manifest import replace_file
+from modeling_gated.gate_names import is_gate
 from modeling_gated.training.loop import check_output
 
 from .closed_form import AbsorbedLayer
@@ -99,7 +100,8 @@ class Work:
                         self.settings,
                         progress=self.progress,
                     )
-                edited.to(self.stored_dtype).save_pretrained(staging)
+                _round(edited, self.stored_dtype)
+                edited.save_pretrained(staging)
             shutil.rmtree(self.folder / "state", ignore_errors=True)
         return path
 
@@ -125,11 +127,14 @@ class Work:
 
     def _sampled(self) -> dict[str, list[list[int]]]:
         """What the original writes, by kind."""
-        if (tokens := self.settings.sample_tokens // 2) == 0:
+        tokens = self.settings.sample_tokens
+        if tokens < 2:
             return {}
         model, seed = self._load_original(), self.settings.seed
+        chats = sample_chats(model, self.tokenizer, tokens // 2, seed=seed, progress=self.progress)
+        tokens -= tokens // 2 if chats else 0  # without a chat template there are none
         return {
-            "chat": sample_chats(model, self.tokenizer, tokens, seed=seed, progress=self.progress),
+            "chat": chats,
             "sampled": sample_text(model, self.tokenizer, tokens, seed=seed, progress=self.progress),
         }
 
@@ -163,6 +168,14 @@ class Work:
             taken = self.seconds
             taken[step] = taken.get(step, 0.0) + time.perf_counter() - began
             replace_file(self.folder / "seconds.json", json.dumps(taken).encode())
+
+
+def _round(model: Any, dtype: torch.dtype) -> None:
+    """To the dtype of a checkpoint, whose gates may be float32 whatever it is."""
+    for name, parameter in model.named_parameters():
+        if not (is_gate(name) and model.config.gate_dtype == "float32"):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:

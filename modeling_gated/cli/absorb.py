@@ -31,7 +31,10 @@ def absorb(
     seed: Annotated[int, typer.Option(help="Of the windows that are drawn and the text that is sampled.")] = 0,
     dtype: Annotated[
         str | None,
-        typer.Option(help="What to compute in: bfloat16 or float32.", show_default="float32 on a CPU, else its own"),
+        typer.Option(
+            help="What to compute in: bfloat16 or float32.",
+            show_default="float32 on a CPU; else bfloat16, if SOURCE is, or float32",
+        ),
     ] = None,
     device: Device = None,
     overwrite: Overwrite = False,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
 from sink_model import WRITERS, sink_model
@@ -47,6 +49,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sink_model().to(torch.bfloat16).save_pretrained(folder)
     byte_tokenizer(chat=True).save_pretrained(folder)
     (folder / "LICENSE").write_text("Do what you like.", encoding="utf-8")
+    # Without do_sample, as some models have it; not every Transformers saves that.
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}', encoding="utf-8")
     return folder
 
 
@@ -67,7 +71,7 @@ def test_the_result_is_an_ordinary_gated_checkpoint(source: Path, absorbed: Path
     assert {tensor.dtype for tensor in weights(absorbed).values()} == {torch.bfloat16}
     assert {"configuration_gated_llama.py", "modeling_gated_llama.py"} <= {path.name for path in absorbed.iterdir()}
     assert not absorbed.with_name("absorbed.partial").exists()
-    for name in ("LICENSE", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (absorbed / name).read_bytes() == (source / name).read_bytes()
     tokens = AutoTokenizer.from_pretrained(absorbed)("Some text, and more of it. " * 4, return_tensors="pt").input_ids
     meters = FirstTokenAttention(), FirstTokenAttention()
@@ -214,6 +218,60 @@ def test_what_the_model_writes_itself_is_learnt_from_too(source: Path, tmp_path:
     assert {text.kind: text for text in steps.texts([])} == texts
 
 
+def test_without_a_chat_template_all_of_it_is_text(source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(source, tmp_path / "gated")
+    settings, cpu = AbsorptionSettings(**vars(SETTINGS) | {"sample_tokens": 1200}), torch.device("cpu")
+    steps = work.Work(tmp_path, tmp_path / "gated", byte_tokenizer(), settings, torch.float32, cpu, progress=False)
+    texts = {text.kind: text for text in steps.texts([])}
+    assert list(texts) == ["prose", "documentation", "code", "sampled"]
+    sampled = texts["sampled"]
+    assert len(sampled.training) + len(sampled.validation) + len(sampled.held_out) >= 1200
+
+
+def test_it_can_be_computed_in_bfloat16(source: Path, absorbed: Path, tmp_path: Path) -> None:
+    """Its weights keep float32 copies while they learn: the loss comes near to that of float32."""
+    done = absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS, dtype=torch.bfloat16)
+    report, expected = (json.loads((path / "absorption.json").read_text()) for path in (done.output, absorbed))
+    assert (report["dtype"], expected["dtype"]) == ("bfloat16", "float32")
+    assert report["validation_losses"][-1] == pytest.approx(expected["validation_losses"][-1], rel=0.1)
+    assert "--dtype bfloat16" in (done.output / "README.md").read_text(encoding="utf-8")
+
+
+def test_float32_gates_stay_float32(source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(source, tmp_path / "converted")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "converted", gate_dtype="float32").save_pretrained(
+        tmp_path / "gated"
+    )
+    byte_tokenizer(chat=True).save_pretrained(tmp_path / "gated")
+    settings = AbsorptionSettings(**vars(SETTINGS) | {"distill_tokens": 0})
+    found = weights(absorb_checkpoint(tmp_path / "gated", tmp_path / "out", settings=settings).output)
+    assert {tensor.dtype for name, tensor in found.items() if ".g_proj." in name} == {torch.float32}
+    assert {tensor.dtype for name, tensor in found.items() if ".g_proj." not in name} == {torch.bfloat16}
+    gate = found["model.layers.1.self_attn.g_proj.weight"]
+    assert not torch.equal(gate, gate.bfloat16().float())
+
+
+def test_a_text_that_is_too_short_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("abc" * 40, encoding="utf-8")
+    with pytest.raises(AbsorptionError, match=r"short: is too short: of its 120 tokens a quarter is held out"):
+        absorb_checkpoint(source, tmp_path / "out", text=[tmp_path / "short.txt"], settings=SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_another_setup_of_accelerate_is_told_at_once(source: Path, tmp_path: Path) -> None:
+    """As a Trainer leaves it in a notebook, for all that comes after in its process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(mixed_precision="bf16", cpu=True)
+        with pytest.raises(AbsorptionError, match="accelerate is set up in another way in this process"):
+            absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(AbsorptionError, match=r"dtype torch\.float16: is neither bfloat16 nor float32"):
+        absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS, dtype=torch.float16)
+
+
 def test_training_ends_by_text_of_its_own() -> None:
     """Neither what is trained on nor what is measured on."""
     texts = [Text("a", [1] * 900, [9] * 900, [5] * 300), Text("b", [1] * 90, [9] * 90, [6] * 20), Text("c", [1], [9])]
@@ -317,6 +375,10 @@ def test_fused_gates_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_converted_cannot_be_absorbed(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
-    with pytest.raises(ConversionError):
-        absorb_checkpoint(tmp_path, tmp_path.parent / "out", settings=SETTINGS)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    save_file({"transformer.wte.weight": torch.zeros(4, 4)}, source / "model.safetensors")
+    with pytest.raises(ConversionError, match="gpt2"):
+        absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
+    assert list(tmp_path.iterdir()) == [source]

@@ -1,5 +1,7 @@
 """What an edit does to a layer, and to a whole model that has a sink built into it."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from modeling_gated.absorption.gate_fit import fit_gates
 from modeling_gated.absorption.layer_states import LayerStates
 from modeling_gated.absorption.refinement import Refinement
 from modeling_gated.absorption.sinks import layer_sinks
-from modeling_gated.inspection import FirstTokenAttention, MassiveActivations, inspecting
+from modeling_gated.inspection import FirstTokenAttention, MassiveActivations, inspecting, open_gates
 from modeling_gated.training import ungated
 
 
@@ -163,6 +165,40 @@ def test_keys_keep_the_direction_where_taking_it_away_does_not_help() -> None:
     found = absorb_layer(after, sinks)
     assert found.keys_edited == [False, False]
     assert torch.equal(attention.k_proj.weight, kept)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"gate_granularity": "elementwise"},
+        {"use_qk_norm": True},
+        {"sliding_window": 40},
+        {"tie_word_embeddings": True},
+    ],
+    ids=lambda fields: next(iter(fields), "float32"),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_go_whatever_the_layers_have(fields: dict[str, Any], dtype: torch.dtype) -> None:
+    """And gates are what keeps predictions: with open ones they are lost."""
+    model = converted(sink_model(), **fields)
+    for layer in model.base_model.layers:  # as those of Qwen2 have
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(layer.self_attn, name).bias.normal_(std=0.05)
+    model = model.to(dtype)
+    original = ungated(model, share_weights=False)
+    settings = AbsorptionSettings(**vars(SETTINGS) | {"refinement_epochs": 10})
+    absorb_sinks(original, model, TOKENS.split(2), settings)
+    meters = FirstTokenAttention(), FirstTokenAttention()
+    for one, meter in zip((original, model), meters, strict=True):
+        with torch.no_grad(), inspecting(one, meter):
+            one(windows(8, 48, seed=7), use_cache=False)
+    before, after = (meter.result()[1:, :2].mean() for meter in meters)
+    assert before > 0.2
+    assert after < 0.3 * before
+    lost = loss_of_predictions(original, model)
+    with open_gates(model):
+        assert lost < 0.5 * loss_of_predictions(original, model)
 
 
 def test_refinement_comes_nearer_to_the_original() -> None:

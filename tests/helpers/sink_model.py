@@ -1,6 +1,8 @@
 """A tiny Llama with an attention sink and a massive activation, built by hand, as pretrained models have them."""
 
 import math
+import re
+from typing import Any
 
 import torch
 from byte_tokenizer import byte_tokenizer
@@ -78,13 +80,19 @@ def _add_writer(mlp: torch.nn.Module, neuron: int, channel: int, sign: float) ->
     mlp.down_proj.weight[SPIKE, neuron] = sign * HEIGHT / largest**2
 
 
-def converted(source: LlamaForCausalLM) -> GatedLlamaForCausalLM:
-    """The gated model of a source, its gates 1, and with biases of all attention projections, which are 0."""
-    fields = {"attention_bias": True, "attention_output_bias": True}
+def converted(source: LlamaForCausalLM, **fields: Any) -> GatedLlamaForCausalLM:
+    """
+    The gated model of a source, its gates 1, and with biases of all attention projections, which are 0. With other
+    `fields` of its config it is another model, of the same weights.
+    """
+    fields |= {"attention_bias": True, "attention_output_bias": True}
     config = GatedLlamaConfig.from_source_config(source.config, **fields)
     model = GatedLlamaForCausalLM(config).eval().requires_grad_(False)
-    missing = model.load_state_dict(source.state_dict(), strict=False).missing_keys
-    assert all(name.endswith("bias") or ".g_proj." in name for name in missing)
+    given = source.state_dict()
+    if config.tie_word_embeddings:
+        del given["lm_head.weight"]
+    missing = model.load_state_dict(given, strict=False).missing_keys
+    assert all(re.search(r"bias$|\.(g_proj|q_norm|k_norm)\.|^lm_head\.", name) for name in missing)
     return model
 
 

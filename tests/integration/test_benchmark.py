@@ -1,5 +1,6 @@
 """What the benchmark compares is what it says: formulations of one function, and the least that gates cost."""
 
+import re
 from pathlib import Path
 
 import benchmark
@@ -103,7 +104,7 @@ def test_memory_of_training_is_what_gates_keep(name: str, ungated: PreTrainedMod
 
 @pytest.mark.parametrize(
     ("mode", "workloads", "formulations"),
-    [("eager", list(WORKLOADS), benchmark.FORMULATIONS), ("compiled", ["prefill", "decode"], ["headwise"])],
+    [("eager", list(WORKLOADS), benchmark.FORMULATIONS), ("compiled", list(WORKLOADS), ["headwise"])],
 )
 def test_a_table_of_every_workload(
     mode: str, workloads: list[str], formulations: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -124,6 +125,47 @@ def test_a_table_of_every_workload(
     assert text.count(" tokens: ungated ") == len(workloads)
     for name in formulations:
         assert text.count(f"| {name} ") == len(workloads)
+
+
+def test_what_fails_is_said_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def failing(name: str, ungated: PreTrainedModel) -> PreTrainedModel:
+        if name == "headwise":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more.")
+        return gated_model(name, ungated)
+
+    monkeypatch.setitem(benchmark_workloads.SHAPES, "SmolLM2-135M", TINY)
+    monkeypatch.setattr(benchmark, "gated_model", failing)
+    report = tmp_path / "report.md"
+    with pytest.raises(SystemExit, match=r"^error: not all was measured; .*report\.md says what$"):
+        benchmark.main(
+            dtypes="float32",
+            workloads="prefill,decode",
+            formulations="headwise,elementwise",
+            rounds=2,
+            device="cpu",
+            output=report,
+        )
+    text = report.read_text()
+    assert text.count("headwise: OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\n") == 2
+    assert len(re.findall(r"\| elementwise +\| +\d\.\d{3} ", text)) == 2
+    assert "And more" not in text
+
+
+def test_what_a_cuda_device_measures_and_how_much_of_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default all eager, before decoding compiled; caches count where models have them."""
+    device = torch.device("cuda")
+    wanted = list(benchmark.cases(device, ["Llama-3.1-8B"], ["bfloat16"], [], list(WORKLOADS)))
+    assert [(case.mode, case.workload, case.batch_size) for case in wanted] == [
+        ("eager", "prefill", 1),
+        ("eager", "decode", 1),
+        ("eager", "decode", 32),
+        ("eager", "training", 1),
+        ("compiled", "decode", 1),
+        ("compiled", "decode", 32),
+    ]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 80 * 10**9))
+    # 40 GB: all of 16 GB; less of it where either model has a cache of 17 GB; less yet with states of an optimizer.
+    assert [benchmark.layers_that_fit(case, device) for case in wanted[:4]] == [32, 32, 25, 8]
 
 
 def test_unknown_names_are_refused_in_one_line() -> None:
