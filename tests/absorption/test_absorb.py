@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
 from sink_model import WRITERS, sink_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
 from modeling_gated import absorption
@@ -239,9 +239,9 @@ def test_it_can_be_computed_in_bfloat16(source: Path, absorbed: Path, tmp_path: 
 
 def test_float32_gates_stay_float32(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "converted")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "converted", gate_dtype="float32").save_pretrained(
-        tmp_path / "gated"
-    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", gate_dtype="float32")
+    model.generation_config = GenerationConfig()  # the source's is one that not every Transformers saves
+    model.save_pretrained(tmp_path / "gated")
     byte_tokenizer(chat=True).save_pretrained(tmp_path / "gated")
     settings = AbsorptionSettings(**vars(SETTINGS) | {"distill_tokens": 0})
     found = weights(absorb_checkpoint(tmp_path / "gated", tmp_path / "out", settings=settings).output)
