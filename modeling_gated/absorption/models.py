@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+import modeling_gated.registration  # noqa: F401 - makes AutoTokenizer know gated_llama
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.conversion.architecture import naming, read_gated_config

@@ -57,18 +57,19 @@ class Work:
         own = default_texts(self.tokenizer)
         if given:  # then the package's are what the result is measured on, and no more
             own = [Text(text.kind, [], text.held_out) for text in own]
-        for text in (texts := given_texts(given, self.tokenizer)):
+        texts = given_texts(given, self.tokenizer)
+        for path, text in zip(given, texts, strict=True):
             if len(text.held_out) < self.settings.window_tokens:
                 tokens = len(text.training + text.validation + text.held_out)
                 raise AbsorptionError(
-                    f"{text.kind}: is too short: of its {tokens} tokens a quarter is held out, and a window has "
+                    f"{path}: is too short: of its {tokens} tokens a quarter is held out, and a window has "
                     f"{self.settings.window_tokens}"
                 )
-        path = self.folder / "sampled.json"
-        if not path.is_file():
+        kept = self.folder / "sampled.json"
+        if not kept.is_file():
             with self._timed("sampling"):
-                replace_file(path, json.dumps(self._sampled()).encode())
-        sampled = json.loads(path.read_text(encoding="utf-8"))
+                replace_file(kept, json.dumps(self._sampled()).encode())
+        sampled = json.loads(kept.read_text(encoding="utf-8"))
         return own + texts + [sampled_text(*item) for item in sampled.items() if item[1]]
 
     def edit(self, texts: Sequence[Text]) -> Edit:

@@ -253,7 +253,7 @@ def test_float32_gates_stay_float32(source: Path, tmp_path: Path) -> None:
 
 def test_a_text_that_is_too_short_leaves_nothing(source: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("abc" * 40, encoding="utf-8")
-    with pytest.raises(AbsorptionError, match=r"short: is too short: of its 120 tokens a quarter is held out"):
+    with pytest.raises(AbsorptionError, match=r"/short\.txt: is too short: of its 120 tokens a quarter is held out"):
         absorb_checkpoint(source, tmp_path / "out", text=[tmp_path / "short.txt"], settings=SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
@@ -337,6 +337,15 @@ def test_the_installed_command_finds_all_it_needs(source: Path, tmp_path: Path) 
     command = [Path(sys.executable).with_name("gated-llama"), "absorb", source, tmp_path / "out"]
     found = subprocess.run([*command, "--text", tmp_path / "none.txt"], capture_output=True, text=True)
     assert (found.returncode, found.stderr) == (1, f"error: {tmp_path}/none.txt: No such file or directory\n")
+    (tmp_path / "short.txt").write_text("abc" * 40, encoding="utf-8")
+    found = subprocess.run([*command, "--text", tmp_path / "short.txt"], capture_output=True, text=True)
+    assert found.returncode == 1
+    *before, last = found.stderr.splitlines()
+    assert (
+        last
+        == f"error: {tmp_path}/short.txt: is too short: of its 120 tokens a quarter is held out, and a window has 256"
+    )
+    assert not any("transformers" in line for line in before)  # which would warn of a model that it does not know
 
 
 @pytest.mark.parametrize("name", ["edit.json", "directions.safetensors"])
