@@ -8,8 +8,8 @@ formulation comes right before or after one of the ungated model's. A round has 
 which are short; the median of the rounds' ratios is shown, with the range that the middle half of them is in. Weights
 are random. The row "ungated" compares the ungated model with itself: what it differs from 1 by is noise. Beside each
 ratio stands the limit: the bytes that are read in decoding, or the operations of the matrix products in prefill and
-training, with the gates and without; where the ungated pass is far from its own least, ratios are nearer to 1. Memory
-is the peak of what a pass needs; of training on a CPU, exactly, what is kept for the backward pass.
+training, with the gates and without; it says little where the ungated pass is far from its own least. Memory is the
+peak of what a pass needs; of training on a CPU, exactly, what is kept for the backward pass.
 
 Without options it measures what fits the machine: SmolLM2-135M on a CPU, the larger shapes on a CUDA device, where it
 takes hours, and decoding compiled, too. Where a model doesn't fit in half of the memory, it has fewer layers. What
@@ -250,6 +250,7 @@ def main(
         complete = True
         sizes: dict[Case, int] = {}
         for case in tqdm(wanted, unit="case", leave=False):
+            free_memory(where)  # of the case before
             # Eager and compiled, it is the same model.
             layers = sizes.setdefault(replace(case, mode=""), layers_that_fit(case, where))
             costs = measure(case, layers, names, rounds, where) if layers else {}

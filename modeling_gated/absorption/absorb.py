@@ -129,9 +129,10 @@ def absorb_checkpoint(
     clear_leftovers(output)
     check_output(source.path, output, overwrite)
     check_texts(paths)
-    accelerator_for(device)
+    accelerator_for(device)  # refuses at once what would end the run at its distillation
     folder = output.with_name(f"{output.name}.partial")
     try:
+        # Part of the run's identity: what a GPU began in bfloat16, a CPU does not finish in float32.
         dtype = torch.float32 if dtype is None and device.type == "cpu" else dtype
         inputs = Inputs(source, {path: sha256(path) for path in paths}, settings, dtype)
         begin(folder, inputs.identity())
@@ -188,7 +189,7 @@ def _absorbed(work: Work, texts: list[Text], inputs: Inputs, output: Path) -> tu
 def _write(done: Absorption, original: Path, distilled: Path, folder: Path, command: str) -> None:
     """The result: the model, and what lies beside the original's weights, its tokenizer and licence for example."""
     shutil.copytree(distilled, folder, dirs_exist_ok=True)
-    (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)  # the original's, if it has one, is among those
+    (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)  # the original's, if it has one, is a side file
     beside = open_checkpoint(original)
     copy_side_files(beside, [name for name in beside.side_files() if name not in OWN_FILES], folder)
     (folder / REPORT_NAME).write_text(done.as_json(), encoding="utf-8")
