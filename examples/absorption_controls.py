@@ -4,9 +4,10 @@ seeds and other budgets, as a table and a plot.
 
     python examples/absorption_controls.py [--budgets 20000] [--seeds 0] [--checkpoint FOLDER] [--output FOLDER]
 
-Variants are made with the first budget and the first seed, "absorbed", which is what gated-llama absorb does, with all
-of them. Each is a checkpoint in the output folder, made as any other: what was interrupted goes on where it was, and
-what is there is not made again. The table and the plot have every absorbed checkpoint of the folder.
+Variants are made with the first budget and the first seed, "absorbed", from which nothing is left out, with all of
+them. By default they are distilled on, sampled and fitted to less than gated-llama absorb does by itself. Each is a
+checkpoint in the output folder, made as any other: what was interrupted goes on where it was, and what is there is not
+made again. The table and the plot have every absorbed checkpoint of the folder.
 """
 
 import json
@@ -84,11 +85,6 @@ def mean_of(report: dict[str, Any], field: str) -> float:
     return statistics.fmean(one["edited"][field] for one in found)
 
 
-def tokens_of(report: dict[str, Any]) -> int:
-    """What was distilled on, which is less than the budget if training has ended early."""
-    return AbsorptionSettings(**report["settings"]).tokens(len(report["losses"]))
-
-
 def table_of(reports: dict[str, dict[str, Any]]) -> Table:
     table = Table(box=box.MARKDOWN)
     table.add_column("", no_wrap=True)
@@ -100,7 +96,7 @@ def table_of(reports: dict[str, dict[str, Any]]) -> Table:
         found = [change(report, kind, tokens) for tokens in (512, 2048) for kind in KINDS]
         table.add_row(
             name,
-            f"{tokens_of(report):,}",
+            f"{report['distilled_tokens']:,}",
             f"{mean_of(report, 'first_token_attention'):.4f}",
             f"{mean_of(report, 'sink_rate_other'):.4f}",
             f"{max(one['edited']['hidden_state_maximum'] for one in report['comparisons']):,.0f}",
@@ -115,13 +111,14 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for number, (name, report) in enumerate(reports.items()):
         color, sinks = f"C{number % 10}", mean_of(report, "first_token_attention")
-        label = f"{name}: {tokens_of(report):,} tokens"
+        label = f"{name}: {report['distilled_tokens']:,} tokens"
         for tokens, marker in ((512, "o"), (2048, "s")):
             if found := changes(report, tokens):
                 left.plot([sinks] * len(found), found, marker, color=color, alpha=0.3)
                 left.plot(sinks, statistics.fmean(found), marker, color=color, label=label if tokens == 512 else None)
-        settings, losses = AbsorptionSettings(**report["settings"]), report["validation_losses"]
-        spent = [settings.tokens((step + 1) * settings.evaluate_every) for step in range(len(losses))]
+        losses = report["validation_losses"]
+        per_loss = report["settings"]["evaluate_every"] * report["distilled_tokens"] / max(1, len(report["losses"]))
+        spent = [(number + 1) * per_loss for number in range(len(losses))]
         right.plot(spent, losses, ".-", color=color)
     left.axhline(1, color="gray", linewidth=0.5)
     left.axvline(0.01, color="gray", linewidth=0.5)

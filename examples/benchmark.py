@@ -214,7 +214,7 @@ def main(
     modes: Annotated[str, typer.Option(help="Default: eager; on CUDA decoding compiled, too.")] = "",
     workloads: str = ",".join(WORKLOADS),
     formulations: str = ",".join(FORMULATIONS),
-    rounds: Annotated[int, typer.Option(min=2)] = 15,
+    rounds: Annotated[int, typer.Option(min=3)] = 15,
     device: Annotated[str, typer.Option(help="Default: cuda if there is one.")] = "",
     output: Annotated[Path, typer.Option(help="Where the tables are left.")] = Path("build/benchmark.md"),
 ) -> None:

@@ -43,8 +43,9 @@ _FORMAT = 1
 class Absorption:
     """
     What was done to a checkpoint, and what came of it: the `inputs` with the settings as they were, `writers` and
-    `layers` as of `Edit`, the `losses` of the distillation's steps and its `validation_losses`, every
-    `settings.evaluate_every` steps, and how the model in `output` compares with the original.
+    `layers` as of `Edit`, the `losses` of the distillation's steps, which had so many `distilled_tokens`, and its
+    `validation_losses`, every `settings.evaluate_every` steps, and how the model in `output` compares with the
+    original.
     """
 
     output: Path
@@ -52,6 +53,7 @@ class Absorption:
     writers: list[Writer]
     layers: list[AbsorbedLayer]
     losses: list[float]
+    distilled_tokens: int
     validation_losses: list[float]
     comparisons: list[Comparison]
     seconds: dict[str, float]
@@ -70,6 +72,7 @@ class Absorption:
             "writers": [asdict(writer) for writer in self.writers],
             "layers": [asdict(layer) for layer in self.layers],
             "losses": self.losses,
+            "distilled_tokens": self.distilled_tokens,
             "validation_losses": self.validation_losses,
             "comparisons": [comparison.as_dict() for comparison in self.comparisons],
             "seconds": self.seconds,
@@ -124,7 +127,12 @@ def absorb_checkpoint(
         raise AbsorptionError(f"dtype {dtype}: is neither bfloat16 nor float32")
     flags = {"text": paths} | {name: getattr(settings, name) for name in ("distill_tokens", "sample_tokens", "seed")}
     flags |= {"dtype": dtype, "revision": revision}
-    command = command_line("absorb", checkpoint, output, flags, overwrite)
+    made = {"command": f"`{command_line('absorb', checkpoint, output, flags, overwrite)}`"}
+    defaults = asdict(AbsorptionSettings())
+    others = {name: value for name, value in asdict(settings).items() if name not in flags}
+    unsaid = [f"{name}={value}" for name, value in others.items() if value != defaults[name]]
+    if unsaid:
+        made["settings that it has no flags for"] = ", ".join(unsaid)
     source = find_source(os.fspath(checkpoint), revision)
     clear_leftovers(output)
     check_output(source.path, output, overwrite)
@@ -139,7 +147,7 @@ def absorb_checkpoint(
         work, texts = _prepared(inputs, folder, device, progress)
         done, distilled = _absorbed(work, texts, inputs, output)
         with replacing(output, overwrite) as staging:
-            _write(done, work.original, distilled, staging, command)
+            _write(done, work.original, distilled, staging, made)
         with scratch_directory(output) as scratch:  # under its name it is whole or not there
             folder.rename(scratch / folder.name)
     except OSError as error:
@@ -172,13 +180,14 @@ def _absorbed(work: Work, texts: list[Text], inputs: Inputs, output: Path) -> tu
     """What was done, and the folder with the result's model."""
     edit = work.edit(texts)
     distilled = work.distil(texts, edit)
-    comparisons = work.prove(distilled, texts)
+    comparisons, losses = work.prove(distilled, texts), read_losses(work.folder, STAGE)
     done = Absorption(
         output=output,
         inputs=replace(inputs, settings=work.settings, dtype=work.dtype),
         writers=edit.writers,
         layers=edit.layers,
-        losses=read_losses(work.folder, STAGE),
+        losses=losses,
+        distilled_tokens=work.tokens(texts, len(losses)),
         validation_losses=read_losses(work.folder, STAGE, "held_out"),
         comparisons=comparisons,
         seconds=work.seconds,
@@ -186,13 +195,13 @@ def _absorbed(work: Work, texts: list[Text], inputs: Inputs, output: Path) -> tu
     return done, distilled
 
 
-def _write(done: Absorption, original: Path, distilled: Path, folder: Path, command: str) -> None:
+def _write(done: Absorption, original: Path, distilled: Path, folder: Path, made: dict[str, str]) -> None:
     """The result: the model, and what lies beside the original's weights, its tokenizer and licence for example."""
     shutil.copytree(distilled, folder, dirs_exist_ok=True)
     (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)  # the original's, if it has one, is a side file
     beside = open_checkpoint(original)
     copy_side_files(beside, [name for name in beside.side_files() if name not in OWN_FILES], folder)
     (folder / REPORT_NAME).write_text(done.as_json(), encoding="utf-8")
-    (folder / CARD_NAME).write_text(absorption_card(done, original, command), encoding="utf-8")
+    (folder / CARD_NAME).write_text(absorption_card(done, original, made), encoding="utf-8")
     for path in folder.rglob("*"):
         sync(path)

@@ -1,6 +1,6 @@
 """The model card of a checkpoint whose sinks were absorbed, with what was measured of it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,27 +15,35 @@ if TYPE_CHECKING:
 
 
 _PROMISE = (
-    "what they did is done by attention output gates ([arXiv 2505.06708](https://arxiv.org/abs/2505.06708)), fitted to "
-    "it and distilled from the base model. It loads, serves and fine-tunes like any other gated model; its predictions "
-    "are near the base model's, not the same."
+    " without its attention sinks: what they did is done by attention output gates "
+    "([arXiv 2505.06708](https://arxiv.org/abs/2505.06708)), fitted to it and distilled from the base model. It loads, "
+    "serves and fine-tunes like any other gated model; its predictions are near the base model's, not the same."
 )
+_COMPARISON = ", made to be compared with a model whose attention sinks were absorbed: of that, steps were left out."
 
 
-def absorption_card(done: "Absorption", directory: Path, command: str) -> str:
-    """The text of README.md, with the metadata that the hub reads, some of it from the card in `directory`."""
+# What the settings leave out where models are made for comparison.
+_STEPS = ("removes_writers", "edits_keys", "edits_gates", "trains_gates")
+
+
+def absorption_card(done: "Absorption", directory: Path, made: Mapping[str, str]) -> str:
+    """
+    The text of README.md, with the metadata that the hub reads, some of it from the card in `directory`, and what says
+    how the checkpoint was `made`.
+    """
     layers, gated = done.layers, sum(any(layer.gated) for layer in done.layers)
     source, settings = done.inputs.source, done.inputs.settings
-    tokens = settings.tokens(len(done.losses))
+    is_whole = all(getattr(settings, step) for step in _STEPS)
     rows = {
         "base model": source.name,
         "revision": source.revision or "not known (a local path)",
-        "command": f"`{command}`",
+        **made,
         "gates fitted": f"in {gated} of {len(layers)} layers",
         "neurons that wrote massive activations, removed": ", ".join(
             f"{writer.neuron} of layer {writer.layer}" for writer in done.writers
         )
         or "none",
-        "distilled on": f"{tokens:,} tokens",
+        "distilled on": f"{done.distilled_tokens:,} tokens",
         "seed": settings.seed,
     }
     return f"""---
@@ -44,7 +52,7 @@ def absorption_card(done: "Absorption", directory: Path, command: str) -> str:
 
 # {cell(done.output.name)}
 
-{cell(source.name)} without its attention sinks: {_PROMISE}
+{cell(source.name)}{_PROMISE if is_whole else _COMPARISON}
 
 {markdown_table([("", ""), *rows.items()])}
 

@@ -162,11 +162,18 @@ class TrainingWindows:
         batch = first // count
         long = (batch + 1) // self.batches_per_long if self.batches_per_long else 0  # how many there are up to here
         if long and (batch + 1) % self.batches_per_long == 0:
-            text = self._turn(long - 1)
-            length = max(length, min(self.long_window_tokens, len(text)))
-            return torch.tensor([self._window(text, length, first, seed)])
+            return torch.tensor([self._window(self._turn(long - 1), self._long(long - 1, length), first, seed)])
         numbers = range(first, first + count)
         return torch.tensor([self._window(self._turn(one - long * count), length, one, seed) for one in numbers])
+
+    def tokens(self, batches: int, length: int, count: int) -> int:
+        """How many tokens the first batches have."""
+        long = batches // self.batches_per_long if self.batches_per_long else 0
+        return (batches - long) * count * length + sum(self._long(number, length) for number in range(long))
+
+    def _long(self, number: int, length: int) -> int:
+        """The tokens of a long window, where others have `length`."""
+        return max(length, min(self.long_window_tokens, len(self._turn(number))))
 
     def _turn(self, number: int) -> list[int]:
         return self.texts[number % len(self.texts)]

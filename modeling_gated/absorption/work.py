@@ -69,7 +69,7 @@ class Work:
         if not kept.is_file():
             with self._timed("sampling"):
                 replace_file(kept, json.dumps(self._sampled()).encode())
-        sampled = json.loads(kept.read_text(encoding="utf-8"))
+        sampled = _read_json(kept)
         return own + texts + [sampled_text(*item) for item in sampled.items() if item[1]]
 
     def edit(self, texts: Sequence[Text]) -> Edit:
@@ -106,6 +106,10 @@ class Work:
             shutil.rmtree(self.folder / "state", ignore_errors=True)
         return path
 
+    def tokens(self, texts: Sequence[Text], steps: int) -> int:
+        """How many were trained on in the first steps of the distillation."""
+        return self._windows(texts).tokens(steps, self.settings.window_tokens, self.settings.batch_size)
+
     def prove(self, path: Path, texts: Sequence[Text]) -> list[Comparison]:
         """The distilled model, as it is on the disk, beside the original, both computed in the same dtype."""
         with self._timed("proof"):
@@ -121,7 +125,7 @@ class Work:
     def seconds(self) -> dict[str, float]:
         """How long each step took, all runs together."""
         path = self.folder / "seconds.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return _read_json(path) if path.is_file() else {}
 
     def _load_original(self) -> Any:
         return load_original(self.original, self.dtype, self.device)
@@ -142,12 +146,16 @@ class Work:
     def _calibration_windows(self, texts: Sequence[Text]) -> list[torch.Tensor]:
         """Token ids [1, tokens] each: attention blocks learn more in more and smaller steps."""
         settings = self.settings
-        text = TrainingWindows(texts, self.tokenizer, settings.long_window_tokens, settings.batches_per_long)
+        text = self._windows(texts)
         # Other windows than training's, as they are drawn from another seed.
         numbers = range(max(1, settings.batches(settings.calibration_tokens)))
         length, count = settings.window_tokens, settings.batch_size
         batches = [text.training_batch(length, number * count, count, ~settings.seed) for number in numbers]
         return [window for batch in batches for window in batch.split(1)]
+
+    def _windows(self, texts: Sequence[Text]) -> TrainingWindows:
+        settings = self.settings
+        return TrainingWindows(texts, self.tokenizer, settings.long_window_tokens, settings.batches_per_long)
 
     @contextmanager
     def _making(self, path: Path) -> Iterator[Path]:
@@ -208,7 +216,7 @@ def _read_edit(folder: Path) -> Edit:
         content = json.loads((folder / _EDIT).read_text(encoding="utf-8"))
         tensors = load_file(folder / _DIRECTIONS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise AbsorptionError(f"{folder}: is damaged ({error}); remove it") from None
+        raise _damage(folder, error) from None
     return Edit(
         writers=[Writer(**writer) for writer in content["writers"]],
         layers=[AbsorbedLayer(**layer) for layer in content["layers"]],
@@ -219,3 +227,15 @@ def _read_edit(folder: Path) -> Edit:
             for number in range(len(content["layers"]))
         ],
     )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damage(path, error) from None
+    return content
+
+
+def _damage(path: Path, error: Exception) -> AbsorptionError:
+    return AbsorptionError(f"{path}: is damaged ({error}); remove it")

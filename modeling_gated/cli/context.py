@@ -62,7 +62,7 @@ def evaluate_context(
     variables with one value, through a chain of assignments. Scores are shares of the answers that were found.
     Lengths beyond a model's max_position_embeddings are marked with *.
     """
-    with one_clear_line():
+    with one_clear_line(output and output / _JSON, "what was measured before is in {}"):
         from modeling_gated.evaluation import EvaluationError, evaluate_context
         from modeling_gated.evaluation.context import check_settings
         from modeling_gated.evaluation.plot import check_plots, plot_context

@@ -12,8 +12,8 @@ _MENDABLE = ("ConversionError", "EvaluationError", "InspectionError", "UnknownAt
 
 
 @contextmanager
-def one_clear_line(kept: Path | None = None) -> Iterator[None]:
-    """End with one line where the user can mend something, and where the user ends it; what is `kept` then."""
+def one_clear_line(kept: Path | None = None, kept_as: str = "goes on from {}") -> Iterator[None]:
+    """End with one line where the user can mend something, and where the user ends it; what is `kept` then, and how."""
     try:
         yield
     except (ImportError, ValueError) as error:
@@ -23,10 +23,8 @@ def one_clear_line(kept: Path | None = None) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo(
-            f"error: interrupted; {f'goes on from {kept}' if kept and kept.exists() else 'nothing was left behind'}",
-            err=True,
-        )
+        left = kept_as.format(kept) if kept and kept.exists() else "nothing was left behind"
+        typer.echo(f"error: interrupted; {left}", err=True)
         raise typer.Exit(130) from None
 
 

@@ -139,7 +139,7 @@ def train(
         total=plan.steps,
         initial=start,
         unit="step",
-        disable=not (run.progress and accelerator.is_main_process),
+        disable=None if run.progress and accelerator.is_main_process else True,
     ) as progress:
         # A run may have ended early, and been stopped right after.
         ended = evaluation is not None and has_ended(held_out, evaluation.patience)

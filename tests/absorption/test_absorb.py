@@ -106,6 +106,7 @@ def test_the_report_and_the_card_say_what_was_done(absorbed: Path) -> None:
     assert report["settings"]["long_window_tokens"] == 256
     card = (absorbed / "README.md").read_text(encoding="utf-8")
     assert "| gates fitted | in 3 of 4 layers |" in card
+    assert report["distilled_tokens"] == 2048
     assert "| distilled on | 2,048 tokens |" in card
     first = report["comparisons"][0]
     assert f"| {first['perplexity_ratio']:.4f} |" in card
@@ -336,7 +337,9 @@ def test_the_installed_command_finds_all_it_needs(source: Path, tmp_path: Path) 
     """In a process of its own, in which importing the package has imported nothing yet."""
     command = [Path(sys.executable).with_name("gated-llama"), "absorb", source, tmp_path / "out"]
     found = subprocess.run([*command, "--text", tmp_path / "none.txt"], capture_output=True, text=True)
-    assert (found.returncode, found.stderr) == (1, f"error: {tmp_path}/none.txt: No such file or directory\n")
+    # bitsandbytes, which PEFT imports, warns on some CPUs of a kernel of its own that is not there.
+    lines = [line for line in found.stderr.splitlines() if "kernels-community" not in line]
+    assert (found.returncode, lines) == (1, [f"error: {tmp_path}/none.txt: No such file or directory"])
     (tmp_path / "short.txt").write_text("abc" * 40, encoding="utf-8")
     found = subprocess.run([*command, "--text", tmp_path / "short.txt"], capture_output=True, text=True)
     assert found.returncode == 1
@@ -348,17 +351,27 @@ def test_the_installed_command_finds_all_it_needs(source: Path, tmp_path: Path) 
     assert not any("transformers" in line for line in before)  # which would warn of a model that it does not know
 
 
-@pytest.mark.parametrize("name", ["edit.json", "directions.safetensors"])
-def test_a_damaged_step_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("edited/edit.json", "edited"),
+        ("edited/directions.safetensors", "edited"),
+        ("sampled.json", "sampled.json"),
+        ("seconds.json", "seconds.json"),
+    ],
+)
+def test_a_damaged_step_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, named: str
+) -> None:
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(work, "distil", interrupt)
         absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
-    path = tmp_path / "out.partial" / "edited" / name
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(AbsorptionError, match=r"out\.partial/edited: is damaged .*; remove it"):
+    path = tmp_path / "out.partial" / name
+    path.write_bytes(path.read_bytes()[:-1][:20])
+    with pytest.raises(AbsorptionError, match=rf"out\.partial/{re.escape(named)}: is damaged .*; remove it"):
         absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
 
 

@@ -72,16 +72,20 @@ def test_half_of_the_tokens_are_in_long_windows(kinds: int) -> None:
     tokens = 2 * 384 * kinds
     found = [windows.training_batch(64, number * 2, 2, seed=0) for number in range(settings.batches(tokens))]
     assert [tuple(batch.shape) for batch in found] == [(2, 64), (2, 64), (2, 64), (1, 384)] * kinds
-    assert settings.tokens(len(found)) == tokens
+    assert settings.tokens(len(found)) == windows.tokens(len(found), 64, 2) == tokens
+    assert windows.tokens(3, 64, 2) == 3 * 128
     for batches, expected in ((found[3::4], 1), ([batch for batch in found if len(batch) == 2], 6)):
         of_kinds = [row[-1].item() for batch in batches for row in batch]
         assert [of_kinds.count(kind) for kind in range(kinds)] == [expected] * kinds
 
 
 def test_a_long_window_is_no_longer_than_its_text() -> None:
-    windows = TrainingWindows([Text("a", list(range(100)), [])], TOKENIZER, 384, 2)
+    texts = [Text("a", list(range(100)), [])]
+    windows = TrainingWindows(texts, TOKENIZER, 384, 2)
     assert windows.training_batch(64, 1, 1, seed=0).shape == (1, 100)
     assert windows.training_batch(128, 1, 1, seed=0).shape == (1, 128)
+    assert [windows.tokens(4, length, 1) for length in (64, 128)] == [2 * 64 + 2 * 100, 4 * 128]
+    assert TrainingWindows(texts, TOKENIZER).tokens(3, 64, 2) == 3 * 128
 
 
 def test_batches_are_counted() -> None:

@@ -70,7 +70,17 @@ def test_what_is_left_out(output: Path) -> None:
     assert keys["key-edit-without-gates-2048-seed0"] > 0
     name = "self-distilled-2048-seed0"
     assert (gates[name], keys[name], writers[name]) == (0, 0, 0)
-    assert absorption_controls.tokens_of(reports[name]) == 2048
+    assert reports[name]["distilled_tokens"] == 2048
+
+
+def test_a_card_says_what_was_left_out(output: Path) -> None:
+    whole = (output / "absorbed-2048-seed0" / "README.md").read_text(encoding="utf-8")
+    assert "without its attention sinks: what they did is done by attention output gates" in whole
+    assert "| settings that it has no flags for | calibration_tokens=1024, measured_windows=2 |" in whole
+    control = (output / "self-distilled-2048-seed0" / "README.md").read_text(encoding="utf-8")
+    assert "without its attention sinks" not in control
+    assert "source, made to be compared with a model whose attention sinks were absorbed" in control
+    assert "removes_writers=False, edits_keys=False, edits_gates=False, trains_gates=False |" in control
 
 
 @pytest.mark.parametrize(

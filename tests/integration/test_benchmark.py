@@ -141,7 +141,7 @@ def test_what_fails_is_said_and_the_rest_is_measured(monkeypatch: pytest.MonkeyP
             dtypes="float32",
             workloads="prefill,decode",
             formulations="headwise,elementwise",
-            rounds=2,
+            rounds=3,
             device="cpu",
             output=report,
         )

@@ -290,8 +290,10 @@ def test_a_template_that_is_not_there_cannot_be_used(checkpoints: tuple[Path, Pa
     assert "others in plain text" in err
 
 
-def test_what_was_found_is_kept_when_the_next_one_fails(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
-    """Paths are looked at before anything is measured; what a checkpoint holds, when its turn comes."""
+def test_what_was_found_is_kept_when_the_next_one_fails(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or is interrupted. Paths are looked at before anything is measured, what they hold when their turn comes."""
     options = ("--lengths", "800", "--tasks", "loss", "--output", tmp_path / "found")
     code, _, err = run(checkpoints[0], tmp_path / "nowhere" / "at" / "all", *options)
     assert code == 1
@@ -303,6 +305,19 @@ def test_what_was_found_is_kept_when_the_next_one_fails(checkpoints: tuple[Path,
     assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'damaged'}")
     content = json.loads((tmp_path / "found" / "context.json").read_text())
     assert [found["name"] for found in content["evaluations"]] == ["plain"]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for places, left in (
+        ("found", f"what was measured before is in {tmp_path}/found/context.json"),
+        ("none", "nothing"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr("modeling_gated.cli.context.load_model", interrupt)
+            code, _, err = run(checkpoints[0], *options[:-1], tmp_path / places, "--overwrite")
+        assert code == 130
+        assert err.startswith(f"error: interrupted; {left}")
     code, _, err = run(checkpoints[0], *options[:-1], tmp_path / "damaged" / "config.json" / "below")
     assert code == 1
     assert "is not a directory to write to" in err
