@@ -69,12 +69,13 @@ def test_a_quantized_model_runs_and_is_saved(scheme: str, variant: str, tokens: 
     config = SCHEMES[scheme]()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=config, dtype=torch.float32)
     check_parts(model, original)
+    # Before its first pass, in which bitsandbytes changes nf4 weights on CPUs with bfloat16 products; of Llama, too.
+    model.save_pretrained(tmp_path / "quantized")
     with torch.no_grad():
         expected, found = original(tokens).logits, model(tokens).logits.float()
     assert (found - expected).norm() / expected.norm() < (0.25 if "nf4" in scheme else 0.05)
     assert not torch.equal(found, expected)
     assert model.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 36)
-    model.save_pretrained(tmp_path / "quantized")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     check_parts(again, original)
     with torch.no_grad():
