@@ -28,6 +28,7 @@ from .distilling import STAGE, accelerator_for
 from .errors import AbsorptionError
 from .inputs import Inputs
 from .models import gated_original, load_tokenizer
+from .products import has_bfloat16_products
 from .proof import Comparison
 from .settings import AbsorptionSettings
 from .texts import Text, check_texts
@@ -106,8 +107,9 @@ def absorb_checkpoint(
             documentation and code. Of each the last quarter is held out, and a twentieth before it decides when
             training is enough.
         settings: how to go about it.
-        dtype: what to compute in, bfloat16 or float32; if not given, float32 on a CPU, elsewhere bfloat16 if the
-            checkpoint is, else float32. The result has the checkpoint's, and what bfloat16 rounds stays rounded.
+        dtype: what to compute in, bfloat16 or float32; if not given, float32 on a CPU, where products are of bfloat16
+            if it has instructions for them (not where models are measured), elsewhere bfloat16 if the checkpoint is,
+            else float32. The result has the checkpoint's, and what bfloat16 rounds stays rounded.
         device: if not given, the GPU if there is one.
         overwrite: replace `output` if it is an empty directory or a checkpoint.
         revision: the branch, tag or commit of a model on the hub.
@@ -141,8 +143,9 @@ def absorb_checkpoint(
     folder = output.with_name(f"{output.name}.partial")
     try:
         # Part of the run's identity: what a GPU began in bfloat16, a CPU does not finish in float32.
-        dtype = torch.float32 if dtype is None and device.type == "cpu" else dtype
-        inputs = Inputs(source, {path: sha256(path) for path in paths}, settings, dtype)
+        on_cpu = dtype is None and device.type == "cpu"
+        dtype, mixed = torch.float32 if on_cpu else dtype, on_cpu and has_bfloat16_products()
+        inputs = Inputs(source, {path: sha256(path) for path in paths}, settings, dtype, mixed)
         begin(folder, inputs.identity())
         work, texts = _prepared(inputs, folder, device, progress)
         done, distilled = _absorbed(work, texts, inputs, output)
@@ -168,7 +171,7 @@ def _prepared(inputs: Inputs, folder: Path, device: torch.device, progress: bool
         # Gradients of float16 would vanish.
         is_bfloat16 = stored_dtype(original) == torch.bfloat16
         dtype = inputs.dtype or (torch.bfloat16 if is_bfloat16 else torch.float32)
-        work = Work(folder, path, load_tokenizer(path), settings, dtype, device, progress)
+        work = Work(folder, path, load_tokenizer(path), settings, dtype, device, progress, inputs.mixed)
         return work, work.texts(list(inputs.texts))
     except (AbsorptionError, ConversionError):
         if not (folder / "sampled.json").is_file():  # what is refused leaves nothing behind

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from modeling_gated.training import Distillation
 
 from .attention import captured_attention
+from .products import bfloat16_products
 from .sinks import SinkDirection
 
 
@@ -30,6 +31,7 @@ class SinkDistillation(Distillation):
         hidden_limit: theirs, or half of the largest that the teacher's tokens have which are no sinks, if that is more:
             a model whose hidden states are all large is not held to what small ones have.
         rows: how many queries of a batch, drawn at random, say what sinks get.
+        mixed: whether both multiply in bfloat16, though they are float32.
     """
 
     def __init__(
@@ -42,17 +44,19 @@ class SinkDistillation(Distillation):
         hidden_weight: float,
         hidden_limit: float,
         rows: int = 64,
+        mixed: bool = False,
     ) -> None:
         super().__init__(student, teacher, attention_weight=0.0)
         self.directions, self.sink_weight, self.rows = directions, sink_weight, rows
-        self.hidden_weight, self.hidden_limit = hidden_weight, hidden_limit
+        self.hidden_weight, self.hidden_limit, self.mixed = hidden_weight, hidden_limit, mixed
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """
         Args:
             windows: token ids [batch, tokens], without padding.
         """
-        divergence, mass, excess = self.terms(windows)
+        with bfloat16_products(self.mixed):
+            divergence, mass, excess = self.terms(windows)
         return divergence + self.sink_weight * mass + self.hidden_weight * excess
 
     def terms(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -35,6 +35,7 @@ def distil(
     folder: Path,
     settings: AbsorptionSettings,
     *,
+    mixed: bool = False,
     progress: bool = False,
 ) -> None:
     """
@@ -49,6 +50,7 @@ def distil(
         tokenizer: both models'.
         folder: for the state of the training and its losses.
         settings: of which those that concern the distillation count.
+        mixed: whether both models multiply in bfloat16, though they are float32.
         progress: show a progress bar.
     """
     _unfreeze(edited, directions, settings.trains_gates)
@@ -59,6 +61,7 @@ def distil(
         sink_weight=settings.sink_weight,
         hidden_weight=settings.hidden_weight,
         hidden_limit=settings.hidden_limit,
+        mixed=mixed,
     )
     has_gates = any(is_gate(name) for name, parameter in edited.named_parameters() if parameter.requires_grad)
     gate_rate = settings.gate_learning_rate if has_gates else None

@@ -34,6 +34,7 @@ def absorb_sinks(
     windows: Sequence[torch.Tensor],
     settings: AbsorptionSettings,
     *,
+    mixed: bool = False,
     progress: bool = False,
 ) -> Edit:
     """
@@ -45,6 +46,7 @@ def absorb_sinks(
         edited: the same with gates that are 1, and with biases of all attention projections. It is changed.
         windows: token ids [batch, tokens] to fit on, without padding.
         settings: of which those that concern the edit count.
+        mixed: whether the models multiply in bfloat16, though they are float32, where the edit looks at their layers.
         progress: show a progress bar, on a terminal.
     """
     # They write in every window, so that some are enough.
@@ -56,7 +58,7 @@ def absorb_sinks(
         seed=settings.seed,
         trains_gates=settings.edits_gates,
     )
-    before, after = LayerStates(original, windows), LayerStates(edited, windows)
+    before, after = (LayerStates(model, windows, mixed=mixed) for model in (original, edited))
     layers: list[AbsorbedLayer] = []
     directions: list[SinkDirection | None] = []
     count: Any = edited.config.num_hidden_layers

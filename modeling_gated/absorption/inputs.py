@@ -15,12 +15,16 @@ from .settings import AbsorptionSettings
 
 @dataclass(frozen=True)
 class Inputs:
-    """The checkpoint, text files with their SHA-256, settings, and what to compute in, None if the checkpoint says."""
+    """
+    The checkpoint, text files with their SHA-256, settings, and what to compute in, None if the checkpoint says; and
+    whether float32 models multiply in bfloat16, but where they are measured.
+    """
 
     source: Source
     texts: dict[Path, str]
     settings: AbsorptionSettings
     dtype: torch.dtype | None
+    mixed: bool
 
     def identity(self) -> dict[str, Any]:
         """What is the same as long as the inputs are: texts by their content, checkpoints by files' sizes and times."""
@@ -29,7 +33,7 @@ class Inputs:
         states = {file.name: file.stat() for file in files}
         texts = {os.fspath(text): digest for text, digest in self.texts.items()}
         return (
-            {"checkpoint": os.fspath(path), "text": texts, "dtype": str(self.dtype)}
+            {"checkpoint": os.fspath(path), "text": texts, "dtype": str(self.dtype), "mixed": self.mixed}
             | {"modeling-gated": version("modeling-gated")}
             | {f"{name} (size, mtime_ns)": [state.st_size, state.st_mtime_ns] for name, state in states.items()}
             | asdict(self.settings)
@@ -39,6 +43,7 @@ class Inputs:
         """What the report says of them, beside the settings."""
         source = {"name": self.source.name, "repo_id": self.source.repo_id, "revision": self.source.revision}
         texts = {path.name: digest for path, digest in self.texts.items()}
-        return {"source": source, "texts": texts, "dtype": str(self.dtype).removeprefix("torch.")} | {
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"source": source, "texts": texts, "dtype": dtype, "products": "bfloat16" if self.mixed else dtype} | {
             "versions": {name: version(name) for name in ("modeling-gated", "torch", "transformers")}
         }

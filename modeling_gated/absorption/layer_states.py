@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .attention import AttentionInputs, captured_attention
+from .products import bfloat16_products
 
 
 class LayerStates:
@@ -19,9 +20,10 @@ class LayerStates:
     Args:
         model: a causal language model of this package, in evaluation mode.
         batches: token ids [batch, tokens], each without padding.
+        mixed: whether layers multiply in bfloat16, though the model is float32.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[torch.Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, batches: Sequence[torch.Tensor], *, mixed: bool = False) -> None:
         decoder: Any = model.base_model
         self._decoder = decoder
         weight = decoder.embed_tokens.weight
@@ -30,7 +32,7 @@ class LayerStates:
         with torch.no_grad():
             embedded = [decoder.embed_tokens(batch.to(self._device)) for batch in batches]
         self.states = [states.float().cpu() for states in embedded]
-        self.number = 0
+        self.number, self._mixed = 0, mixed
 
     def __len__(self) -> int:
         return len(self.states)
@@ -51,7 +53,7 @@ class LayerStates:
     def attend(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, AttentionInputs]:
         """The attention block's output of an input, and what its attention function was given; with gradients."""
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        with captured_attention(self._decoder) as captured:
+        with bfloat16_products(self._mixed), captured_attention(self._decoder) as captured:
             output, _ = self.layer.self_attn(
                 hidden_states,
                 position_embeddings=self._decoder.rotary_emb(hidden_states, positions),
@@ -65,12 +67,13 @@ class LayerStates:
         for batch, states in enumerate(self.states):
             states = self._on_device(states)
             positions = torch.arange(states.shape[1], device=states.device)[None]
-            output = self.layer(
-                states,
-                attention_mask=self._mask(states, positions),
-                position_ids=positions,
-                position_embeddings=self._decoder.rotary_emb(states, positions),
-            )
+            with bfloat16_products(self._mixed):
+                output = self.layer(
+                    states,
+                    attention_mask=self._mask(states, positions),
+                    position_ids=positions,
+                    position_embeddings=self._decoder.rotary_emb(states, positions),
+                )
             self.states[batch] = output.float().cpu()
         self.number += 1
 

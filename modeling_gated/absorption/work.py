@@ -41,7 +41,8 @@ _EDIT, _DIRECTIONS = "edit.json", "directions.safetensors"
 class Work:
     """
     What is needed for every step: where the original is, with gates that are 1, its tokenizer, the settings, and what
-    to compute in and on.
+    to compute in and on; if it is `mixed`, what is sampled, edited and distilled is multiplied in bfloat16, though
+    models are float32, and what is measured is not.
     """
 
     folder: Path
@@ -51,6 +52,7 @@ class Work:
     dtype: torch.dtype
     device: torch.device
     progress: bool
+    mixed: bool = False
 
     def texts(self, given: Sequence[Path]) -> list[Text]:
         """The kinds of text: this package's own, those of files, and what the original writes itself."""
@@ -79,7 +81,8 @@ class Work:
             with self._timed("edit"), self._making(path) as staging:
                 edited = load_editable(self.original, self.dtype, self.device)
                 windows = self._calibration_windows(texts)
-                edit = absorb_sinks(self._load_original(), edited, windows, self.settings, progress=self.progress)
+                options = {"mixed": self.mixed, "progress": self.progress}
+                edit = absorb_sinks(self._load_original(), edited, windows, self.settings, **options)
                 edited.save_pretrained(staging)
                 _write_edit(edit, staging)
         return _read_edit(path)
@@ -99,6 +102,7 @@ class Work:
                         self.tokenizer,
                         self.folder,
                         self.settings,
+                        mixed=self.mixed,
                         progress=self.progress,
                     )
                 _round(edited, self.stored_dtype)
@@ -135,7 +139,8 @@ class Work:
         tokens = self.settings.sample_tokens
         if tokens < 2:
             return {}
-        model, seed = self._load_original(), self.settings.seed
+        dtype = torch.bfloat16 if self.mixed else self.dtype
+        model, seed = load_original(self.original, dtype, self.device), self.settings.seed
         chats = sample_chats(model, self.tokenizer, tokens // 2, seed=seed, progress=self.progress)
         tokens -= tokens // 2 if chats else 0  # without a chat template there are none
         return {
