@@ -88,7 +88,7 @@ def mean_of(report: dict[str, Any], field: str) -> float:
 def table_of(reports: dict[str, dict[str, Any]]) -> Table:
     table = Table(box=box.MARKDOWN)
     table.add_column("", no_wrap=True)
-    headings = ["tokens", "F-Attn", "other sinks", "max |h|"]
+    headings = ["tokens", "F-Attn", "other sinks", "largest hidden state"]
     headings += [f"{kind}, {tokens:,}" for tokens in (512, 2048) for kind in KINDS]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -106,29 +106,24 @@ def table_of(reports: dict[str, dict[str, Any]]) -> Table:
 
 
 def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
-    """Left, what is lost against what is left of the sinks; right, how the distillation's loss on other text falls."""
+    """What is lost, of each kind of text and on average, against the tokens spent and against what is left of sinks."""
     figure = Figure(figsize=(12, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    by_tokens, by_sinks = figure.subplots(1, 2, sharey=True)
     for number, (name, report) in enumerate(reports.items()):
-        color, sinks = f"C{number % 10}", mean_of(report, "first_token_attention")
-        label = f"{name}: {report['distilled_tokens']:,} tokens"
-        for tokens, marker in ((512, "o"), (2048, "s")):
+        places = {by_tokens: report["distilled_tokens"], by_sinks: mean_of(report, "first_token_attention")}
+        for (axes, place), (tokens, marker) in product(places.items(), ((512, "o"), (2048, "s"))):
             if found := changes(report, tokens):
-                left.plot([sinks] * len(found), found, marker, color=color, alpha=0.3)
-                left.plot(sinks, statistics.fmean(found), marker, color=color, label=label if tokens == 512 else None)
-        losses = report["validation_losses"]
-        per_loss = report["settings"]["evaluate_every"] * report["distilled_tokens"] / max(1, len(report["losses"]))
-        spent = [(number + 1) * per_loss for number in range(len(losses))]
-        right.plot(spent, losses, ".-", color=color)
-    left.axhline(1, color="gray", linewidth=0.5)
-    left.axvline(0.01, color="gray", linewidth=0.5)
-    left.set_xscale("log")
-    left.set(
-        xlabel="attention to the first token (F-Attn)",
-        ylabel="change of perplexity, %; circles 512, squares 2,048 tokens",
-    )
-    left.legend(fontsize="small")
-    right.set(xlabel="tokens distilled on", ylabel="loss on text that is not trained on (KL and penalties), nats")
+                color, label = f"C{number % 10}", name if tokens == 512 else None
+                axes.plot([place] * len(found), found, marker, color=color, alpha=0.25, markersize=4)
+                axes.plot(place, statistics.fmean(found), marker, color=color, label=label)
+    for axes in (by_tokens, by_sinks):
+        axes.axhline(1, color="gray", linewidth=0.5)
+    by_sinks.axvline(0.01, color="gray", linewidth=0.5)
+    by_tokens.set_xscale("symlog", linthresh=10_000)  # which has a place for none, too
+    by_sinks.set_xscale("log")
+    by_tokens.set(xlabel="tokens distilled on", ylabel="change of perplexity, %; circles 512, squares 2,048 tokens")
+    by_sinks.set(xlabel="attention to the first token (F-Attn)")
+    by_sinks.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
@@ -156,6 +151,7 @@ def main(
     variants: str = ",".join(VARIANTS),
     sample_tokens: int = 10_000,
     calibration_tokens: int = 8_192,
+    refinement_epochs: int = 12,
     measured_windows: int = 8,
 ) -> None:
     """Make what is not there yet, and print a table of all."""
@@ -171,6 +167,7 @@ def main(
                 distill_tokens=tokens,
                 sample_tokens=sample_tokens,
                 calibration_tokens=calibration_tokens,
+                refinement_epochs=refinement_epochs,
                 measured_windows=measured_windows,
                 seed=seed,
                 **VARIANTS[variant],

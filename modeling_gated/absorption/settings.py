@@ -27,11 +27,11 @@ class AbsorptionSettings:
 
     distill_tokens: int = 250_000
     sample_tokens: int = 40_000
-    calibration_tokens: int = 24_576
+    calibration_tokens: int = 98_304
     window_tokens: int = 512
     long_window_tokens: int = 2048
     batch_size: int = 1
-    refinement_epochs: int = 12
+    refinement_epochs: int = 4
     learning_rate: float = 1.5e-4
     gate_learning_rate: float = 1e-3
     sink_weight: float = 1.0
