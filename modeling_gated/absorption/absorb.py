@@ -107,9 +107,9 @@ def absorb_checkpoint(
             documentation and code. Of each the last quarter is held out, and a twentieth before it decides when
             training is enough.
         settings: how to go about it.
-        dtype: what to compute in, bfloat16 or float32; if not given, float32 on a CPU, where products are of bfloat16
-            if it has instructions for them (not where models are measured), elsewhere bfloat16 if the checkpoint is,
-            else float32. The result has the checkpoint's, and what bfloat16 rounds stays rounded.
+        dtype: what to compute in, bfloat16 or float32; if not given, float32 on a CPU, where all but the proof
+            multiplies in bfloat16 if the CPU has instructions for it; elsewhere bfloat16 if the checkpoint is, else
+            float32. The result has the checkpoint's, and what bfloat16 rounds stays rounded.
         device: if not given, the GPU if there is one.
         overwrite: replace `output` if it is an empty directory or a checkpoint.
         revision: the branch, tag or commit of a model on the hub.
@@ -142,7 +142,7 @@ def absorb_checkpoint(
     accelerator_for(device)  # refuses at once what would end the run at its distillation
     folder = output.with_name(f"{output.name}.partial")
     try:
-        # Part of the run's identity: what a GPU began in bfloat16, a CPU does not finish in float32.
+        # Part of the run's identity: what a GPU, or a CPU with products of bfloat16, began, others do not finish.
         on_cpu = dtype is None and device.type == "cpu"
         dtype, mixed = torch.float32 if on_cpu else dtype, on_cpu and has_bfloat16_products()
         inputs = Inputs(source, {path: sha256(path) for path in paths}, settings, dtype, mixed)

@@ -44,6 +44,7 @@ def absorption_card(done: "Absorption", directory: Path, made: Mapping[str, str]
         )
         or "none",
         "distilled on": f"{done.distilled_tokens:,} tokens",
+        "computed in": f"{str(done.inputs.dtype).removeprefix('torch.')}, products in {done.inputs.products}",
         "seed": settings.seed,
     }
     return f"""---

@@ -31,7 +31,7 @@ class SinkDistillation(Distillation):
         hidden_limit: theirs, or half of the largest that the teacher's tokens have which are no sinks, if that is more:
             a model whose hidden states are all large is not held to what small ones have.
         rows: how many queries of a batch, drawn at random, say what sinks get.
-        mixed: whether both multiply in bfloat16, though they are float32.
+        mixed: whether both multiply in bfloat16, though they are float32, on a CPU.
     """
 
     def __init__(
@@ -55,8 +55,7 @@ class SinkDistillation(Distillation):
         Args:
             windows: token ids [batch, tokens], without padding.
         """
-        with bfloat16_products(self.mixed):
-            divergence, mass, excess = self.terms(windows)
+        divergence, mass, excess = self.terms(windows)
         return divergence + self.sink_weight * mass + self.hidden_weight * excess
 
     def terms(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -79,6 +78,16 @@ class SinkDistillation(Distillation):
         limits = 0.5 * torch.stack([largest.masked_fill(~others, 0).amax() for largest in expected])
         excess = torch.stack(found) / limits.clamp_min(self.hidden_limit) - 1
         return divergence, mass, excess.clamp_min(0).square().mean()
+
+    def _run(
+        self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        with bfloat16_products(self.mixed):
+            return super()._run(model, input_ids, attention_mask)
+
+    def _summed_kl(self, hidden: torch.Tensor, expected_hidden: torch.Tensor) -> torch.Tensor:
+        with bfloat16_products(self.mixed):
+            return super()._summed_kl(hidden, expected_hidden)
 
     @contextmanager
     def _found_sinks(self) -> Iterator[dict[int, torch.Tensor]]:

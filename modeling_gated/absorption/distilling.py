@@ -50,7 +50,7 @@ def distil(
         tokenizer: both models'.
         folder: for the state of the training and its losses.
         settings: of which those that concern the distillation count.
-        mixed: whether both models multiply in bfloat16, though they are float32.
+        mixed: whether both models multiply in bfloat16, though they are float32, on a CPU.
         progress: show a progress bar.
     """
     _unfreeze(edited, directions, settings.trains_gates)

@@ -46,7 +46,7 @@ def absorb_sinks(
         edited: the same with gates that are 1, and with biases of all attention projections. It is changed.
         windows: token ids [batch, tokens] to fit on, without padding.
         settings: of which those that concern the edit count.
-        mixed: whether the models multiply in bfloat16, though they are float32, where the edit looks at their layers.
+        mixed: whether the models multiply in bfloat16, though they are float32, layer by layer, on a CPU.
         progress: show a progress bar, on a terminal.
     """
     # They write in every window, so that some are enough.

@@ -17,7 +17,7 @@ from .settings import AbsorptionSettings
 class Inputs:
     """
     The checkpoint, text files with their SHA-256, settings, and what to compute in, None if the checkpoint says; and
-    whether float32 models multiply in bfloat16, but where they are measured.
+    whether all but the proof multiplies in bfloat16.
     """
 
     source: Source
@@ -26,6 +26,11 @@ class Inputs:
     dtype: torch.dtype | None
     mixed: bool
 
+    @property
+    def products(self) -> str:
+        """The dtype of products in all but the proof."""
+        return "bfloat16" if self.mixed else str(self.dtype).removeprefix("torch.")
+
     def identity(self) -> dict[str, Any]:
         """What is the same as long as the inputs are: texts by their content, checkpoints by files' sizes and times."""
         path = self.source.path
@@ -33,7 +38,7 @@ class Inputs:
         states = {file.name: file.stat() for file in files}
         texts = {os.fspath(text): digest for text, digest in self.texts.items()}
         return (
-            {"checkpoint": os.fspath(path), "text": texts, "dtype": str(self.dtype), "mixed": self.mixed}
+            {"checkpoint": os.fspath(path), "text": texts, "dtype": str(self.dtype), "products": self.products}
             | {"modeling-gated": version("modeling-gated")}
             | {f"{name} (size, mtime_ns)": [state.st_size, state.st_mtime_ns] for name, state in states.items()}
             | asdict(self.settings)
@@ -44,6 +49,6 @@ class Inputs:
         source = {"name": self.source.name, "repo_id": self.source.repo_id, "revision": self.source.revision}
         texts = {path.name: digest for path, digest in self.texts.items()}
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"source": source, "texts": texts, "dtype": dtype, "products": "bfloat16" if self.mixed else dtype} | {
+        return {"source": source, "texts": texts, "dtype": dtype, "products": self.products} | {
             "versions": {name: version(name) for name in ("modeling-gated", "torch", "transformers")}
         }

@@ -20,7 +20,7 @@ class LayerStates:
     Args:
         model: a causal language model of this package, in evaluation mode.
         batches: token ids [batch, tokens], each without padding.
-        mixed: whether layers multiply in bfloat16, though the model is float32.
+        mixed: whether layers multiply in bfloat16, though the model is float32, on a CPU.
     """
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[torch.Tensor], *, mixed: bool = False) -> None:

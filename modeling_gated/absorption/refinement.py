@@ -26,7 +26,7 @@ class Refinement:
     Gates are left alone unless `trains_gates`.
     """
 
-    epochs: int = 12
+    epochs: int
     learning_rate: float = 1e-3
     gate_factor: float = 3.0
     sink_weight: float = 1.0

@@ -41,8 +41,8 @@ _EDIT, _DIRECTIONS = "edit.json", "directions.safetensors"
 class Work:
     """
     What is needed for every step: where the original is, with gates that are 1, its tokenizer, the settings, and what
-    to compute in and on; if it is `mixed`, what is sampled, edited and distilled is multiplied in bfloat16, though
-    models are float32, and what is measured is not.
+    to compute in and on. If it is `mixed`, text is sampled from a bfloat16 model, and the edit and the distillation
+    multiply in bfloat16, though their models are float32; the proof does not.
     """
 
     folder: Path

@@ -12,8 +12,8 @@ from sink_model import converted, sink_model, windows
 from modeling_gated.absorption import AbsorptionSettings, absorb, absorb_checkpoint, work
 from modeling_gated.absorption.distillation import SinkDistillation
 from modeling_gated.absorption.layer_states import LayerStates
-from modeling_gated.absorption.products import has_bfloat16_products
-from modeling_gated.absorption.sinks import layer_sinks
+from modeling_gated.absorption.products import bfloat16_products, has_bfloat16_products
+from modeling_gated.absorption.sinks import SinkDirection, layer_sinks
 from modeling_gated.training import ungated
 
 
@@ -47,20 +47,41 @@ def test_layers_are_near_and_what_is_kept_is_float32() -> None:
 
 
 def test_the_loss_is_near_and_its_gradient_float32() -> None:
+    """And sinks are the same, as they are found in float32."""
     tokens = windows(2, 32, seed=1)
-    losses = {}
+    states, directions = LayerStates(converted(sink_model()), windows(8, 48).split(4)), []
+    for _ in range(4):
+        directions.append(layer_sinks(states).direction)
+        states.advance()
+    found: dict[bool, tuple[torch.Tensor, ...]] = {}
     for mixed in (False, True):
         student = converted(sink_model(scale=0.9))
         trained = student.base_model.layers[2].self_attn.q_proj.weight.requires_grad_(True)
         teacher = ungated(converted(sink_model()), share_weights=False)
         distillation = SinkDistillation(
-            student, teacher, [None] * 4, sink_weight=0.0, hidden_weight=0.0, hidden_limit=800.0, mixed=mixed
+            student,
+            teacher,
+            [None, *directions[1:]],
+            sink_weight=1.0,
+            hidden_weight=1.0,
+            hidden_limit=500.0,
+            rows=32,
+            mixed=mixed,
         )
-        losses[mixed] = distillation(tokens)
-        losses[mixed].backward()
+        found[mixed] = distillation.terms(tokens)
+        torch.stack(found[mixed]).sum().backward()
         assert trained.grad is not None
-        assert (trained.grad.dtype, losses[mixed].dtype) == (torch.float32, torch.float32)
-    assert 0 < abs(losses[True] - losses[False]) < 0.05 * losses[False]
+        assert trained.grad.dtype == torch.float32
+    for exact, near in zip(found[False], found[True], strict=True):
+        assert near.dtype == torch.float32
+        assert 0 < abs(near - exact) < 0.05 * exact
+
+
+def test_sinks_are_found_in_float32() -> None:
+    direction = SinkDirection(torch.ones(4), torch.tensor([1000.0, -1000.0, 1.0, 0.0]))
+    inputs = torch.tensor([[[0.0, 0.0, 0.0, 0.0], [0.1001, 0.1, 0.0, 0.0], [0.10033, 0.1, 0.0, 0.0]]])
+    with bfloat16_products(True):
+        assert direction.tokens(inputs).tolist() == [[True, False, True]]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +127,8 @@ def test_the_report_says_what_was_multiplied_in(
     absorb_checkpoint(tmp_path / "source", tmp_path / "out", settings=settings, dtype=dtype)
     report = json.loads((tmp_path / "out" / "absorption.json").read_text(encoding="utf-8"))
     assert (report["dtype"], report["products"]) == ("float32", products)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"| computed in | float32, products in {products} |" in card
     expected = getattr(torch, products)
     assert (seen["sampling"], seen["distil"], seen["prove"]) == ({expected}, {expected}, {torch.float32})
     assert expected in seen["absorb_sinks"]  # which looks for writers in float32

@@ -76,7 +76,10 @@ def test_what_is_left_out(output: Path) -> None:
 def test_a_card_says_what_was_left_out(output: Path) -> None:
     whole = (output / "absorbed-2048-seed0" / "README.md").read_text(encoding="utf-8")
     assert "without its attention sinks: what they did is done by attention output gates" in whole
-    assert "| settings that it has no flags for | calibration_tokens=1024, measured_windows=2 |" in whole
+    assert (
+        "| settings that it has no flags for | calibration_tokens=1024, refinement_epochs=12, measured_windows=2 |"
+        in whole
+    )
     control = (output / "self-distilled-2048-seed0" / "README.md").read_text(encoding="utf-8")
     assert "without its attention sinks" not in control
     assert "source, made to be compared with a model whose attention sinks were absorbed" in control
