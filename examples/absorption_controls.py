@@ -119,7 +119,7 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
     for axes in (by_tokens, by_sinks):
         axes.axhline(1, color="gray", linewidth=0.5)
     by_sinks.axvline(0.01, color="gray", linewidth=0.5)
-    by_tokens.set_xscale("symlog", linthresh=10_000)  # which has a place for none, too
+    by_tokens.xaxis.set_major_formatter("{x:,.0f}")
     by_sinks.set_xscale("log")
     by_tokens.set(xlabel="tokens distilled on", ylabel="change of perplexity, %; circles 512, squares 2,048 tokens")
     by_sinks.set(xlabel="attention to the first token (F-Attn)")

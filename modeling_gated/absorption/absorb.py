@@ -107,9 +107,9 @@ def absorb_checkpoint(
             documentation and code. Of each the last quarter is held out, and a twentieth before it decides when
             training is enough.
         settings: how to go about it.
-        dtype: what to compute in, bfloat16 or float32; if not given, float32 on a CPU, where all but the proof
-            multiplies in bfloat16 if the CPU has instructions for it; elsewhere bfloat16 if the checkpoint is, else
-            float32. The result has the checkpoint's, and what bfloat16 rounds stays rounded.
+        dtype: what to compute in, bfloat16 or float32; if not given, float32 on a CPU, where sampling, fitting
+            and training multiply in bfloat16 if the CPU has instructions for it; elsewhere bfloat16 if the checkpoint
+            is, else float32. The result has the checkpoint's, and what bfloat16 rounds stays rounded.
         device: if not given, the GPU if there is one.
         overwrite: replace `output` if it is an empty directory or a checkpoint.
         revision: the branch, tag or commit of a model on the hub.

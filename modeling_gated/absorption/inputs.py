@@ -17,7 +17,7 @@ from .settings import AbsorptionSettings
 class Inputs:
     """
     The checkpoint, text files with their SHA-256, settings, and what to compute in, None if the checkpoint says; and
-    whether all but the proof multiplies in bfloat16.
+    whether sampling, fitting and training multiply in bfloat16.
     """
 
     source: Source
@@ -28,7 +28,7 @@ class Inputs:
 
     @property
     def products(self) -> str:
-        """The dtype of products in all but the proof."""
+        """The dtype of products in sampling, fitting and training."""
         return "bfloat16" if self.mixed else str(self.dtype).removeprefix("torch.")
 
     def identity(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Work:
     """
     What is needed for every step: where the original is, with gates that are 1, its tokenizer, the settings, and what
     to compute in and on. If it is `mixed`, text is sampled from a bfloat16 model, and the edit and the distillation
-    multiply in bfloat16, though their models are float32; the proof does not.
+    multiply in bfloat16, though their models are float32; the search for writers and the proof do not.
     """
 
     folder: Path
