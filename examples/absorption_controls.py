@@ -7,7 +7,7 @@ seeds and other budgets, as a table and a plot.
 Variants are made with the first budget and the first seed, "absorbed", from which nothing is left out, with all of
 them. By default they are distilled on, sampled and fitted to less than gated-llama absorb does by itself. Each is a
 checkpoint in the output folder, made as any other: what was interrupted goes on where it was, and what is there is not
-made again. The table and the plot have every absorbed checkpoint of the folder.
+made again. The table and the plot have every absorbed checkpoint of the folder, also one that gated-llama absorb made.
 """
 
 import json
@@ -88,7 +88,7 @@ def mean_of(report: dict[str, Any], field: str) -> float:
 def table_of(reports: dict[str, dict[str, Any]]) -> Table:
     table = Table(box=box.MARKDOWN)
     table.add_column("", no_wrap=True)
-    headings = ["tokens", "F-Attn", "other sinks", "largest hidden state"]
+    headings = ["tokens", "products in", "F-Attn", "other sinks", "largest hidden state"]
     headings += [f"{kind}, {tokens:,}" for tokens in (512, 2048) for kind in KINDS]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -97,6 +97,7 @@ def table_of(reports: dict[str, dict[str, Any]]) -> Table:
         table.add_row(
             name,
             f"{report['distilled_tokens']:,}",
+            report["products"],
             f"{mean_of(report, 'first_token_attention'):.4f}",
             f"{mean_of(report, 'sink_rate_other'):.4f}",
             f"{max(one['edited']['hidden_state_maximum'] for one in report['comparisons']):,.0f}",
