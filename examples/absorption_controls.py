@@ -54,9 +54,10 @@ def wanted(variants: list[str], budgets: list[int], seeds: list[int]) -> list[tu
 
 
 def read_reports(output: Path) -> dict[str, dict[str, Any]]:
-    """The reports of all checkpoints in a folder, by their names."""
+    """The reports of all checkpoints in a folder, by their names, those first that were distilled on the least."""
     paths = sorted(output.glob("*/absorption.json"))
-    return {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    reports = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    return dict(sorted(reports.items(), key=lambda named: named[1]["distilled_tokens"]))
 
 
 def comparison(report: dict[str, Any], kind: str, tokens: int) -> dict[str, Any] | None:
