@@ -182,7 +182,7 @@ def main(
         except (AbsorptionError, ConversionError) as error:
             sys.exit(f"error: {error}")
     reports = read_reports(output)
-    Console(width=220).print(table_of(reports))
+    Console(width=1_000).print(table_of(reports))  # names are never cut
     plot(reports, output / "frontier.png")
     print(f"written: {output / 'frontier.png'}")
 
