@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from modeling_gated.cache_names import cache_argument
 
 
 OURS = ("headwise", "elementwise")
@@ -181,7 +182,8 @@ class Decode(Workload):
         super().__init__(model, batch_size, tokens, compiled)
         with torch.no_grad():
             self.cache = StaticCache(config=model.config, max_cache_len=tokens + 1)
-            model(self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.cached = {cache_argument(model.forward): self.cache, "use_cache": True}
+            model(self.tokens, **self.cached, logits_to_keep=1)
         self.position = torch.full((1, 1), tokens, device=model.device)
         self.filled = [layer.cumulative_length.clone() for layer in self.cache.layers]
 
@@ -197,7 +199,7 @@ class Decode(Workload):
 
     @torch.no_grad()
     def run(self) -> None:
-        self.call(self.tokens[:, :1], past_key_values=self.cache, position_ids=self.position, use_cache=True)
+        self.call(self.tokens[:, :1], position_ids=self.position, **self.cached)
 
 
 class Training(Workload):

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, LlamaConfig
+from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
+
+from modeling_gated.cache_names import CACHE_ARGUMENT
 
 
 class PeerAttention(LlamaAttention, ABC):
@@ -32,17 +34,17 @@ class PeerAttention(LlamaAttention, ABC):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        cache = kwargs.pop(CACHE_ARGUMENT, None)
         hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         queries, logits = self.queries_and_gates(hidden_states)
         queries = queries.transpose(1, 2)
         keys = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         values = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         queries, keys = apply_rotary_pos_emb(queries, keys, *position_embeddings)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
         interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

@@ -15,6 +15,8 @@
 
 from .configuration.configuration_gated_llama import (  # first: it checks versions
     GATE_PROJECTIONS,
+    IS_TESTED_VERSION,
+    TESTED_VERSIONS,
     GatedLlamaConfig,
     initial_gate_bias,
 )
@@ -26,8 +28,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -39,7 +41,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -47,9 +48,6 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.arcee.modeling_arcee import ArceeMLP
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -62,10 +60,14 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import logging
 
+from .cache_names import CACHE_ARGUMENT, PASSES_KWARGS_TO_CACHE, CacheReceipt, given_cache
 from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype
+from .self_test import check_cached_generation
+
+
+logger = logging.get_logger(__name__)
 
 
 class GatedLlamaGate(nn.Linear):
@@ -93,21 +95,31 @@ def gate_projection(config: GatedLlamaConfig, position: str, heads: int) -> Gate
     return GatedLlamaGate(config.hidden_size, rows, bias=config.gate_bias, dtype=dtype)
 
 
-class SharedGateParallel(TensorParallelLayer):
+def register_shared_gate_style() -> None:
     """
-    Tensor parallelism of gates that all heads share: whole on every rank, where they gate that rank's heads alone, so
-    that their gradients have to be summed over the ranks.
+    Register the tensor-parallel style `"shared_gate"`, which the plan of a config with `gate_head_shared` names.
+
+    A gate that all heads share is whole on every rank, where it gates that rank's heads alone, so its gradients are
+    summed over the ranks.
     """
+    # Imported here: only these configs need the names.
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
-    def transform_output_post_forward(self, module: nn.Module, output: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
-        def sum_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
-            gradient = gradient.clone()
-            torch.distributed.all_reduce(gradient, group=mesh.get_group())
-            return gradient
+    class SharedGateParallel(TensorParallelLayer):
+        def transform_output_post_forward(
+            self, module: nn.Module, output: torch.Tensor, mesh: DeviceMesh
+        ) -> torch.Tensor:
+            def sum_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
+                gradient = gradient.clone()
+                torch.distributed.all_reduce(gradient, group=mesh.get_group())
+                return gradient
 
-        if output.requires_grad:
-            output.register_hook(sum_over_ranks)
-        return output
+            if output.requires_grad:
+                output.register_hook(sum_over_ranks)
+            return output
+
+    ALL_PARALLEL_STYLES.register("shared_gate", SharedGateParallel())  # type: ignore[arg-type]  # annotated for functions
 
 
 class GatedLlamaAttention(LlamaAttention):
@@ -131,6 +143,12 @@ class GatedLlamaAttention(LlamaAttention):
 
         attention output norm   Y' = RMSNorm(Y), over the channels of each head
         and activation          Y' = f(Y)
+
+    The forward is Llama's with the gates in it, and calls the attention function itself. Delegating to Llama's by
+    `super().forward()`, with gates in the projections, would survive any rename of its arguments. But vLLM's
+    Transformers backend reads the source of this method and refuses one without that call, and a gate inside a
+    projection is lost where an engine replaces every linear layer. Instead the name of the cache's argument comes from
+    Llama's signature, and the decoder layer checks that the cache arrives.
     """
 
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
@@ -192,9 +210,12 @@ class GatedLlamaAttention(LlamaAttention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # By name, since another version's name for it may be another thing: before 5.24 `cache` is the paged cache,
+        # which the attention function takes.
+        cache: Cache | None = kwargs.pop(CACHE_ARGUMENT, None)
+        receipt: CacheReceipt | None = kwargs.pop("cache_receipt", None)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         gate_input = hidden_states.new_ones(1, 1) if self.is_input_independent else hidden_states
@@ -217,8 +238,11 @@ class GatedLlamaAttention(LlamaAttention):
         cos, sin = position_embeddings
         query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            options = {"kwargs": kwargs} if PASSES_KWARGS_TO_CACHE else {}
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, **options)
+            if receipt is not None:
+                receipt.is_signed = True
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -254,6 +278,9 @@ class GatedLlamaDecoderLayer(LlamaDecoderLayer):
     """
     Llama's block with the gated attention. Without `use_glu` its MLP is down(act(up(x))). With `use_sandwich_norm` it
     is GLM-4's, x + RMSNorm(F(RMSNorm(x))) for attention and MLP in the place of F.
+
+    Raises:
+        RuntimeError: if the layer is given a KV cache that does not reach the attention block.
     """
 
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
@@ -261,18 +288,35 @@ class GatedLlamaDecoderLayer(LlamaDecoderLayer):
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
         self.self_attn = GatedLlamaAttention(config, layer_idx)
-        self.mlp: nn.Module = LlamaMLP(config) if config.use_glu else ArceeMLP(config)  # type: ignore[assignment]
+        self.mlp: nn.Module = LlamaMLP(config)  # type: ignore[assignment]
+        # One class for both blocks, since FSDP looks for every class that _no_split_modules names.
+        self.block_class: Any = LlamaDecoderLayer
+        if not config.use_glu:
+            from transformers.models.arcee.modeling_arcee import ArceeMLP
+
+            self.mlp = ArceeMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.use_sandwich_norm = config.use_sandwich_norm
-        if self.use_sandwich_norm:
+        if config.use_sandwich_norm:
+            from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
+
+            self.block_class = Glm4DecoderLayer
             self.post_self_attn_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.post_mlp_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # One class for both, since FSDP looks for every class that _no_split_modules names.
-        block: Any = Glm4DecoderLayer if self.use_sandwich_norm else LlamaDecoderLayer
-        return block.forward(self, hidden_states, *args, **kwargs)
+        has_cache = kwargs.get(CACHE_ARGUMENT) is not None or given_cache((*args, *kwargs.values())) is not None
+        if not has_cache or torch.compiler.is_compiling():
+            return self.block_class.forward(self, hidden_states, *args, **kwargs)
+        receipt = CacheReceipt()
+        output = self.block_class.forward(self, hidden_states, *args, cache_receipt=receipt, **kwargs)
+        if not receipt.is_signed:
+            raise RuntimeError(
+                f"the KV cache given to {type(self).__name__} did not reach its attention block, so cached generation "
+                f"would be wrong: GatedLlama expects the cache as {CACHE_ARGUMENT!r} with transformers "
+                f"{transformers.__version__}; it was tested with {TESTED_VERSIONS}"
+            )
+        return output
 
 
 class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -299,6 +343,12 @@ class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
             init.constant_(module.bias, bias)
 
     @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any):
+        """Load a model as [`PreTrainedModel.from_pretrained`] does, after `run_self_test`."""
+        run_self_test()  # before: the model is built on the meta device, where the self-test does not run
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Does nothing: the config's `save_pretrained` writes the code and `auto_map`, for every Auto class."""
 
@@ -309,6 +359,9 @@ class GatedLlamaModel(GatedLlamaPreTrainedModel):
     def __init__(self, config: GatedLlamaConfig):
         # Fields may have changed since the config was made: from_pretrained(path, gate_form="additive").
         config.validate_gate()
+        run_self_test()
+        if config.gate_head_shared:
+            register_shared_gate_style()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -355,6 +408,18 @@ class GatedLlamaForQuestionAnswering(GenericForQuestionAnswering, GatedLlamaPreT
     """The decoder with a linear head, `qa_outputs`, on every token: the logits of an answer's start and end."""
 
 
+def run_self_test() -> None:
+    """
+    Compare cached generation of a tiny model with the full forward pass, once per process, with a Transformers newer
+    than those tested.
+
+    Raises:
+        RuntimeError: if cached generation is wrong.
+    """
+    if not IS_TESTED_VERSION:
+        check_cached_generation(GatedLlamaForCausalLM, GatedLlamaConfig, TESTED_VERSIONS)
+
+
 # Here and not in the package alone: with code loaded by trust_remote_code, too, the last three build their decoder
 # through AutoModel.
 AutoModel.register(GatedLlamaConfig, GatedLlamaModel, exist_ok=True)
@@ -362,10 +427,16 @@ AutoModelForCausalLM.register(GatedLlamaConfig, GatedLlamaForCausalLM, exist_ok=
 AutoModelForSequenceClassification.register(GatedLlamaConfig, GatedLlamaForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(GatedLlamaConfig, GatedLlamaForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(GatedLlamaConfig, GatedLlamaForQuestionAnswering, exist_ok=True)
-# A style that a plan of GatedLlamaConfig names.
-ALL_PARALLEL_STYLES.register("shared_gate", SharedGateParallel())  # type: ignore[arg-type]  # annotated for functions
-# Trainer's label smoothing shifts the labels of the models in this table alone.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
+try:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    # Trainer's label smoothing shifts the labels of the models in this table alone.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
+except ImportError:
+    logger.warning_once(
+        f"Trainer's label_smoothing_factor must stay 0 with GatedLlama: transformers {transformers.__version__} has no "
+        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, so the labels would not be shifted"
+    )
 
 
 __all__ = [

@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from modeling_gated.cache_names import cache_argument
+
 from .attention import AttentionInputs, captured_attention
 from .products import bfloat16_products
 
@@ -87,6 +89,6 @@ class LayerStates:
             config=self._decoder.config,
             inputs_embeds=states,
             attention_mask=None,
-            past_key_values=None,
             position_ids=positions,
+            **{cache_argument(make_mask): None},
         )

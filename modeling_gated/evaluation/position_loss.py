@@ -6,6 +6,8 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
+from modeling_gated.cache_names import cache_argument
+
 
 @torch.no_grad()
 def loss_by_position(
@@ -30,14 +32,20 @@ def loss_by_position(
 
     Returns:
         Losses in nats [sequence - 1], float32, on the CPU: element i is of token i + 1.
+
+    Raises:
+        RuntimeError: if the model does not put its keys and values into the cache.
     """
     count = len(input_ids) - 1
     cache = DynamicCache(config=model.config)
+    cached = {cache_argument(model.forward): cache, "use_cache": True}
     losses = []
     for start in range(0, count, chunk_size):
         end = min(start + chunk_size, count)
         chunk = input_ids[None, start:end].to(model.device)
-        logits = model(chunk, past_key_values=cache, use_cache=True).logits[0].float()
+        logits = model(chunk, **cached).logits[0].float()
+        if (length := cache.get_seq_length()) != end:
+            raise RuntimeError(f"{type(model).__name__} must keep all {end} tokens in its KV cache, keeps {length}")
         targets = input_ids[start + 1 : end + 1].to(logits.device)
         losses.append(functional.cross_entropy(logits, targets, reduction="none").cpu())
         advance(end - start)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import TransformersKwargs
 
+from modeling_gated.cache_names import CACHE_ARGUMENT
 from modeling_gated.training.chunks import at_least_float32
 
 from .errors import InspectionError, UnknownAttention
@@ -21,7 +22,7 @@ _SCORES, _SCORES_ON_GPU = 2**19, 2**25
 _KNOWN = ("scaling", "softcap", "s_aux", "position_bias")
 # Arguments of attention functions that leave the scores as the mask and the scaling make them.
 _NEUTRAL = {*TransformersKwargs.__annotations__, "dropout", "sliding_window", "cache_position", "use_cache"}
-_NEUTRAL |= {"past_key_values", "position_embeddings", "logits_to_keep", "return_dict", "deterministic"}
+_NEUTRAL |= {CACHE_ARGUMENT, "position_embeddings", "logits_to_keep", "return_dict", "deterministic"}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
+
+from modeling_gated.cache_names import given_cache
 
 from .errors import InspectionError, UnknownAttention
 from .masks import MASKED
@@ -58,8 +60,8 @@ def tokens_of(arguments: dict[str, Any], padding: torch.Tensor | None, use_cache
     input_ids = arguments.get("input_ids")
     inputs = input_ids if input_ids is not None else arguments["inputs_embeds"]
     batch, count = inputs.shape[:2]
-    cache = arguments.get("past_key_values")
-    offset = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    cache = given_cache(arguments.values())
+    offset = int(cache.get_seq_length()) if cache is not None else 0
     real = torch.ones(batch, offset + count, dtype=torch.bool, device=inputs.device)
     starts = torch.zeros(batch, offset + count, dtype=torch.int64, device=inputs.device)
     position_ids = arguments.get("position_ids")

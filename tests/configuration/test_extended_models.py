@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_by_version import cache_of, with_cache
 from close_tensors import assert_close
 from gated_models import gated_model
 from rope_reference import (
@@ -218,12 +219,12 @@ def test_a_replaced_scaling_is_gone_from_a_loaded_model(case: str) -> None:
 @torch.no_grad()
 def test_a_cache_from_before_is_invalid(method: str, tokens: torch.Tensor) -> None:
     model = any_model("GatedLlamaForCausalLM")
-    old = model(tokens[:, :20], use_cache=True).past_key_values
+    old = cache_of(model(tokens[:, :20], use_cache=True))
     extend_context(model, 128, method)
     expected = model(tokens).logits[:, 20:]
-    new = model(tokens[:, :20], use_cache=True).past_key_values
-    assert_close(model(tokens[:, 20:], past_key_values=new).logits, expected)
-    assert (model(tokens[:, 20:], past_key_values=old).logits - expected).abs().max() > 1e-2
+    new = cache_of(model(tokens[:, :20], use_cache=True))
+    assert_close(model(tokens[:, 20:], **with_cache(new)).logits, expected)
+    assert (model(tokens[:, 20:], **with_cache(old)).logits - expected).abs().max() > 1e-2
 
 
 def test_partial_rotation_is_kept() -> None:

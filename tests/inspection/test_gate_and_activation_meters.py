@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cache_by_version import cache_of, with_cache
 from gated_models import gated_model
 from inspected_models import INPUTS, TOKENS, inputs_of, inspected_model
 from numpy_reference import ACTIVATIONS
@@ -184,7 +185,7 @@ def test_several_passes_are_one_measurement() -> None:
         with inspecting(model, parts):
             cache = None
             for chunk in inputs["input_ids"].split(11, dim=1):
-                cache = model(chunk, past_key_values=cache, use_cache=True).past_key_values
+                cache = cache_of(model(chunk, use_cache=True, **with_cache(cache)))
     for one, other in zip(whole.result().layers, parts.result().layers, strict=True):
         assert [(found.channel, found.position) for found in one.top] == [
             (found.channel, found.position) for found in other.top

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from cache_by_version import cache_of, with_cache
 from gated_models import gated_model
 from inspected_models import (
     INPUTS,
@@ -70,14 +71,14 @@ def test_chunks_with_a_cache_are_one_pass() -> None:
         with inspecting(model, *chunked):
             cache = None
             for chunk in inputs["input_ids"].split(9, dim=1):
-                cache = model(chunk, past_key_values=cache, use_cache=True).past_key_values
+                cache = cache_of(model(chunk, use_cache=True, **with_cache(cache)))
     for one, other in zip(whole, chunked, strict=True):
         torch.testing.assert_close(other.result(), one.result(), rtol=0, atol=1e-6)
     rate = SinkRate()
     with torch.no_grad(), inspecting(model, rate):
-        cache = model(inputs["input_ids"][:, :20], use_cache=True).past_key_values
+        cache = cache_of(model(inputs["input_ids"][:, :20], use_cache=True))
         with pytest.raises(InspectionError, match="needs whole sequences, not one from token 20 on"):
-            model(inputs["input_ids"][:, 20:], past_key_values=cache)
+            model(inputs["input_ids"][:, 20:], **with_cache(cache))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
@@ -192,8 +193,8 @@ def test_static_caches() -> None:
             model(ids)
         with inspecting(model, *found):
             cache = StaticCache(model.config, max_cache_len=64)
-            model(ids[:, :30], past_key_values=cache)
-            model(ids[:, 30:], past_key_values=cache)
+            model(ids[:, :30], **with_cache(cache))
+            model(ids[:, 30:], **with_cache(cache))
     torch.testing.assert_close(found[0].result(), expected[0].result(), rtol=0, atol=1e-6)
     for field in ("first_key", "other_keys", "first_value", "other_values"):
         one, other = (getattr(meters[1].result(), field) for meters in (found, expected))
@@ -220,10 +221,10 @@ def test_whole_masks_and_a_cache() -> None:
         with inspecting(model, whole):
             model(ids)
         with inspecting(model, stepwise):
-            cache = model(ids[:, :20], attention_mask=causal[:, :, :20, :20], use_cache=True).past_key_values
+            cache = cache_of(model(ids[:, :20], attention_mask=causal[:, :, :20, :20], use_cache=True))
             for step in range(20, TOKENS):
                 mask = causal[:, :, step : step + 1, : step + 1]
-                model(ids[:, step : step + 1], attention_mask=mask, past_key_values=cache)
+                model(ids[:, step : step + 1], attention_mask=mask, **with_cache(cache))
     torch.testing.assert_close(stepwise.result(), whole.result(), rtol=0, atol=1e-6)
 
 

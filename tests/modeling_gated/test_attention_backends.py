@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import reference_flash_attn
 import torch
+from cache_by_version import cache_of, with_cache
 from gated_models import VARIANTS, close_gates, gated_model, without_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -78,7 +79,7 @@ def test_implementations_agree_step_by_step(model: PreTrainedModel, implementati
         output = model(tokens[:, :9])
         found = [output.logits]
         for position in range(9, 33):
-            output = model(tokens[:, position : position + 1], past_key_values=output.past_key_values)
+            output = model(tokens[:, position : position + 1], **with_cache(cache_of(output)))
             found.append(output.logits)
         torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-5)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_by_version import cache_of, with_cache
 from gated_models import (
     HEADS,
     SIZES,
@@ -126,7 +127,7 @@ def cached(**options: Any) -> Callable[[PreTrainedModel, torch.Tensor], torch.Te
 
 
 def quantized(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    return cached(past_key_values=int8_cache(model))(model, tokens)
+    return cached(**with_cache(int8_cache(model)))(model, tokens)
 
 
 PATHS = {
@@ -241,8 +242,8 @@ def test_every_layer_is_gated(tokens: torch.Tensor) -> None:
     model = gated_model()
 
     def cached_logits() -> torch.Tensor:
-        cache = model(tokens[:, :20], use_cache=True).past_key_values
-        return model(tokens[:, 20:], past_key_values=cache).logits
+        cache = cache_of(model(tokens[:, :20], use_cache=True))
+        return model(tokens[:, 20:], **with_cache(cache)).logits
 
     with torch.no_grad():
         before, before_cached = model(tokens).logits, cached_logits()

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from cache_by_version import cache_of, with_cache
 from gated_models import VARIANTS, close_gates, gated_model, int8_cache, without_attention
 from transformers import (
     ContinuousBatchingConfig,
@@ -46,7 +47,7 @@ def test_static_cache_longer_than_the_sequence(model: PreTrainedModel, tokens: t
     cache = StaticCache(config=model.config, max_cache_len=64)
     with torch.no_grad():
         expected = model(tokens).logits
-        found = [model(part, past_key_values=cache).logits for part in tokens.split([20, 1, 1, 1, 10], 1)]
+        found = [model(part, **with_cache(cache)).logits for part in tokens.split([20, 1, 1, 1, 10], 1)]
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-5)
 
 
@@ -66,7 +67,7 @@ def test_quantized_cache_is_close(variant: str, backend: str, tokens: torch.Tens
     for closed in (False, True):
         if closed:
             close_gates(model)
-        cache: dict[str, object] = {"past_key_values": int8_cache(model)}
+        cache: dict[str, object] = with_cache(int8_cache(model))
         if backend != "int8":
             cache = {"cache_implementation": "quantized", "cache_config": {"backend": backend, **QUANTISED[backend]}}
         output = model.generate(tokens[:, :9], max_new_tokens=12, **GREEDY, **cache)
@@ -106,7 +107,7 @@ def test_generation_from_embeddings_and_from_a_cache(model: PreTrainedModel, tok
         tokens[:, :9], max_new_tokens=4, do_sample=False, eos_token_id=None, return_dict_in_generate=True
     )
     second = model.generate(
-        first.sequences, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False, eos_token_id=None
+        first.sequences, **with_cache(cache_of(first)), max_new_tokens=4, do_sample=False, eos_token_id=None
     )
     assert torch.equal(second, expected)
 

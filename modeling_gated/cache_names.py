@@ -1,0 +1,72 @@
+# Copyright 2026 The GatedLlama authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Names of the KV cache in Transformers' calls, read from the running version. A saved model includes this text.
+
+Transformers 5.24 renamed the argument `past_key_values` to `cache`. Code with `**kwargs` ignores the name that it does
+not know, and then generates from an empty cache. So no file of this project writes either name into a call.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import transformers
+from transformers import Cache
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+
+_KNOWN_NAMES = ("cache", "past_key_values")
+
+
+def cache_argument(function: Callable[..., Any] = LlamaAttention.forward) -> str:
+    """
+    Return the name of the argument in which a function of Transformers takes the KV cache.
+
+    Args:
+        function: such as a model's `forward`; by default that of Llama's attention block. A function that only takes
+            the cache among its `**kwargs`, as a PEFT model's `forward` does, has Llama's name.
+
+    Raises:
+        TypeError: if the function takes no cache.
+    """
+    parameters = inspect.signature(function).parameters
+    for name, parameter in parameters.items():
+        if name in _KNOWN_NAMES or re.search(r"\bCache\b", str(parameter.annotation)):
+            return name
+    if function is LlamaAttention.forward or not any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()
+    ):
+        name = getattr(function, "__qualname__", repr(function))
+        raise TypeError(
+            f"{name} must take a KV cache, got {list(parameters)} with transformers {transformers.__version__}"
+        )
+    return cache_argument()
+
+
+def given_cache(arguments: Iterable[Any]) -> Cache | None:
+    """Return the KV cache among the values of a call's arguments, whatever its name; None if there is none."""
+    return next((value for value in arguments if isinstance(value, Cache)), None)
+
+
+# The name by which Transformers' decoder layers give an attention block the cache.
+CACHE_ARGUMENT = cache_argument()
+# Since 5.24, which renamed the argument, a layer gives `update` the keyword arguments, for the paged cache to change.
+PASSES_KWARGS_TO_CACHE = CACHE_ARGUMENT != "past_key_values"
+
+
+class CacheReceipt:
+    """What an attention block signs when it has used the cache that its decoder layer was given."""
+
+    is_signed = False
