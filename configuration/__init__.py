@@ -1,6 +1,6 @@
 """Configuration of GatedLlama, and the extension of a model's context."""
 
-from .configuration_gated_llama import GatedLlamaConfig
+from .configuration_gated_llama import GatedLlamaConfig, carried_source_files
 from .context_extension import ContextExtension, describe_context, extend_context
 from .gate_opening import initial_gate_bias, open_gate
 from .source_families import SOURCE_FAMILIES, check_source_family
@@ -10,6 +10,7 @@ __all__ = [
     "SOURCE_FAMILIES",
     "ContextExtension",
     "GatedLlamaConfig",
+    "carried_source_files",
     "check_source_family",
     "describe_context",
     "extend_context",

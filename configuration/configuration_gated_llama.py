@@ -338,8 +338,8 @@ class GatedLlamaConfig(LlamaConfig):
             "AutoModelForTokenClassification": "modeling_gated_llama.GatedLlamaForTokenClassification",
         }
         super().save_pretrained(save_directory)
-        for name, source in _source_files():
-            (Path(save_directory) / name).write_text(source, encoding="utf-8")
+        for name, source in carried_source_files():
+            (Path(save_directory) / name).write_bytes(source.encode())
         if push_to_hub:  # not by the parent, which would upload before the source files are there
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -348,8 +348,8 @@ class GatedLlamaConfig(LlamaConfig):
         """Does nothing: `save_pretrained` writes `auto_map`, and registering would change its `AutoConfig` entry."""
 
 
-def _source_files() -> Iterator[tuple[str, str]]:
-    """Name and text of the two source files of a checkpoint, with imports of each other as flat siblings."""
+def carried_source_files() -> Iterator[tuple[str, str]]:
+    """Yield name and text of the two source files that a checkpoint carries: flat siblings that import each other."""
     modules = ("configuration_gated_llama", "modeling_gated_llama")
 
     def written_in(found: re.Match[str]) -> str:

@@ -5,6 +5,7 @@ from .errors import ConversionError
 from .extend import ExtendedCheckpoint, extend_checkpoint
 from .gguf import dequantize_gguf
 from .plan import Plan
+from .refresh import RefreshedCode, refresh_code
 from .ungate import Restoration, ungate_checkpoint
 from .verify import Verification, verify_checkpoint
 
@@ -14,12 +15,14 @@ __all__ = [
     "ConversionError",
     "ExtendedCheckpoint",
     "Plan",
+    "RefreshedCode",
     "Restoration",
     "Verification",
     "convert_checkpoint",
     "dequantize_gguf",
     "extend_checkpoint",
     "plan_conversion",
+    "refresh_code",
     "ungate_checkpoint",
     "verify_checkpoint",
 ]

@@ -38,8 +38,9 @@ def model_card(plan: Plan, output: Path, command: str) -> str:
         promise = "The gates are the base model's own, taken out of its `q_proj`; no number was changed."
     else:
         promise = (
-            "Gates were added to the base model, open and scaled so that each is exactly 1: the model computes what "
-            f"the base model{alike} does until they are trained. The base model's tensors are unchanged."
+            "Gates were added to the base model, open and scaled so that each is exactly 1: until they are trained, "
+            f"the model has the logits of the base model{alike}, and generates the same text. The base model's tensors "
+            "are unchanged."
         )
     return f"""---
 {card_metadata(source.name, plan.checkpoint.directory)}

@@ -1,7 +1,7 @@
 """Running a checkpoint's model one layer at a time, so that memory holds a layer and not the model."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -37,15 +37,44 @@ class StreamedModel:
         self._load(self.decoder.norm, "model.norm")
         self.decoder.rotary_emb = type(self.decoder.rotary_emb)(self.config)  # its frequencies are in no checkpoint
         self.decoder.embed_tokens = nn.Identity()
-        for number, layer in enumerate(self.decoder.layers):
-            layer.register_forward_pre_hook(lambda layer, _, number=number: self._load(layer, f"model.layers.{number}"))
-            layer.register_forward_hook(_drop)
         self.decoder.eval()
 
     @torch.no_grad()
     def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
         """The hidden states [seq, hidden_size], in `dtype`, before the head, for token ids [seq] of one sequence."""
-        return self.decoder(inputs_embeds=self._embed(tokens)[None], use_cache=False).last_hidden_state[0]
+        (hidden_states,) = self.run({"inputs_embeds": self.embed(tokens)[None], "use_cache": False})
+        return hidden_states[0]
+
+    @torch.no_grad()
+    def run(self, *calls: dict[str, Any]) -> list[torch.Tensor]:
+        """
+        Return the last hidden states, after the final norm, of several calls of the decoder that share each layer's
+        weights, so that these are read once for all calls.
+
+        Args:
+            calls: keyword arguments of the decoder's forward, each with `inputs_embeds` [batch, seq, hidden_size].
+        """
+        layer_calls = [self._layer_calls(call) for call in calls]
+        states = [call["inputs_embeds"] for call in calls]
+        for number, layer in enumerate(self.decoder.layers):
+            self._load(layer, f"model.layers.{number}")
+            states = [
+                layer(hidden, *recorders[number].arguments, **recorders[number].keywords)
+                for hidden, recorders in zip(states, layer_calls, strict=True)
+            ]
+            layer.to("meta")
+        return [self.decoder.norm(hidden) for hidden in states]
+
+    def _layer_calls(self, call: dict[str, Any]) -> "list[_Recorder]":
+        """Return what the decoder's own forward gives each layer beside hidden states: masks, positions, cache."""
+        layers = self.decoder.layers
+        recorders = [_Recorder() for _ in layers]
+        self.decoder.layers = nn.ModuleList(recorders)
+        try:
+            self.decoder(**call)
+        finally:
+            self.decoder.layers = layers
+        return recorders
 
     @torch.no_grad()
     def logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -56,7 +85,8 @@ class StreamedModel:
         for start in range(0, self.config.vocab_size, _HEAD_ROWS):
             yield F.linear(hidden_states, self._read(name, start, start + _HEAD_ROWS)).float()
 
-    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return embeddings [..., hidden_size], in `dtype`, of token ids [...]."""
         used, where = tokens.unique(return_inverse=True)
         rows = [self._read("model.embed_tokens.weight", token, token + 1) for token in used.tolist()]
         return torch.cat(rows)[where]
@@ -76,8 +106,15 @@ class StreamedModel:
         return self.tensors[name][0].read(name, first, last).to(self.dtype)
 
 
-def _drop(layer: nn.Module, *_: object) -> None:
-    layer.to("meta")
+class _Recorder(nn.Module):
+    """Stands for a decoder layer, keeps the arguments of its call and returns the hidden states as they are."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        self.arguments, self.keywords = arguments, keywords
+        return hidden_states
 
 
 class Comparison:

@@ -1,4 +1,4 @@
-"""Checking a gated checkpoint against its source: the bytes of the tensors, then the logits on real text."""
+"""Checking a gated checkpoint against its source: the tensors' bytes, logits on real text, cached generation."""
 
 import os
 import tempfile
@@ -23,10 +23,12 @@ from .errors import ConversionError
 from .files import errors_naming, read_bytes, resolve, sha256, sha256_of
 from .fused import FusedGates, is_fused, is_qwen3_next
 from .gates import changed_gate_layers, ranges
+from .generation import GenerationComparison, compare_generation
 from .gguf import dequantize_gguf, gguf_headers
 from .manifest import as_bytes, as_text, read_manifest, record, replace_file
 from .placement import check_space
 from .plan import CARD_NAME, OWN_FILES, norm_from_one
+from .refresh import outdated_code
 from .safetensors_file import Shard, Tensor
 from .sources import Source, find_source
 from .streaming import Comparison, StreamedModel
@@ -55,7 +57,9 @@ class Verification:
     `changed_code` the code in the directory that is not what the manifest says. `text` says on what the logits were
     compared, over how many `tokens`, and the next three what was found; they are None where logits were not compared,
     and `text` then says why. `context` says to what the source's context was extended for the comparison, if the
-    checkpoint's was. `passed` is the verdict. `recorded` says whether the manifest and the model card hold it.
+    checkpoint's was. `generation` compares cached greedy generation; it is None where logits were not compared.
+    `passed` is the verdict. `outdated_code` names carried code that conversion wrote and that is not this version's;
+    the package's own model was run, not this code. `recorded` says whether the manifest and the model card hold it.
     """
 
     tensors: int
@@ -70,8 +74,10 @@ class Verification:
     max_difference: float | None
     kl_divergence: float | None
     top1_agreement: float | None
+    generation: GenerationComparison | None
     passed: bool
     verdict: str
+    outdated_code: tuple[str, ...] = ()
     recorded: bool = False
 
     def summary(self) -> dict[str, str]:
@@ -90,6 +96,10 @@ class Verification:
             found["config"] = f"{', '.join(self.differing_fields)} not as in the source"
         if self.changed_code:
             found["code"] = f"{', '.join(self.changed_code)} changed since conversion"
+        elif self.outdated_code:
+            found["code"] = (
+                f"{', '.join(self.outdated_code)} of another version; `gated-llama refresh-code` replaces it"
+            )
         if self.changed_gates:
             found["gates"] = f"changed since conversion in layers {ranges(list(self.changed_gates))}"
         if self.max_difference is None:
@@ -99,6 +109,7 @@ class Verification:
             "max_difference": f"{self.max_difference:.3g}",
             "KL_divergence": f"{self.kl_divergence:.3g}",
             "top-1_agreement": f"{self.top1_agreement:.2%}",
+            "cached_generation": self.generation.summary() if self.generation is not None else "not compared",
         }
 
 
@@ -115,9 +126,11 @@ def verify_checkpoint(
     Compare a gated checkpoint with what it was converted from.
 
     First the SHA-256 of every base tensor, the fields of the config that say what is computed, and the code that the
-    directory carries, against its manifest; then the logits of both models on the same text, layer by layer, so that
-    it takes the memory of a layer and not of two models. The models run in the checkpoint's dtype; those with
-    imported gates in float32. What is found is recorded in `output`'s manifest and model card, if it has them.
+    directory carries, against its manifest; then the logits of both models on the same text; then the tokens that both
+    generate with a KV cache, from a prompt and for a left-padded batch of two. The models run layer by layer, so that
+    it takes the memory of a layer and not of two models; each reads its weights nine times. They run in the
+    checkpoint's dtype; those with imported gates in float32. What is found is recorded in `output`'s manifest and
+    model card, if it has them.
 
     Args:
         source: what `output` was converted from, named as for conversion.
@@ -181,11 +194,12 @@ def _compare(
     fields = tuple(name for name in _FIELDS if getattr(config, name) != getattr(architecture.config, name))
     code = tuple(_changed_code(gated.directory))
     is_same = not (differing or changed or fields or code)
-    comparison = None
+    comparison = generation = None
     if (text_name := _why_no_logits(source, architecture)) is None:
         ids, text_name = _token_ids(source, text, tokens, config.vocab_size)
-        comparison = _compare_logits(source, gated, architecture, config, ids)
-    verdict = _verdict(comparison, imported) if is_same else None
+        models = _models(source, gated, architecture, config)
+        comparison, generation = Comparison(*models, ids), compare_generation(*models, ids)
+    verdict = _verdict(comparison, generation, imported) if is_same else None
     return Verification(
         tensors=names,
         differing=differing,
@@ -199,18 +213,24 @@ def _compare(
         max_difference=comparison.max_difference if comparison else None,
         kl_divergence=comparison.kl_divergence if comparison else None,
         top1_agreement=comparison.top1_agreement if comparison else None,
+        generation=generation,
         passed=verdict is not None,
         verdict=verdict or "different",
+        outdated_code=outdated_code(gated.directory),
     )
 
 
-def _verdict(comparison: Comparison | None, imported: bool) -> str | None:
-    """What to say of checkpoints whose tensors and configs are the same; None if their logits differ all the same."""
-    if comparison is None:
+def _verdict(comparison: Comparison | None, generation: GenerationComparison | None, imported: bool) -> str | None:
+    """Return what to say of checkpoints whose tensors and configs are the same; None if their models differ."""
+    if comparison is None or generation is None:
         return "equal tensors and config"
-    if comparison.max_difference == 0:
+    if generation.error is not None:
+        return None
+    differences = comparison.max_difference, generation.max_difference
+    if differences == (0, 0) and generation.is_same:
         return "identical: the same function, bit for bit"
-    if imported and comparison.max_difference <= _TOLERANCE * comparison.max_logit:
+    # A token may be another where two are nearly as likely, so here the logits decide.
+    if imported and all(difference <= _TOLERANCE * comparison.max_logit for difference in differences):
         return "equal within the rounding of float32"
     return None
 
@@ -289,9 +309,9 @@ def _why_no_logits(source: Checkpoint, architecture: Architecture) -> str | None
     return None
 
 
-def _compare_logits(
-    source: Checkpoint, gated: Checkpoint, architecture: Architecture, config: GatedLlamaConfig, ids: torch.Tensor
-) -> Comparison:
+def _models(
+    source: Checkpoint, gated: Checkpoint, architecture: Architecture, config: GatedLlamaConfig
+) -> tuple[StreamedModel, StreamedModel]:
     # Here, as converting needs no model.
     from transformers import AutoModelForCausalLM
 
@@ -302,7 +322,7 @@ def _compare_logits(
         ungated = AutoModelForCausalLM.from_config(architecture.source_config, dtype=dtype)
     with torch.device("meta"), naming(gated.config_path):
         model = GatedLlamaForCausalLM._from_config(config, dtype=dtype)
-    return Comparison(StreamedModel(ungated, source, dtype), StreamedModel(model, gated, dtype), ids)
+    return StreamedModel(ungated, source, dtype), StreamedModel(model, gated, dtype)
 
 
 def _token_ids(

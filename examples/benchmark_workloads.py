@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
-from modeling_gated.cache_names import cache_argument
+from modeling_gated.kv_cache import cache_argument
 
 
 OURS = ("headwise", "elementwise")

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 
-from modeling_gated.cache_names import CACHE_ARGUMENT
+from modeling_gated.kv_cache import CACHE_ARGUMENT
 
 
 class PeerAttention(LlamaAttention, ABC):

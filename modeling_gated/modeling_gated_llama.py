@@ -36,7 +36,6 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    Cache,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -62,9 +61,10 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.utils import logging
 
-from .cache_names import CACHE_ARGUMENT, PASSES_KWARGS_TO_CACHE, CacheReceipt, given_cache
 from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype
+from .kv_cache import PASSES_KWARGS_TO_CACHE, forward_with_cache, take_cache
 from .self_test import check_cached_generation
+from .tensor_parallel import register_shared_gate_style
 
 
 logger = logging.get_logger(__name__)
@@ -95,33 +95,6 @@ def gate_projection(config: GatedLlamaConfig, position: str, heads: int) -> Gate
     return GatedLlamaGate(config.hidden_size, rows, bias=config.gate_bias, dtype=dtype)
 
 
-def register_shared_gate_style() -> None:
-    """
-    Register the tensor-parallel style `"shared_gate"`, which the plan of a config with `gate_head_shared` names.
-
-    A gate that all heads share is whole on every rank, where it gates that rank's heads alone, so its gradients are
-    summed over the ranks.
-    """
-    # Imported here: only these configs need the names.
-    from torch.distributed.device_mesh import DeviceMesh
-    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
-
-    class SharedGateParallel(TensorParallelLayer):
-        def transform_output_post_forward(
-            self, module: nn.Module, output: torch.Tensor, mesh: DeviceMesh
-        ) -> torch.Tensor:
-            def sum_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
-                gradient = gradient.clone()
-                torch.distributed.all_reduce(gradient, group=mesh.get_group())
-                return gradient
-
-            if output.requires_grad:
-                output.register_hook(sum_over_ranks)
-            return output
-
-    ALL_PARALLEL_STYLES.register("shared_gate", SharedGateParallel())  # type: ignore[arg-type]  # annotated for functions
-
-
 class GatedLlamaAttention(LlamaAttention):
     """
     Llama's attention with gates, by default on its output: position G1 of arXiv 2505.06708, Section 2.2,
@@ -144,11 +117,10 @@ class GatedLlamaAttention(LlamaAttention):
         attention output norm   Y' = RMSNorm(Y), over the channels of each head
         and activation          Y' = f(Y)
 
-    The forward is Llama's with the gates in it, and calls the attention function itself. Delegating to Llama's by
-    `super().forward()`, with gates in the projections, would survive any rename of its arguments. But vLLM's
-    Transformers backend reads the source of this method and refuses one without that call, and a gate inside a
-    projection is lost where an engine replaces every linear layer. Instead the name of the cache's argument comes from
-    Llama's signature, and the decoder layer checks that the cache arrives.
+    The forward repeats Llama's. Delegating by `super().forward()`, with the gates in `o_proj`, would survive a rename
+    of arguments. But vLLM's Transformers backend reads the source of this method and refuses one that does not call the
+    attention function, and an engine that replaces every linear layer would drop the gates. So the name of the cache's
+    argument is read from Llama's signature, and the decoder layer checks that the cache arrives.
     """
 
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
@@ -212,10 +184,8 @@ class GatedLlamaAttention(LlamaAttention):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # By name, since another version's name for it may be another thing: before 5.24 `cache` is the paged cache,
-        # which the attention function takes.
-        cache: Cache | None = kwargs.pop(CACHE_ARGUMENT, None)
-        receipt: CacheReceipt | None = kwargs.pop("cache_receipt", None)
+        # Not a parameter: its name depends on the version, and before 5.24 `cache` is for the attention function.
+        cache, receipt = take_cache(kwargs), kwargs.pop("cache_receipt", None)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         gate_input = hidden_states.new_ones(1, 1) if self.is_input_independent else hidden_states
@@ -278,9 +248,6 @@ class GatedLlamaDecoderLayer(LlamaDecoderLayer):
     """
     Llama's block with the gated attention. Without `use_glu` its MLP is down(act(up(x))). With `use_sandwich_norm` it
     is GLM-4's, x + RMSNorm(F(RMSNorm(x))) for attention and MLP in the place of F.
-
-    Raises:
-        RuntimeError: if the layer is given a KV cache that does not reach the attention block.
     """
 
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
@@ -288,15 +255,16 @@ class GatedLlamaDecoderLayer(LlamaDecoderLayer):
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
         self.self_attn = GatedLlamaAttention(config, layer_idx)
-        self.mlp: nn.Module = LlamaMLP(config)  # type: ignore[assignment]
-        # One class for both blocks, since FSDP looks for every class that _no_split_modules names.
-        self.block_class: Any = LlamaDecoderLayer
-        if not config.use_glu:
+        if config.use_glu:
+            self.mlp: nn.Module = LlamaMLP(config)  # type: ignore[assignment]
+        else:
             from transformers.models.arcee.modeling_arcee import ArceeMLP
 
             self.mlp = ArceeMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        # One layer class for both, since FSDP looks for every class that _no_split_modules names.
+        self.block_class: Any = LlamaDecoderLayer
         if config.use_sandwich_norm:
             from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
 
@@ -305,18 +273,7 @@ class GatedLlamaDecoderLayer(LlamaDecoderLayer):
             self.post_mlp_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        has_cache = kwargs.get(CACHE_ARGUMENT) is not None or given_cache((*args, *kwargs.values())) is not None
-        if not has_cache or torch.compiler.is_compiling():
-            return self.block_class.forward(self, hidden_states, *args, **kwargs)
-        receipt = CacheReceipt()
-        output = self.block_class.forward(self, hidden_states, *args, cache_receipt=receipt, **kwargs)
-        if not receipt.is_signed:
-            raise RuntimeError(
-                f"the KV cache given to {type(self).__name__} did not reach its attention block, so cached generation "
-                f"would be wrong: GatedLlama expects the cache as {CACHE_ARGUMENT!r} with transformers "
-                f"{transformers.__version__}; it was tested with {TESTED_VERSIONS}"
-            )
-        return output
+        return forward_with_cache(self.block_class.forward, self, hidden_states, *args, **kwargs)
 
 
 class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -409,13 +366,7 @@ class GatedLlamaForQuestionAnswering(GenericForQuestionAnswering, GatedLlamaPreT
 
 
 def run_self_test() -> None:
-    """
-    Compare cached generation of a tiny model with the full forward pass, once per process, with a Transformers newer
-    than those tested.
-
-    Raises:
-        RuntimeError: if cached generation is wrong.
-    """
+    """Raise RuntimeError if this Transformers is newer than those tested and cached generation is wrong with it."""
     if not IS_TESTED_VERSION:
         check_cached_generation(GatedLlamaForCausalLM, GatedLlamaConfig, TESTED_VERSIONS)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from modeling_gated.cache_names import cache_argument
+from modeling_gated.kv_cache import cache_argument
 
 from .attention import AttentionInputs, captured_attention
 from .products import bfloat16_products

@@ -144,6 +144,23 @@ def ungate(
     print_lines({"files restored": f"{len(done.files)}", "result": done.output})
 
 
+def refresh_code(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="The directory of a gated checkpoint that carries its code.")
+    ],
+) -> None:
+    """
+    Replace the code in CHECKPOINT, which trust_remote_code runs, by this version's; no other file but the manifest.
+
+    Code written before a change in Transformers may generate wrong text, or refuse to.
+    """
+    with one_clear_line():
+        from modeling_gated.conversion import refresh_code
+
+        done = refresh_code(checkpoint)
+    print_lines({"replaced": ", ".join(done.files) or "nothing: the code is this version's", "result": done.directory})
+
+
 def extend(
     checkpoint: Source,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],

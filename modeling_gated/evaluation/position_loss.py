@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
-from modeling_gated.cache_names import cache_argument
+from modeling_gated.kv_cache import cache_argument
 
 
 @torch.no_grad()

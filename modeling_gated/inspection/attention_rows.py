@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import TransformersKwargs
 
-from modeling_gated.cache_names import CACHE_ARGUMENT
+from modeling_gated.kv_cache import CACHE_ARGUMENT
 from modeling_gated.training.chunks import at_least_float32
 
 from .errors import InspectionError, UnknownAttention

@@ -11,10 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Names of the KV cache in Transformers' calls, read from the running version. A saved model includes this text.
+"""The KV cache on its way from a model to its attention blocks. A saved model includes this text.
 
-Transformers 5.24 renamed the argument `past_key_values` to `cache`. Code with `**kwargs` ignores the name that it does
-not know, and then generates from an empty cache. So no file of this project writes either name into a call.
+Transformers 5.24 renamed the argument `past_key_values` to `cache`. Code with `**kwargs` ignores a name that it does
+not know, and then generates from an empty cache. So this project reads the name from the running version, and checks
+that the cache arrives.
 """
 
 import inspect
@@ -22,6 +23,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import transformers
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -62,11 +64,55 @@ def given_cache(arguments: Iterable[Any]) -> Cache | None:
 
 # The name by which Transformers' decoder layers give an attention block the cache.
 CACHE_ARGUMENT = cache_argument()
+_WRONG = (
+    f"cached generation would be wrong with transformers {transformers.__version__}; install a version that GatedLlama "
+    "was tested with"
+)
 # Since 5.24, which renamed the argument, a layer gives `update` the keyword arguments, for the paged cache to change.
 PASSES_KWARGS_TO_CACHE = CACHE_ARGUMENT != "past_key_values"
+
+
+def take_cache(keywords: dict[str, Any]) -> Any:
+    """
+    Remove the KV cache from the keyword arguments of an attention block, and return it; None if there is none.
+
+    Raises:
+        RuntimeError: if there is a cache under another name than Transformers' own.
+    """
+    cache = keywords.pop(CACHE_ARGUMENT, None)
+    if cache is None:  # what Transformers itself still takes for `cache` until 5.40
+        cache = keywords.pop("past_key_values", None)
+    if given_cache(keywords.values()) is not None:
+        names = [name for name, value in keywords.items() if isinstance(value, Cache)]
+        raise RuntimeError(f"an attention block must get its KV cache as {CACHE_ARGUMENT!r}, got {names}: {_WRONG}")
+    return cache
 
 
 class CacheReceipt:
     """What an attention block signs when it has used the cache that its decoder layer was given."""
 
+    # An object and not a list, of which accelerate and FSDP make copies.
     is_signed = False
+
+
+def forward_with_cache(forward: Callable[..., Any], layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """
+    Call a decoder layer's forward, and check that a KV cache among its arguments reaches the attention block.
+
+    Args:
+        forward: the forward of Transformers' layer, called with `layer`, the other arguments and, if there is a cache,
+            a `cache_receipt` for the attention block to sign.
+
+    Raises:
+        RuntimeError: if the receipt is not signed.
+    """
+    has_cache = kwargs.get(CACHE_ARGUMENT) is not None or given_cache((*args, *kwargs.values())) is not None
+    if not has_cache or torch.compiler.is_compiling():
+        return forward(layer, *args, **kwargs)
+    receipt = CacheReceipt()
+    output = forward(layer, *args, cache_receipt=receipt, **kwargs)
+    if not receipt.is_signed:
+        raise RuntimeError(
+            f"{type(layer).__name__} must hand its KV cache to its attention block, and did not: {_WRONG}"
+        )
+    return output

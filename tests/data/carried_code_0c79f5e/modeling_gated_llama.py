@@ -1,0 +1,494 @@
+# Copyright 2026 The GatedLlama authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""GatedLlama: Llama with attention output gates (arXiv 2505.06708), as the difference from Transformers' own."""
+
+from .configuration_gated_llama import (  # first: it checks versions
+    GATE_PROJECTIONS,
+    GatedLlamaConfig,
+    initial_gate_bias,
+)
+
+
+# isort: split
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Cache,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.arcee.modeling_arcee import ArceeMLP
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaMLP,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+# Copyright 2026 The GatedLlama authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Activations of gates, and gates' application with no more kept for the backward pass than it needs.
+
+A saved model carries this file's text inside its own.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def with_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor in a dtype. In decoding, `to` takes long even where it does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def non_sparse_sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """0.5 + 0.5 sigmoid(x), between 0.5 and 1: a gate that cannot close (arXiv 2505.06708, Section 4.2)."""
+    return 0.5 + 0.5 * torch.sigmoid(x)
+
+
+def identity(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def sigmoid_slope(x: torch.Tensor) -> torch.Tensor:
+    # Not s - s², of which nothing would be left where s is nearly 1.
+    return torch.sigmoid(x) * torch.sigmoid(-x)
+
+
+# Functions, not modules, whose calls take longer.
+GATE_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "ns_sigmoid": non_sparse_sigmoid,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "linear": identity,
+}
+# Their derivatives, for a backward pass that has no activations to go by.
+GATE_SLOPES: dict[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]] = {
+    torch.sigmoid: sigmoid_slope,
+    non_sparse_sigmoid: lambda x: 0.5 * sigmoid_slope(x),
+    nn.functional.silu: lambda x: torch.sigmoid(x) + x * sigmoid_slope(x),
+    torch.tanh: lambda x: 1 - torch.tanh(x).square(),
+    torch.relu: lambda x: (x > 0).to(x.dtype),
+    identity: torch.ones_like,
+}
+
+
+class GatedStates(torch.autograd.Function):
+    """
+    States with the gates that an attention block makes of logits. For the backward pass it keeps the logits, of which
+    it makes the gates again, and of gates that multiply the states, too. Of sigmoid gates autograd would keep twice as
+    much beside the states, the activations and the gates, and in bfloat16, as activations are float32, three times.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(states: torch.Tensor, logits: torch.Tensor, attention: Any) -> torch.Tensor:
+        """
+        Args:
+            states: [batch, seq, heads, channels].
+            logits: [batch, seq, gates], or [1, gates].
+            attention: a `GatedLlamaAttention`.
+        """
+        return attention.with_gates(states, attention.gate_values(logits))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        states, logits, ctx.attention = inputs
+        ctx.save_for_backward(None if ctx.attention.is_additive else states, logits)
+        ctx.save_for_forward(states, logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        states, logits = ctx.saved_tensors
+        attention: Any = ctx.attention
+        of_states = of_logits = None
+        if ctx.needs_input_grad[0]:
+            is_additive = attention.is_additive
+            of_states = gradient if is_additive else attention.with_gates(gradient, attention.gate_values(logits))
+        if ctx.needs_input_grad[1]:
+            of_gates = gradient if attention.is_additive else gradient * states
+            of_gates = of_gates.sum_to_size(attention.gates_of_heads(logits, gradient).shape).reshape(logits.shape)
+            of_logits = with_dtype(of_gates.float() * _slopes(attention, logits), logits.dtype)
+        return of_states, of_logits, None
+
+    @staticmethod
+    def jvp(ctx: Any, of_states: torch.Tensor, of_logits: torch.Tensor, _: None) -> torch.Tensor:
+        states, logits = ctx.saved_tensors
+        attention: Any = ctx.attention
+        of_gates = of_logits * _slopes(attention, logits)
+        if attention.is_additive:
+            return attention.with_gates(of_states, of_gates)
+        changed = attention.with_gates(of_states, attention.gate_values(logits))
+        return changed + attention.with_gates(states, of_gates)
+
+
+def _slopes(attention: Any, logits: torch.Tensor) -> torch.Tensor:
+    """The derivatives of gates by their logits, float32."""
+    return GATE_SLOPES[attention.gate_act_fn](logits.float()) * attention.gate_scale
+
+
+class GatedLlamaGate(nn.Linear):
+    """
+    The projection from hidden states, or from the constant 1 of shape [1, 1], to gate logits. A class of its own for
+    `_init_weights` to recognise. It takes any floating-point input, so that its weights can be float32 in a model that
+    isn't; serving engines, which replace every linear layer, give all weights one dtype and lose nothing by it.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(with_dtype(input, self.weight.dtype))
+
+
+def gate_projection(config: GatedLlamaConfig, position: str, heads: int) -> GatedLlamaGate | None:
+    """The layer that gives the gates of one of the paper's positions, which has so many heads; None if it has none."""
+    if position not in config.gate_position:
+        return None
+    assert config.head_dim  # the config has filled it in
+    channels = config.hidden_size if position == "G5" else config.head_dim
+    gates_of_head = 1 if config.gate_granularity == "headwise" else channels
+    rows = gates_of_head if config.gate_head_shared else heads * gates_of_head
+    dtype = torch.float32 if config.gate_dtype == "float32" else None
+    if config.gate_input_independent:
+        return GatedLlamaGate(1, rows, bias=False, dtype=dtype)
+    return GatedLlamaGate(config.hidden_size, rows, bias=config.gate_bias, dtype=dtype)
+
+
+class SharedGateParallel(TensorParallelLayer):
+    """
+    Tensor parallelism of gates that all heads share: whole on every rank, where they gate that rank's heads alone, so
+    that their gradients have to be summed over the ranks.
+    """
+
+    def transform_output_post_forward(self, module: nn.Module, output: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        def sum_over_ranks(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            torch.distributed.all_reduce(gradient, group=mesh.get_group())
+            return gradient
+
+        if output.requires_grad:
+            output.register_hook(sum_over_ranks)
+        return output
+
+
+class GatedLlamaAttention(LlamaAttention):
+    """
+    Llama's attention with gates, by default on its output: position G1 of arXiv 2505.06708, Section 2.2,
+
+        Y' = Y * gate_scale * sigmoid(X W + b)
+
+    X is `hidden_states` of shape [batch, seq, hidden_size], Y the output of scaled dot-product attention, of shape
+    [batch, seq, num_attention_heads, head_dim]. Each gate is one number per head or, elementwise, per channel.
+
+    The same holds at the paper's other positions, with Y the values (G2), keys (G3) or queries (G4) as they leave their
+    projections, or the output of `o_proj` (G5); and for its other forms, with f = `gate_activation`:
+
+        multiplicative          Y' = Y * gate_scale * f(X W + b)
+        additive                Y' = Y + gate_scale * f(X W + b)
+        head-shared             as these, with one W and b for all heads
+        input-independent       as these, with X = 1 and no b
+
+    Without gates, or before them, the attention output itself may be changed (Table 3):
+
+        attention output norm   Y' = RMSNorm(Y), over the channels of each head
+        and activation          Y' = f(Y)
+    """
+
+    def __init__(self, config: GatedLlamaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        heads, key_value_heads, hidden_size = config.num_attention_heads, config.num_key_value_heads, config.hidden_size
+        assert key_value_heads  # the config has filled it in
+        if config.attention_output_bias != config.attention_bias:
+            self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=config.attention_output_bias)
+        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else None
+        is_sliding = config.layer_types[layer_idx] == "sliding_attention"  # type: ignore[index]  # None only as input
+        self.sliding_window = config.sliding_window if is_sliding else None
+
+        has_output_norm, output_activation = config.use_attention_output_norm, config.attention_output_activation
+        self.o_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if has_output_norm else None
+        self.o_act_fn = GATE_ACTIVATIONS[output_activation] if output_activation is not None else None
+
+        self.g_proj = gate_projection(config, "G1", heads)
+        self.g_v_proj = gate_projection(config, "G2", key_value_heads)
+        self.g_k_proj = gate_projection(config, "G3", key_value_heads)
+        self.g_q_proj = gate_projection(config, "G4", heads)
+        self.g_o_proj = gate_projection(config, "G5", 1)
+        self.has_gated_projections = not {"G2", "G3", "G4"}.isdisjoint(config.gate_position)
+        self.gate_act_fn = GATE_ACTIVATIONS[config.gate_activation]
+        self.gate_scale = config.gate_scale
+        self.is_headwise = config.gate_granularity == "headwise"
+        self.is_additive = config.gate_form == "additive"
+        self.is_input_independent = config.gate_input_independent
+
+    def gate_values(self, logits: torch.Tensor) -> torch.Tensor:
+        """Gates, float32, of the shape of their logits: [batch, seq, rows of the projection], or [1, rows]."""
+        # In float32: in bfloat16 a sigmoid saturates, without gradient, from a logit of 6.25 on.
+        return self.gate_act_fn(logits.float()) * self.gate_scale
+
+    def with_gates(self, states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """`states`, of shape [batch, seq, heads, channels], with gates as `gate_values` gives them."""
+        gates = self.gates_of_heads(with_dtype(gates, states.dtype), states)
+        return states + gates if self.is_additive else states * gates
+
+    def gates_of_heads(self, gates: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Gates of `states`, apart by heads and channels: [..., heads, channels], either 1 if it shares them."""
+        return gates.view(*gates.shape[:-1], -1, 1 if self.is_headwise else states.shape[-1])
+
+    def gated(self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor) -> torch.Tensor:
+        """`states`, of shape [batch, seq, heads, channels], with the gates that `projection` makes of `gate_input`."""
+        if projection is None:
+            return states
+        return self.gated_by(states, projection(gate_input))
+
+    def gated_by(self, states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """`states`, of shape [batch, seq, heads, channels], with the gates of these logits."""
+        # Who compiles decides what is kept.
+        if (states.requires_grad or logits.requires_grad) and not torch.compiler.is_compiling():
+            return GatedStates.apply(states, logits, self)
+        return self.with_gates(states, self.gate_values(logits))
+
+    def forward(  # type: ignore[override]  # Llama's annotations are narrower than its code
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        gate_input = hidden_states.new_ones(1, 1) if self.is_input_independent else hidden_states
+
+        query_states = self.q_proj(hidden_states).view(hidden_shape)
+        key_states = self.k_proj(hidden_states).view(hidden_shape)
+        value_states = self.v_proj(hidden_states).view(hidden_shape)
+        if self.has_gated_projections:
+            query_states = self.gated(query_states, self.g_q_proj, gate_input)
+            key_states = self.gated(key_states, self.g_k_proj, gate_input)
+            value_states = self.gated(value_states, self.g_v_proj, gate_input)
+
+        if self.q_norm is not None:
+            query_states = self.q_norm(query_states)
+        if self.k_norm is not None:
+            key_states = self.k_norm(key_states)
+        query_states, key_states = query_states.transpose(1, 2), key_states.transpose(1, 2)
+        value_states = value_states.transpose(1, 2)
+
+        cos, sin = position_embeddings
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+
+        attn_output = attn_output.reshape(hidden_shape)
+        if self.o_norm is not None:
+            attn_output = self.o_norm(attn_output)
+        if self.o_act_fn is not None:
+            attn_output = self.o_act_fn(attn_output)
+        attn_output = self.gated(attn_output, self.g_proj, gate_input)
+
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        attn_output = self.o_proj(attn_output)
+        if self.g_o_proj is not None:  # to the gates of G5 it is the output of one head
+            attn_output = self.gated(attn_output.unsqueeze(-2), self.g_o_proj, gate_input).squeeze(-2)
+        return attn_output, attn_weights
+
+
+class GatedLlamaDecoderLayer(LlamaDecoderLayer):
+    """
+    Llama's block with the gated attention. Without `use_glu` its MLP is down(act(up(x))). With `use_sandwich_norm` it
+    is GLM-4's, x + RMSNorm(F(RMSNorm(x))) for attention and MLP in the place of F.
+    """
+
+    def __init__(self, config: GatedLlamaConfig, layer_idx: int):
+        # Not LlamaDecoderLayer's, which would build an attention and an MLP of Llama's.
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = GatedLlamaAttention(config, layer_idx)
+        self.mlp: nn.Module = LlamaMLP(config) if config.use_glu else ArceeMLP(config)  # type: ignore[assignment]
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.use_sandwich_norm = config.use_sandwich_norm
+        if self.use_sandwich_norm:
+            self.post_self_attn_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.post_mlp_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # One class for both, since FSDP looks for every class that _no_split_modules names.
+        block: Any = Glm4DecoderLayer if self.use_sandwich_norm else LlamaDecoderLayer
+        return block.forward(self, hidden_states, *args, **kwargs)
+
+
+class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
+    config: GatedLlamaConfig
+    config_class = GatedLlamaConfig
+    _no_split_modules = ["GatedLlamaDecoderLayer"]
+    _can_record_outputs = {
+        "hidden_states": GatedLlamaDecoderLayer,
+        "attentions": GatedLlamaAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        # Also called for gates that a checkpoint lacks: with the config of a converted one they are the identity.
+        config = self.config
+        if not isinstance(module, GatedLlamaGate) or not config.gate_bias:
+            super()._init_weights(module)
+            return
+        bias = initial_gate_bias(config.gate_init, config.gate_activation, config.gate_form)
+        if module.bias is None:  # independent of the input, so that the weights of its 1 are what a bias is elsewhere
+            init.constant_(module.weight, bias)
+        else:
+            init.zeros_(module.weight)
+            init.constant_(module.bias, bias)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing: the config's `save_pretrained` writes the code and `auto_map`, for every Auto class."""
+
+
+class GatedLlamaModel(GatedLlamaPreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: GatedLlamaConfig):
+        # Fields may have changed since the config was made: from_pretrained(path, gate_form="additive").
+        config.validate_gate()
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [GatedLlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.has_sliding_layers = "sliding_attention" in (config.layer_types or ())
+        if config.gate_dtype == "float32":  # loaded so, too
+            self._keep_in_fp32_modules_strict = {GATE_PROJECTIONS[position] for position in config.gate_position}
+
+        self.post_init()
+
+    # Not Llama's: Qwen2's makes a mask for each of config.layer_types.
+    forward = Qwen2Model.forward
+
+
+class GatedLlamaForCausalLM(GatedLlamaPreTrainedModel, LlamaForCausalLM, GenerationMixin):
+    """The decoder with a language-modelling head, `lm_head`. Its forward is Llama's."""
+
+    def __init__(self, config: GatedLlamaConfig):
+        # Not LlamaForCausalLM's, which would build, and initialise, a whole Llama.
+        PreTrainedModel.__init__(self, config)
+        self.model = GatedLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+        self.post_init()
+
+
+class GatedLlamaForSequenceClassification(GenericForSequenceClassification, GatedLlamaPreTrainedModel):
+    """The decoder with a linear head, `score`, on each sequence's last token that is not padding."""
+
+
+class GatedLlamaForTokenClassification(GenericForTokenClassification, GatedLlamaPreTrainedModel):
+    """The decoder with dropout and a linear head, `score`, on every token."""
+
+
+class GatedLlamaForQuestionAnswering(GenericForQuestionAnswering, GatedLlamaPreTrainedModel):
+    """The decoder with a linear head, `qa_outputs`, on every token: the logits of an answer's start and end."""
+
+
+# Here and not in the package alone: with code loaded by trust_remote_code, too, the last three build their decoder
+# through AutoModel.
+AutoModel.register(GatedLlamaConfig, GatedLlamaModel, exist_ok=True)
+AutoModelForCausalLM.register(GatedLlamaConfig, GatedLlamaForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(GatedLlamaConfig, GatedLlamaForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(GatedLlamaConfig, GatedLlamaForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(GatedLlamaConfig, GatedLlamaForQuestionAnswering, exist_ok=True)
+# A style that a plan of GatedLlamaConfig names.
+ALL_PARALLEL_STYLES.register("shared_gate", SharedGateParallel())  # type: ignore[arg-type]  # annotated for functions
+# Trainer's label smoothing shifts the labels of the models in this table alone.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
+
+
+__all__ = [
+    "GatedLlamaForCausalLM",
+    "GatedLlamaForQuestionAnswering",
+    "GatedLlamaForSequenceClassification",
+    "GatedLlamaForTokenClassification",
+    "GatedLlamaModel",
+    "GatedLlamaPreTrainedModel",
+]
