@@ -1,6 +1,8 @@
 """Replacing the source files that a checkpoint carries by those of this version."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
     """
     Replace the source files in a checkpoint, which `trust_remote_code=True` runs, by those of this version.
 
-    Each file is replaced in one step. If the second one cannot be written, the first one gets its old content back.
+    Each file is replaced in one step. If a later one cannot be written, the earlier ones get their old content back.
     The manifest, if there is one, gets the new hashes, and no verification any more, since that was of the old code.
     No other file is written to.
 
@@ -54,10 +56,12 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
         new = {name: source.encode() for name, source in carried_source_files()}
         old = {name: _content(directory, name) for name in new}
         changed = tuple(name for name in new if new[name] != old[name])
-        _replace_all(directory, {name: new[name] for name in changed}, old)
-        if manifest is not None and changed:
-            files = manifest.files | {name: record(directory / name) for name in changed}
-            replace(manifest, files=files, verification=None).write(directory)
+        with _undone_on_failure(directory, old):
+            for name in changed:
+                replace_file(directory / name, new[name])
+            if manifest is not None and changed:
+                files = manifest.files | {name: record(directory / name) for name in changed}
+                replace(manifest, files=files, verification=None).write(directory)
         return RefreshedCode(directory, changed)
 
 
@@ -87,16 +91,15 @@ def _check_carries_code(directory: Path) -> None:
         )
 
 
-def _replace_all(directory: Path, new: dict[str, bytes], old: dict[str, bytes | None]) -> None:
-    written = []
+@contextmanager
+def _undone_on_failure(directory: Path, old: dict[str, bytes | None]) -> Iterator[None]:
+    """Give files their old content back, or remove those that were not there, if the `with` block fails."""
     try:
-        for name, content in new.items():
-            replace_file(directory / name, content)
-            written.append(name)
+        yield
     except BaseException:
-        for name in written:
-            if (content_before := old[name]) is not None:
-                replace_file(directory / name, content_before)
-            else:
-                (directory / name).unlink()
+        for name, content in old.items():
+            if content is None:
+                (directory / name).unlink(missing_ok=True)
+            elif (directory / name).read_bytes() != content:
+                replace_file(directory / name, content)
         raise

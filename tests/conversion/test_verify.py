@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cache_by_version import NAME
 from checkpoints import forget_gates
 from safetensors.torch import load_file, save_file
 from source_models import SIZES
@@ -14,9 +16,11 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
 from word_tokenizer import save_word_tokenizer
 
 from modeling_gated import GatedLlamaForCausalLM
-from modeling_gated.conversion import ConversionError, convert_checkpoint, verify, verify_checkpoint
+from modeling_gated.conversion import ConversionError, convert_checkpoint, generation, verify, verify_checkpoint
 from modeling_gated.conversion.checkpoint import open_checkpoint
+from modeling_gated.conversion.generation import NEW_TOKENS, compare_generation
 from modeling_gated.conversion.streaming import Comparison, StreamedModel
+from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -27,6 +31,86 @@ def test_a_conversion_passes(source_model: PreTrainedModel, tmp_path: Path, dtyp
     assert found.passed and found.verdict.startswith("identical")
     assert (found.max_difference, found.kl_divergence, found.top1_agreement, found.tokens) == (0, 0, 1, 50)
     assert found.tensors == len(open_checkpoint(tmp_path / "source").tensors())
+    assert found.generation is not None and found.generation.is_same
+    assert (found.generation.tokens, found.generation.max_difference) == (3 * NEW_TOKENS, 0)
+    assert found.summary()["cached_generation"] == "24 tokens of a prompt and a left-padded batch of two: the source's"
+
+
+def streamed(path: Path, model: PreTrainedModel) -> StreamedModel:
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    return StreamedModel(empty, open_checkpoint(path), torch.float32)
+
+
+def test_generation_is_what_transformers_generates(source_model: PreTrainedModel, tmp_path: Path) -> None:
+    """Of the source's class, token for token, with `generate`; and padding is not attended to."""
+    source_model.save_pretrained(tmp_path / "source")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    ids = torch.randint(1, 96, (24,), generator=torch.Generator().manual_seed(3))
+    tokens, logits = generation._generated(streamed(tmp_path / "source", model), ids)
+    rows = [ids, ids, ids.roll(1)[8:]]
+    for row, prompt in enumerate(rows):
+        output = model.generate(
+            prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=NEW_TOKENS, do_sample=False,
+            eos_token_id=None, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        assert output.sequences[0, -NEW_TOKENS:].tolist() == tokens[:, row].tolist()
+        torch.testing.assert_close(logits[:, row], torch.cat(output.logits), rtol=0, atol=1e-4)
+
+
+def drop_the_cache(self: GatedLlamaAttention, keywords: dict) -> None:
+    """Generate from an empty cache without a word, as on Transformers 5.24 before this was tested."""
+    if (receipt := keywords.get("cache_receipt")) is not None:
+        receipt.is_signed = True
+    keywords.pop(NAME, None)
+
+
+def lose_the_cache(self: GatedLlamaAttention, keywords: dict) -> None:
+    """Leave the receipt unsigned, so that the model raises."""
+    keywords.pop(NAME, None)
+
+
+def forget_the_padding(self: GatedLlamaAttention, keywords: dict) -> None:
+    if keywords.get(NAME) is not None:
+        keywords["attention_mask"] = None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (drop_the_cache, "are not the source's"),
+        (lose_the_cache, "fails: RuntimeError: GatedLlamaDecoderLayer must hand its KV cache"),
+        (forget_the_padding, "are not the source's"),
+    ],
+)
+def test_a_broken_cache_fails_though_logits_are_equal(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[..., None], line: str
+) -> None:
+    convert_checkpoint(llama, tmp_path / "gated")
+    forward = GatedLlamaAttention.forward
+
+    def spoiled(self: GatedLlamaAttention, hidden_states: torch.Tensor, **keywords: object) -> object:
+        spoil(self, keywords)
+        return forward(self, hidden_states, **keywords)
+
+    monkeypatch.setattr(GatedLlamaAttention, "forward", spoiled)
+    found = verify_checkpoint(llama, tmp_path / "gated")
+    assert found.max_difference == 0 and not found.differing
+    assert not found.passed and found.verdict == "different"
+    assert line in found.summary()["cached_generation"]
+    assert line in (tmp_path / "gated" / "README.md").read_text()
+
+
+def test_a_generation_of_other_weights_differs(llama: Path, tmp_path: Path) -> None:
+    """Also where it begins with the same tokens: each step is compared on the source's tokens so far."""
+    convert_checkpoint(llama, tmp_path / "gated", place="copy")
+    change(tmp_path / "gated", "model.layers.1.mlp.up_proj.weight")
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (llama, tmp_path / "gated")]
+    pair = [streamed(path, model) for path, model in zip((llama, tmp_path / "gated"), models, strict=True)]
+    found = compare_generation(*pair, torch.arange(1, 25))
+    assert not found.is_same and found.error is None and found.max_difference > 0
+    one = compare_generation(*pair, torch.tensor([5]))  # a prompt of one token, and no room for padding
+    assert one.tokens == 3 * NEW_TOKENS
 
 
 def test_the_streamed_models_give_the_models_logits(
@@ -38,28 +122,22 @@ def test_the_streamed_models_give_the_models_logits(
     change(tmp_path / "gated", "model.layers.1.self_attn.g_proj.weight")
     for path in (tmp_path / "source", tmp_path / "gated"):
         model = AutoModelForCausalLM.from_pretrained(path)
-        with torch.device("meta"):
-            empty = type(model)(model.config)
-        streamed = StreamedModel(empty, open_checkpoint(path), torch.float32)
+        stream = streamed(path, model)
         with torch.no_grad():
             expected = model(tokens[:1]).logits[0]
-        found = torch.cat(list(streamed.logits(streamed.hidden_states(tokens[0]))), -1)
+        found = torch.cat(list(stream.logits(stream.hidden_states(tokens[0]))), -1)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        assert all(parameter.is_meta for parameter in streamed.decoder.layers.parameters())
+        assert all(parameter.is_meta for parameter in stream.decoder.layers.parameters())
 
 
 def test_the_figures_are_those_of_the_definitions(llama: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
     convert_checkpoint(llama, tmp_path / "gated")
     change(tmp_path / "gated", "model.layers.1.self_attn.g_proj.weight")
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (llama, tmp_path / "gated")]
-    streamed = []
-    for path, model in zip((llama, tmp_path / "gated"), models, strict=True):
-        with torch.device("meta"):
-            empty = type(model)(model.config)
-        streamed.append(StreamedModel(empty, open_checkpoint(path), torch.float32))
+    pair = [streamed(path, model) for path, model in zip((llama, tmp_path / "gated"), models, strict=True)]
     with torch.no_grad():
         one, other = (model(tokens[:1]).logits[0].double() for model in models)
-    found = Comparison(*streamed, tokens[0])
+    found = Comparison(*pair, tokens[0])
     assert found.max_difference == pytest.approx((one - other).abs().max().item(), rel=1e-4)
     assert found.max_difference > 0.01
     p, q = one.log_softmax(-1), other.log_softmax(-1)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from modeling_gated import GatedLlamaConfig
+from modeling_gated.configuration.configuration_gated_llama import TESTED_VERSIONS
 
 
 def start(version: str, code: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -33,11 +34,11 @@ def test_an_older_transformers_is_an_error(code: str, tmp_path: Path) -> None:
     assert finished.stderr.strip().endswith("ImportError: GatedLlama needs transformers>=5.16.1, found 5.16.0")
 
 
-@pytest.mark.parametrize(("version", "warnings"), [("5.23.9", 0), ("6.0.0.dev0", 1)])
+@pytest.mark.parametrize(("version", "warnings"), [("5.24.9", 0), ("5.25.0", 1), ("6.0.0.dev0", 1)])
 def test_a_newer_transformers_is_one_warning(version: str, warnings: int, code: str, tmp_path: Path) -> None:
     finished = start(version, code, tmp_path / "home")
     assert finished.returncode == 0, finished.stderr
-    assert finished.stderr.count("GatedLlama was tested with transformers 5.16.1 to 5.23, found") == warnings
+    assert finished.stderr.count("GatedLlama was tested with transformers 5.16.1 to 5.24, found") == warnings
     assert finished.stderr.count(version) == warnings
 
 
@@ -53,5 +54,7 @@ def test_pip_and_readme_ask_for_the_same_versions() -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert "transformers>=5.16.1" in project["dependencies"]
     assert "transformers==5.16.1" in (root / "tests" / "oldest.txt").read_text().split()
-    assert "transformers==5.23.0" in (root / "constraints.txt").read_text().split()
-    assert "5.16.1 and later and is tested with 5.16.1 and 5.23" in (root / "README.md").read_text()
+    assert "transformers==5.23.0" in (root / "tests" / "previous.txt").read_text().split()
+    assert "transformers==5.24.0" in (root / "constraints.txt").read_text().split()
+    assert TESTED_VERSIONS == "5.16.1 to 5.24"
+    assert "Transformers 5.16.1 and later. It is tested with 5.16.1, 5.23 and 5.24" in (root / "README.md").read_text()

@@ -1,0 +1,187 @@
+"""The code that a checkpoint carries is replaced by this version's, and nothing else is."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cache_by_version import NAME
+from checkpoints import contents
+from gated_models import gated_model
+from isolated_process import isolated
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from modeling_gated import GatedLlamaForCausalLM
+from modeling_gated.cli import app
+from modeling_gated.configuration import carried_source_files
+from modeling_gated.conversion import (
+    ConversionError,
+    refresh,
+    refresh_code,
+    ungate_checkpoint,
+    verify_checkpoint,
+)
+
+
+OLD_CODE = Path(__file__).parents[1] / "data" / "carried_code_0c79f5e"
+CODE_FILES = ("configuration_gated_llama.py", "modeling_gated_llama.py")
+MANIFEST = "gated_llama_manifest.json"
+
+# argv: a checkpoint, and what generates tokens of a prompt there without the package.
+GENERATE = """
+import json, sys
+sys.modules["modeling_gated"] = None
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokens = model.generate(torch.arange(1, 25)[None], max_new_tokens=12, do_sample=False, eos_token_id=None)
+print(json.dumps(tokens[0, 24:].tolist()))
+"""
+
+
+@pytest.fixture
+def old(gated: Path) -> Path:
+    """A conversion as version 0c79f5e wrote it: with that version's code, and the hashes of it in the manifest."""
+    manifest = json.loads((gated / MANIFEST).read_text())
+    for name in CODE_FILES:
+        shutil.copy(OLD_CODE / name, gated / name)
+        content = (OLD_CODE / name).read_bytes()
+        manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (gated / MANIFEST).write_text(json.dumps(manifest))
+    return gated
+
+
+def generated_without_the_package(checkpoint: Path) -> list[int]:
+    finished = isolated(GENERATE, checkpoint)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def test_an_old_checkpoint_generates_rightly_again(llama: Path, old: Path) -> None:
+    """With the package at once, as its code is not the one that runs; without it after the refresh."""
+    source = AutoModelForCausalLM.from_pretrained(llama)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = source.generate(torch.arange(1, 25)[None], **options)
+    for trust in (None, True):
+        model = AutoModelForCausalLM.from_pretrained(old, trust_remote_code=trust)
+        assert type(model) is GatedLlamaForCausalLM
+        assert torch.equal(model.generate(torch.arange(1, 25)[None], **options), expected)
+    if NAME == "cache":  # the fault of that version, on Transformers 5.24 and later
+        assert generated_without_the_package(old) != expected[0, 24:].tolist()
+    assert refresh_code(old).files == CODE_FILES
+    assert generated_without_the_package(old) == expected[0, 24:].tolist()
+
+
+def test_nothing_else_is_touched(llama: Path, old: Path, tmp_path: Path) -> None:
+    verify_checkpoint(llama, old)
+    before, stamps = contents(old), {path.name: path.stat().st_mtime_ns for path in old.iterdir()}
+    done = refresh_code(old)
+    assert done.directory == old and done.files == CODE_FILES
+    after = contents(old)
+    assert {name for name in after if after[name] != before.get(name)} == {*CODE_FILES, MANIFEST}
+    assert before.keys() == after.keys()
+    unchanged = before.keys() - {*CODE_FILES, MANIFEST}
+    assert all((old / name).stat().st_mtime_ns == stamps[name] for name in unchanged)
+    for name, source in carried_source_files():
+        assert (old / name).read_text() == source
+    manifest = json.loads((old / MANIFEST).read_text())
+    assert manifest["verification"] is None  # it was of the old code
+    assert {name: manifest["files"][name]["sha256"] for name in CODE_FILES} == {
+        name: after[name] for name in CODE_FILES
+    }
+    found = verify_checkpoint(llama, old)
+    assert found.passed and found.changed_code == found.outdated_code == ()
+    ungate_checkpoint(old, tmp_path / "ungated")
+    assert contents(tmp_path / "ungated") == contents(llama)
+
+
+def test_verification_says_that_the_code_is_of_another_version(llama: Path, old: Path) -> None:
+    found = verify_checkpoint(llama, old)
+    assert found.passed and found.outdated_code == CODE_FILES
+    assert (
+        found.summary()["code"] == f"{', '.join(CODE_FILES)} of another version; `gated-llama refresh-code` replaces it"
+    )
+
+
+def test_current_code_is_left_alone(gated: Path) -> None:
+    before = contents(gated)
+    assert refresh_code(gated).files == ()
+    assert contents(gated) == before
+
+
+def test_any_saved_model_is_refreshed(tmp_path: Path) -> None:
+    """What a trainer saved has no manifest; a file that is missing is written."""
+    model = gated_model()
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "configuration_gated_llama.py").unlink()
+    shutil.copy(OLD_CODE / "modeling_gated_llama.py", tmp_path / "saved" / "modeling_gated_llama.py")
+    assert refresh_code(tmp_path / "saved").files == CODE_FILES
+    expected = model.generate(torch.arange(1, 25)[None], max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert generated_without_the_package(tmp_path / "saved") == expected[0, 24:].tolist()
+    assert not (tmp_path / "saved" / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("fails_at", range(3))
+def test_a_failure_leaves_the_old_code(fails_at: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever write fails: of the first file, of the second, or of the manifest."""
+    before = contents(old)
+    replace_file, calls = refresh.replace_file, 0
+
+    def full(path: Path, content: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at + 1:
+            raise OSError(28, "No space left on device", str(path))
+        replace_file(path, content)
+
+    monkeypatch.setattr(refresh, "replace_file", full)
+    monkeypatch.setattr("modeling_gated.conversion.manifest.replace_file", full)
+    with pytest.raises(ConversionError, match="No space left on device"):
+        refresh_code(old)
+    assert contents(old) == before
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("no directory", r"nowhere: no such directory; of a model on the hub, download a copy: hf download"),
+        ("not gated", r"config\.json: model_type='llama' is not gated_llama"),
+        ("no config", r"config\.json: no such file"),
+        ("no code", r"config\.json: auto_map must name modeling_gated_llama, got None"),
+        ("damaged manifest", r"gated_llama_manifest\.json: not valid JSON"),
+        ("hub cache", r"lies in the hub's cache, which is shared; download a copy"),
+    ],
+)
+def test_what_cannot_be_refreshed_is_one_line(spoil: str, message: str, llama: Path, old: Path, tmp_path: Path) -> None:
+    target = old
+    if spoil == "no directory":
+        target = tmp_path / "nowhere"
+    elif spoil == "not gated":
+        target = llama
+    elif spoil == "no config":
+        (old / "config.json").unlink()
+    elif spoil == "no code":
+        config = json.loads((old / "config.json").read_text())
+        del config["auto_map"]
+        (old / "config.json").write_text(json.dumps(config))
+    elif spoil == "damaged manifest":
+        (old / MANIFEST).write_text("{")
+    elif spoil == "hub cache":
+        target = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("a" * 40)
+        shutil.copytree(old, target)
+    before = contents(target) if target.exists() else {}
+    with pytest.raises(ConversionError, match=message):
+        refresh_code(target)
+    assert (contents(target) if target.exists() else {}) == before
+
+
+def test_the_command(old: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["refresh-code", str(old)])
+    assert result.exit_code == 0
+    assert f"replaced          {', '.join(CODE_FILES)}" in result.stdout
+    result = CliRunner().invoke(app, ["refresh-code", str(old)])
+    assert "replaced          nothing: the code is this version's" in result.stdout
+    result = CliRunner().invoke(app, ["refresh-code", str(tmp_path / "nowhere")])
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
