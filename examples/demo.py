@@ -31,10 +31,14 @@ class Comparison:
     equal: bool
     source_answer: str
     gated_answer: str
+    equal_batches: bool
 
 
 def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 4096, window: int = 256) -> Comparison:
-    """Compare logits bit for bit over windows of real text, and the two greedy answers to a question in chat."""
+    """
+    Compare logits bit for bit over windows of real text, and cached greedy generation: the answers to a question in
+    chat, and the continuations of a left-padded batch of two.
+    """
     # Not at the top: a process counts its parent's memory at its start, and main() measures one.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,6 +63,9 @@ def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 40
     for model in (source, gated):
         output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
         answers.append(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    tokenizer.padding_side = "left"
+    batch = tokenizer(["The capital of France is", "Once upon a time, in a"], return_tensors="pt", padding=True)
+    first, second = (model.generate(**batch, max_new_tokens=32, do_sample=False) for model in (source, gated))
     return Comparison(
         source.num_parameters(),
         gated.num_parameters(),
@@ -67,6 +74,7 @@ def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 40
         largest,
         equal,
         *answers,
+        torch.equal(first, second),
     )
 
 
@@ -99,10 +107,11 @@ def main() -> int:
         "max |Δlogit|": f"{result.largest_difference} over {result.tokens:,} tokens in {result.dtype}",
         "bit-identical": "yes" if result.equal else "NO",
         "same answer": "yes" if same_answer else "NO",
+        "same batch of two": "yes, left-padded" if result.equal_batches else "NO",
         "result": gated,
     }.items():
         console.print(f"{label:18}{value}")
-    return 0 if result.equal and same_answer else 1
+    return 0 if result.equal and same_answer and result.equal_batches else 1
 
 
 if __name__ == "__main__":

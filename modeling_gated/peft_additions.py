@@ -1,12 +1,16 @@
-"""What PEFT has no way to be told: what to target in a gated model, and what it can't do with gates trained in full."""
+"""What PEFT has no way to be told: what to target in a gated model, and what it can't do with gates or a KV cache."""
 
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any, NoReturn
 
+import transformers
+from packaging.version import Version
 from wrapt import wrap_function_wrapper
 
 from .configuration import GatedLlamaConfig
 from .gate_names import is_gate
+from .kv_cache import CACHE_ARGUMENT, given_cache
 
 
 GATES_IN_FULL = (
@@ -64,3 +68,27 @@ def refuse_averaging_gates(ln_tuning: ModuleType) -> None:
 
     if not hasattr(ln_tuning.LNTuningModel, "add_weighted_adapter"):
         ln_tuning.LNTuningModel.add_weighted_adapter = add_weighted_adapter
+
+
+def refuse_losing_the_cache(peft_model: ModuleType) -> None:
+    """
+    Let prompt learning refuse cached generation with a gated model where PEFT would lose the cache and generate wrong
+    text without an error: PEFT before 0.22 does not know the cache's name in Transformers 5.24.
+
+    Args:
+        peft_model: `peft.peft_model`.
+    """
+    if CACHE_ARGUMENT == "past_key_values" or Version(version("peft")) >= Version("0.22.0.dev0"):
+        return
+
+    def checked(prepare: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        config = instance.active_peft_config
+        is_gated = instance.get_base_model().config.model_type == GatedLlamaConfig.model_type
+        if is_gated and config.is_prompt_learning and given_cache((*args, *kwargs.values())) is not None:
+            raise ValueError(
+                f"{config.peft_type.value} must generate with use_cache=False: PEFT {version('peft')} loses the KV "
+                f"cache of transformers {transformers.__version__}; or install peft>=0.22 or transformers<5.24"
+            )
+        return prepare(*args, **kwargs)
+
+    wrap_function_wrapper(peft_model, "PeftModelForCausalLM.prepare_inputs_for_generation", checked)

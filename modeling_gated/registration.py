@@ -6,10 +6,16 @@ from wrapt import register_post_import_hook
 # Importing the model registers its classes with their Auto classes, as it does where it is carried by a checkpoint.
 from . import modeling_gated_llama  # noqa: F401
 from .configuration import GatedLlamaConfig
-from .peft_additions import add_default_target_modules, refuse_averaging_gates, refuse_hotswapping_gates
+from .peft_additions import (
+    add_default_target_modules,
+    refuse_averaging_gates,
+    refuse_hotswapping_gates,
+    refuse_losing_the_cache,
+)
 
 
 AutoConfig.register(GatedLlamaConfig.model_type, GatedLlamaConfig, exist_ok=True)
 register_post_import_hook(add_default_target_modules, "peft.utils.constants")
 register_post_import_hook(refuse_hotswapping_gates, "peft.utils.hotswap")
 register_post_import_hook(refuse_averaging_gates, "peft.tuners.ln_tuning.model")
+register_post_import_hook(refuse_losing_the_cache, "peft.peft_model")

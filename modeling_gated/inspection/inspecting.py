@@ -46,7 +46,7 @@ def inspecting(model: PreTrainedModel, *meters: Meter) -> Iterator[None]:
     """
     decoder = model.get_decoder()
     layers = decoder_layers(decoder)
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and _recomputes_layers(model):
         raise InspectionError(
             f"{type(model).__name__}: is trained with gradient checkpointing, which runs layers twice"
         )
@@ -78,6 +78,13 @@ def inspecting(model: PreTrainedModel, *meters: Meter) -> Iterator[None]:
         yield
     if needs_attention and probe.watch.passes and not probe.attention_seen:
         raise UnknownAttention(f"{type(model).__name__}: no attention went through Transformers' attention interface")
+
+
+def _recomputes_layers(model: PreTrainedModel) -> bool:
+    """Return whether the model is set to compute its layers again for the backward pass."""
+    if hasattr(model, "is_activation_checkpointing"):  # before Transformers 5.23 it has the other name
+        return model.is_activation_checkpointing
+    return getattr(model, "is_gradient_checkpointing", False)
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList:

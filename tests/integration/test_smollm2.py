@@ -59,6 +59,12 @@ def test_both_answer_alike_in_chat(models: tuple[LlamaForCausalLM, GatedLlamaFor
     answers = [model.generate(**prompt, max_new_tokens=12, do_sample=False) for model in models]
     assert torch.equal(*answers)
     assert "Paris" in tokenizer.decode(answers[1][0])
+    tokenizer.padding_side = "left"
+    batch = tokenizer(["The capital of France is", "Once upon a time, in a"], return_tensors="pt", padding=True)
+    assert (batch.attention_mask == 0).any()
+    texts = [model.generate(**batch, max_new_tokens=12, do_sample=False) for model in models]
+    assert torch.equal(*texts)
+    assert "Paris" in tokenizer.decode(texts[1][0])
 
 
 def test_verification_on_real_text_and_the_way_back(
@@ -66,6 +72,7 @@ def test_verification_on_real_text_and_the_way_back(
 ) -> None:
     found = verify_checkpoint(source, source.with_name("gated"), tokens=200)
     assert found.passed and (found.tokens, found.text) == (200, "Python's language reference")
+    assert found.generation is not None and found.generation.is_same and found.generation.tokens == 24
     ungate_checkpoint(source.with_name("gated"), tmp_path / "back")
     for path in source.iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
@@ -120,7 +127,7 @@ def test_the_readme_runs_as_written(
 
     scripts = Path(sys.executable).parent
     converted = [command for command in commands if command[0] == "gated-llama"]
-    assert len(converted) == 13
+    assert len(converted) == 14
     for number, command in enumerate(converted):
         # In float32 where there is a choice: not every processor has bfloat16 products, whose detour takes minutes.
         dtype = ["--dtype", "float32"] if command[1] in ("inspect", "evaluate-context") else []
