@@ -82,7 +82,7 @@ def take_cache(keywords: dict[str, Any]) -> Any:
     cache = keywords.pop(CACHE_ARGUMENT, None)
     if cache is None:  # what Transformers itself still takes for `cache` until 5.40
         cache = keywords.pop("past_key_values", None)
-    if given_cache(keywords.values()) is not None:
+    if cache is None and given_cache(keywords.values()) is not None:
         names = [name for name, value in keywords.items() if isinstance(value, Cache)]
         raise RuntimeError(f"an attention block must get its KV cache as {CACHE_ARGUMENT!r}, got {names}: {_WRONG}")
     return cache

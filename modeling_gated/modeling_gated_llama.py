@@ -177,7 +177,7 @@ class GatedLlamaAttention(LlamaAttention):
             return GatedStates.apply(states, logits, self)
         return self.with_gates(states, self.gate_values(logits))
 
-    def forward(  # type: ignore[override]  # Llama's annotations are narrower than its code
+    def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -385,8 +385,7 @@ try:
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
 except ImportError:
     logger.warning_once(
-        f"Trainer's label_smoothing_factor must stay 0 with GatedLlama: transformers {transformers.__version__} has no "
-        "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, so the labels would not be shifted"
+        f"label_smoothing_factor must stay 0 with GatedLlama: Trainer of {transformers.__version__} shifts no labels"
     )
 
 
