@@ -47,9 +47,10 @@ from .source_families import check_source_family, source_fields
 logger = logging.get_logger(__name__)
 
 TESTED_VERSIONS = "5.16.1 to 5.24"
-IS_TESTED_VERSION = Version(transformers.__version__).release[:2] <= (5, 24)
+RUNNING_VERSION = transformers.__version__
+IS_TESTED_VERSION = Version(RUNNING_VERSION).release[:2] <= (5, 24)
 if not IS_TESTED_VERSION:
-    logger.warning_once(f"GatedLlama was tested with transformers {TESTED_VERSIONS}, found {transformers.__version__}")
+    logger.warning_once(f"GatedLlama was tested with transformers {TESTED_VERSIONS}, found {RUNNING_VERSION}")
 
 # The paper's positions, and the name of the layer from which a position's gates come.
 GATE_PROJECTIONS = {"G1": "g_proj", "G2": "g_v_proj", "G3": "g_k_proj", "G4": "g_q_proj", "G5": "g_o_proj"}

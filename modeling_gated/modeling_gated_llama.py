@@ -16,6 +16,7 @@
 from .configuration.configuration_gated_llama import (  # first: it checks versions
     GATE_PROJECTIONS,
     IS_TESTED_VERSION,
+    RUNNING_VERSION,
     TESTED_VERSIONS,
     GatedLlamaConfig,
     initial_gate_bias,
@@ -28,7 +29,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import (
     AutoModel,
@@ -368,7 +368,7 @@ class GatedLlamaForQuestionAnswering(GenericForQuestionAnswering, GatedLlamaPreT
 def run_self_test() -> None:
     """Raise RuntimeError if this Transformers is newer than those tested and cached generation is wrong with it."""
     if not IS_TESTED_VERSION:
-        check_cached_generation(GatedLlamaForCausalLM, GatedLlamaConfig, TESTED_VERSIONS)
+        check_cached_generation(GatedLlamaForCausalLM, GatedLlamaConfig, RUNNING_VERSION, TESTED_VERSIONS)
 
 
 # Here and not in the package alone: with code loaded by trust_remote_code, too, the last three build their decoder
@@ -385,7 +385,7 @@ try:
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
 except ImportError:
     logger.warning_once(
-        f"label_smoothing_factor must stay 0 with GatedLlama: Trainer of {transformers.__version__} shifts no labels"
+        f"label_smoothing_factor must stay 0 with GatedLlama: Trainer of transformers {RUNNING_VERSION} shifts no labels"
     )
 
 

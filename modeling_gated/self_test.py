@@ -17,7 +17,6 @@ import os
 from typing import Any
 
 import torch
-import transformers
 
 
 _SKIP_VARIABLE = "GATED_LLAMA_SKIP_SELF_TEST"
@@ -25,7 +24,7 @@ _TOLERANCE = 1e-3  # of float32 logits up to 5; without a cache they are off by 
 _is_self_tested = False
 
 
-def check_cached_generation(model_class: type, config_class: type, tested_versions: str) -> None:
+def check_cached_generation(model_class: type, config_class: type, running_version: str, tested_versions: str) -> None:
     """
     Compare cached generation of a tiny model with the full forward pass, once per process.
 
@@ -37,6 +36,7 @@ def check_cached_generation(model_class: type, config_class: type, tested_versio
     Args:
         model_class: a causal language model.
         config_class: the class of its config.
+        running_version: the version of Transformers, for the error.
         tested_versions: versions of Transformers with which cached generation is known to be right, for the error.
 
     Raises:
@@ -60,7 +60,7 @@ def check_cached_generation(model_class: type, config_class: type, tested_versio
     if reason:
         _is_self_tested = False
         raise RuntimeError(
-            f"cached generation is wrong with transformers {transformers.__version__}: {reason}. Install transformers "
+            f"cached generation is wrong with transformers {running_version}: {reason}. Install transformers "
             f"{tested_versions}, or a newer modeling-gated; for a checkpoint loaded by trust_remote_code, replace the "
             f"code in it by a newer one: gated-llama refresh-code CHECKPOINT. {_SKIP_VARIABLE}=1 skips this test"
         ) from cause
