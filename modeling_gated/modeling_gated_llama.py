@@ -385,7 +385,7 @@ try:
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
 except ImportError:
     logger.warning_once(
-        f"label_smoothing_factor must stay 0 with GatedLlama: Trainer of transformers {RUNNING_VERSION} shifts no labels"
+        f"label_smoothing_factor must stay 0 with GatedLlama: Trainer of {RUNNING_VERSION} shifts no labels"
     )
 
 
