@@ -14,7 +14,7 @@ test: .venv/ready
 CORE := tests/configuration tests/modeling_gated tests/conversion/test_identity.py tests/conversion/test_verify.py \
 	tests/conversion/test_refresh.py tests/integration/test_remote_code.py tests/integration/test_trainer.py tests/training \
 	tests/absorption tests/inspection/test_attention_meters.py tests/inspection/test_kinds_of_attention.py \
-	tests/inspection/test_callback.py
+	tests/inspection/test_callback.py tests/inspection/test_interventions.py
 
 ## The suite's core on the oldest supported Transformers, which lies before the newest in the path.
 test-oldest: build/oldest/ready

@@ -46,9 +46,10 @@ from .source_families import check_source_family, source_fields
 
 logger = logging.get_logger(__name__)
 
-TESTED_VERSIONS = "5.16.1 to 5.24"
+NEWEST_TESTED_VERSION = "5.24"
+TESTED_VERSIONS = f"5.16.1 to {NEWEST_TESTED_VERSION}"
 RUNNING_VERSION = transformers.__version__
-IS_TESTED_VERSION = Version(RUNNING_VERSION).release[:2] <= (5, 24)
+IS_TESTED_VERSION = Version(RUNNING_VERSION).release[:2] <= Version(NEWEST_TESTED_VERSION).release
 if not IS_TESTED_VERSION:
     logger.warning_once(f"GatedLlama was tested with transformers {TESTED_VERSIONS}, found {RUNNING_VERSION}")
 

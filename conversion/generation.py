@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from modeling_gated.kv_cache import cache_argument
 
+from .errors import ConversionError
 from .streaming import StreamedModel
 
 
@@ -21,9 +22,9 @@ class GenerationComparison:
     Cached greedy generation of a second model compared with a first one's, from a prompt and for a left-padded batch
     of two.
 
-    `tokens` is the number of generated tokens. `equal_tokens` is the number of steps, over all sequences, at which the
-    second model, given the first one's tokens so far, chooses the same token. `max_difference` is the largest |Δ| of
-    two logits at these steps. `error` says how the second model failed, if it did; then the other numbers are 0.
+    `tokens` is the number of generated tokens. `equal_tokens` is the number of them for which the second model, given
+    the first one's tokens so far, chooses the same token. `max_difference` is the largest |Δ| of two logits at these
+    steps. `error` says how the second model failed, if it did; then the other numbers are 0.
     """
 
     tokens: int
@@ -33,11 +34,11 @@ class GenerationComparison:
 
     @property
     def is_same(self) -> bool:
-        """Whether both models generate the same tokens."""
+        """Return whether both models generate the same tokens."""
         return self.error is None and self.equal_tokens == self.tokens
 
     def summary(self) -> str:
-        """The result in words."""
+        """Return the result in words."""
         what = f"{self.tokens} tokens, from a prompt and a left-padded batch of two"
         if self.error is not None:
             return f"fails: {self.error}"
@@ -51,9 +52,14 @@ class _Run:
 
     def __init__(self, model: StreamedModel, prompt: torch.Tensor, padding: torch.Tensor | None):
         self._model, self._tokens, self._padding = model, prompt, padding
-        self.rows = len(prompt)
-        cache = DynamicCache(config=model.config)
-        self._options: dict[str, Any] = {cache_argument(model.decoder.forward): cache, "use_cache": True}
+        self.rows, self._length = prompt.shape
+        self._cache = DynamicCache(config=model.config)
+        self._options: dict[str, Any] = {cache_argument(model.decoder.forward): self._cache, "use_cache": True}
+
+    def check_cache(self) -> None:
+        """Raise RuntimeError unless the cache holds all tokens so far: two models without one would agree."""
+        if (length := self._cache.get_seq_length()) != self._length:
+            raise RuntimeError(f"the KV cache must hold {self._length} tokens, holds {length}")
 
     def call(self) -> dict[str, Any]:
         """Return the decoder's arguments for the tokens that are not in the cache yet."""
@@ -65,7 +71,7 @@ class _Run:
 
     def append(self, tokens: torch.Tensor) -> None:
         """Make token ids [batch] the next ones."""
-        self._tokens = tokens[:, None]
+        self._tokens, self._length = tokens[:, None], self._length + 1
         if self._padding is not None:
             self._padding = torch.cat([self._padding, torch.ones_like(self._tokens)], dim=-1)
 
@@ -80,7 +86,7 @@ def _generated(
         The tokens [steps, 3] that are likeliest after the `forced` ones, or without these after its own, and the
         logits [steps, 3, vocab_size].
     """
-    ids = ids[:_PROMPT_TOKENS]
+    ids = ids.repeat(3)[: max(3, min(len(ids), _PROMPT_TOKENS))]  # three at least, so that one can be padding
     padding = torch.ones(2, len(ids), dtype=torch.long)
     padding[1, : len(ids) // 3] = 0
     shifted = ids.roll(1)  # the shorter prompt ends otherwise than the whole one
@@ -88,6 +94,8 @@ def _generated(
     tokens, logits = [], []
     for step in range(NEW_TOKENS):
         last = torch.cat([hidden[:, -1] for hidden in model.run(*(run.call() for run in runs))])
+        for run in runs:
+            run.check_cache()
         logits.append(torch.cat(list(model.logits(last)), dim=-1))
         tokens.append(logits[-1].argmax(dim=-1))
         next_tokens = tokens[-1] if forced is None else forced[step]
@@ -102,11 +110,21 @@ def compare_generation(first: StreamedModel, second: StreamedModel, ids: torch.T
 
     The second model is given the first one's tokens, so that each step is compared for itself. Both read their weights
     once for each of the eight tokens.
+
+    Raises:
+        ConversionError: if the first model cannot generate, or a checkpoint cannot be read.
     """
     try:
         tokens, logits = _generated(first, ids)
+    except (ConversionError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        raise ConversionError(f"{first.directory}: cannot generate: {type(error).__name__}: {error}") from error
+    try:
         other_tokens, other_logits = _generated(second, ids, forced=tokens)
-    except Exception as error:  # whatever goes wrong in a model, the answer is that they do not generate alike
+    except (ConversionError, MemoryError, OSError):
+        raise
+    except Exception as error:  # of any kind: the second model does not generate as the first one does
         return GenerationComparison(0, 0, 0.0, f"{type(error).__name__}: {error}")
     return GenerationComparison(
         tokens=tokens.numel(),

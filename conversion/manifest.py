@@ -6,6 +6,7 @@ source its own files took the place of, so that the source can be given back.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -62,13 +63,17 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the manifest into a directory, in one step."""
+        replace_file(directory / MANIFEST_NAME, self.content())
+
+    def content(self) -> bytes:
+        """Return the content of the file."""
         files = {
             name: {key: value for key, value in asdict(record).items() if value is not None or key == "sha256"}
             for name, record in sorted(self.files.items())
         }
         content = {"format": _FORMAT, "created_by": f"modeling-gated {version('modeling-gated')}"}
         content |= {name: value for name, value in vars(self).items() if name != "files"} | {"files": files}
-        replace_file(directory / MANIFEST_NAME, (json.dumps(content, indent=2) + "\n").encode())
+        return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -121,13 +126,41 @@ def check_stamp(path: Path, found: FileRecord) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Give a file new content in one step: whoever opens it finds the old or the new."""
-    new = path.with_name(f".{path.name}.{uuid4().hex}")
+    replace_files({path: content})
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """
+    Give files new content, each in one step, in the order of `contents`; if that fails, no file is changed.
+
+    All that takes room on the disk is done before the first file changes.
+    """
+    new, old, replaced = {}, {}, []
     try:
-        new.write_bytes(content)
-        if path.exists():
-            shutil.copymode(path, new)
-        sync(new)
-        os.replace(new, path)
+        for path, content in contents.items():
+            new[path] = _hidden(path)
+            new[path].write_bytes(content)
+            if path.exists():
+                shutil.copymode(path, new[path])
+                if len(contents) > 1:
+                    old[path] = _hidden(path)
+                    shutil.copy2(path, old[path])
+            sync(new[path])
+        for path in contents:
+            replaced.append(path)  # first: an interrupt may come right after the replacement
+            os.replace(new[path], path)
     except BaseException:
-        new.unlink(missing_ok=True)
+        for path in reversed(replaced):
+            if path in old:
+                os.replace(old[path], path)
+            elif len(contents) > 1:
+                path.unlink(missing_ok=True)
         raise
+    finally:
+        for path in (*new.values(), *old.values()):
+            path.unlink(missing_ok=True)
+
+
+def _hidden(path: Path) -> Path:
+    """Return a new hidden name beside a file."""
+    return path.with_name(f".{path.name}.{uuid4().hex}")

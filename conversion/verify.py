@@ -57,9 +57,9 @@ class Verification:
     `changed_code` the code in the directory that is not what the manifest says. `text` says on what the logits were
     compared, over how many `tokens`, and the next three what was found; they are None where logits were not compared,
     and `text` then says why. `context` says to what the source's context was extended for the comparison, if the
-    checkpoint's was. `generation` compares cached greedy generation; it is None where logits were not compared.
-    `passed` is the verdict. `outdated_code` names carried code that conversion wrote and that is not this version's;
-    the package's own model was run, not this code. `recorded` says whether the manifest and the model card hold it.
+    checkpoint's was. `generation` compares cached greedy generation; it is None where the models differ anyway.
+    `passed` is the verdict, which is of the package's model. `outdated_code` names carried code that is not this
+    version's, or missing; it was not run. `recorded` says whether the manifest and the model card hold it.
     """
 
     tensors: int
@@ -98,7 +98,8 @@ class Verification:
             found["code"] = f"{', '.join(self.changed_code)} changed since conversion"
         elif self.outdated_code:
             found["code"] = (
-                f"{', '.join(self.outdated_code)} of another version; `gated-llama refresh-code` replaces it"
+                f"{', '.join(self.outdated_code)} of another version, which may generate wrong text; `gated-llama "
+                "refresh-code` replaces it"
             )
         if self.changed_gates:
             found["gates"] = f"changed since conversion in layers {ranges(list(self.changed_gates))}"
@@ -109,8 +110,14 @@ class Verification:
             "max_difference": f"{self.max_difference:.3g}",
             "KL_divergence": f"{self.kl_divergence:.3g}",
             "top-1_agreement": f"{self.top1_agreement:.2%}",
-            "cached_generation": self.generation.summary() if self.generation is not None else "not compared",
+            "cached_generation": self._generation(),
         }
+
+    def _generation(self) -> str:
+        if self.generation is None:
+            return "not compared, as the models differ"
+        within = self.passed and not self.generation.is_same
+        return self.generation.summary() + (", where logits are equal within rounding" if within else "")
 
 
 def verify_checkpoint(
@@ -198,8 +205,11 @@ def _compare(
     if (text_name := _why_no_logits(source, architecture)) is None:
         ids, text_name = _token_ids(source, text, tokens, config.vocab_size)
         models = _models(source, gated, architecture, config)
-        comparison, generation = Comparison(*models, ids), compare_generation(*models, ids)
-    verdict = _verdict(comparison, generation, imported) if is_same else None
+        comparison = Comparison(*models, ids)
+        if is_same and _are_equal(comparison, comparison.max_difference, imported):
+            generation = compare_generation(*models, ids)
+    outdated = outdated_code(gated.directory)
+    verdict = _verdict(comparison, generation, imported, outdated) if is_same else None
     return Verification(
         tensors=names,
         differing=differing,
@@ -216,23 +226,34 @@ def _compare(
         generation=generation,
         passed=verdict is not None,
         verdict=verdict or "different",
-        outdated_code=outdated_code(gated.directory),
+        outdated_code=outdated,
     )
 
 
-def _verdict(comparison: Comparison | None, generation: GenerationComparison | None, imported: bool) -> str | None:
+def _verdict(
+    comparison: Comparison | None,
+    generation: GenerationComparison | None,
+    imported: bool,
+    outdated: tuple[str, ...],
+) -> str | None:
     """Return what to say of checkpoints whose tensors and configs are the same; None if their models differ."""
-    if comparison is None or generation is None:
+    if comparison is None:
         return "equal tensors and config"
-    if generation.error is not None:
+    if generation is None or generation.error is not None:
         return None
-    differences = comparison.max_difference, generation.max_difference
-    if differences == (0, 0) and generation.is_same:
-        return "identical: the same function, bit for bit"
-    # A token may be another where two are nearly as likely, so here the logits decide.
-    if imported and all(difference <= _TOLERANCE * comparison.max_logit for difference in differences):
-        return "equal within the rounding of float32"
-    return None
+    if not _are_equal(comparison, generation.max_difference, imported):
+        return None
+    by_package = ", by this package's code, not by the code in the checkpoint" if outdated else ""
+    if comparison.max_difference == generation.max_difference == 0 and generation.is_same:
+        return f"identical: the same function, bit for bit{by_package}"
+    # Of imported gates. A token may be another where two are nearly as likely, so the logits decide.
+    return f"equal within the rounding of float32{by_package}" if imported else None
+
+
+def _are_equal(comparison: Comparison, difference: float, imported: bool) -> bool:
+    """Return whether logits that differ so much count as equal: none may, but with imported gates by rounding."""
+    limit = _TOLERANCE * comparison.max_logit if imported else 0.0
+    return comparison.max_difference <= limit and difference <= limit
 
 
 def _changed_code(directory: Path) -> Iterator[str]:

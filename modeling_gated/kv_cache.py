@@ -23,13 +23,16 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 import transformers
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 
 _KNOWN_NAMES = ("cache", "past_key_values")
+_REMEDIES = (
+    "If the call is Transformers' own, install a version of transformers that GatedLlama was tested with, or a newer "
+    "modeling-gated; for a checkpoint loaded by trust_remote_code: gated-llama refresh-code CHECKPOINT"
+)
 
 
 def cache_argument(function: Callable[..., Any] = LlamaAttention.forward) -> str:
@@ -52,7 +55,8 @@ def cache_argument(function: Callable[..., Any] = LlamaAttention.forward) -> str
     ):
         name = getattr(function, "__qualname__", repr(function))
         raise TypeError(
-            f"{name} must take a KV cache, got {list(parameters)} with transformers {transformers.__version__}"
+            f"{name} must take a KV cache, got {list(parameters)} with transformers {transformers.__version__}. "
+            f"{_REMEDIES}"
         )
     return cache_argument()
 
@@ -64,10 +68,7 @@ def given_cache(arguments: Iterable[Any]) -> Cache | None:
 
 # The name by which Transformers' decoder layers give an attention block the cache.
 CACHE_ARGUMENT = cache_argument()
-_WRONG = (
-    f"cached generation would be wrong with transformers {transformers.__version__}; install a version that GatedLlama "
-    "was tested with"
-)
+_OTHER_NAME = "past_key_values" if CACHE_ARGUMENT == "cache" else "cache"
 # Since 5.24, which renamed the argument, a layer gives `update` the keyword arguments, for the paged cache to change.
 PASSES_KWARGS_TO_CACHE = CACHE_ARGUMENT != "past_key_values"
 
@@ -82,14 +83,19 @@ def take_cache(keywords: dict[str, Any]) -> Any:
     cache = keywords.pop(CACHE_ARGUMENT, None)
     if cache is None:  # what Transformers itself still takes for `cache` until 5.40
         cache = keywords.pop("past_key_values", None)
-    if cache is None and given_cache(keywords.values()) is not None:
-        names = [name for name, value in keywords.items() if isinstance(value, Cache)]
-        raise RuntimeError(f"an attention block must get its KV cache as {CACHE_ARGUMENT!r}, got {names}: {_WRONG}")
+    # With a cache in place, only the other version's name is looked for: this runs for every layer and token.
+    others = [keywords.get(_OTHER_NAME)] if cache is not None else keywords.values()
+    if given_cache(others) is not None:
+        names = ", ".join(name for name, value in keywords.items() if isinstance(value, Cache))
+        raise RuntimeError(
+            f"the KV cache must be passed as {CACHE_ARGUMENT!r}, got {names!r}: cached generation would be wrong with "
+            f"transformers {transformers.__version__}. {_REMEDIES}"
+        )
     return cache
 
 
 class CacheReceipt:
-    """What an attention block signs when it has used the cache that its decoder layer was given."""
+    """Receipt that an attention block signs when it has used the cache that its decoder layer was given."""
 
     # An object and not a list, of which accelerate and FSDP make copies.
     is_signed = False
@@ -102,17 +108,20 @@ def forward_with_cache(forward: Callable[..., Any], layer: Any, *args: Any, **kw
     Args:
         forward: the forward of Transformers' layer, called with `layer`, the other arguments and, if there is a cache,
             a `cache_receipt` for the attention block to sign.
+        layer: a decoder layer. If its `self_attn` was replaced by a module without `signs_cache_receipts`, nothing is
+            checked.
 
     Raises:
         RuntimeError: if the receipt is not signed.
     """
     has_cache = kwargs.get(CACHE_ARGUMENT) is not None or given_cache((*args, *kwargs.values())) is not None
-    if not has_cache or torch.compiler.is_compiling():
+    if not has_cache or not getattr(layer.self_attn, "signs_cache_receipts", False):
         return forward(layer, *args, **kwargs)
     receipt = CacheReceipt()
     output = forward(layer, *args, cache_receipt=receipt, **kwargs)
     if not receipt.is_signed:
         raise RuntimeError(
-            f"{type(layer).__name__} must hand its KV cache to its attention block, and did not: {_WRONG}"
+            f"the KV cache given to {type(layer).__name__} did not reach its attention block: cached generation would "
+            f"be wrong with transformers {transformers.__version__}. {_REMEDIES}"
         )
     return output

@@ -67,9 +67,6 @@ from .self_test import check_cached_generation
 from .tensor_parallel import register_shared_gate_style
 
 
-logger = logging.get_logger(__name__)
-
-
 class GatedLlamaGate(nn.Linear):
     """
     The projection from hidden states, or from the constant 1 of shape [1, 1], to gate logits. A class of its own for
@@ -119,9 +116,12 @@ class GatedLlamaAttention(LlamaAttention):
 
     The forward repeats Llama's. Delegating by `super().forward()`, with the gates in `o_proj`, would survive a rename
     of arguments. But vLLM's Transformers backend reads the source of this method and refuses one that does not call the
-    attention function, and an engine that replaces every linear layer would drop the gates. So the name of the cache's
-    argument is read from Llama's signature, and the decoder layer checks that the cache arrives.
+    attention function, an engine that replaces every linear layer would drop the gates, and gates that depend on the
+    attention scores could not be had. So the name of the cache's argument is read from Llama's signature, and the
+    decoder layer checks that the cache arrives.
     """
+
+    signs_cache_receipts = True
 
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -384,7 +384,7 @@ try:
     # Trainer's label smoothing shifts the labels of the models in this table alone.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
 except ImportError:
-    logger.warning_once(
+    logging.get_logger(__name__).warning_once(
         f"label_smoothing_factor must stay 0 with GatedLlama: Trainer of {RUNNING_VERSION} shifts no labels"
     )
 

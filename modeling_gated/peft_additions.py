@@ -1,5 +1,6 @@
 """What PEFT has no way to be told: what to target in a gated model, and what it can't do with gates or a KV cache."""
 
+from collections.abc import Iterable
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any, NoReturn
@@ -78,17 +79,41 @@ def refuse_losing_the_cache(peft_model: ModuleType) -> None:
     Args:
         peft_model: `peft.peft_model`.
     """
-    if CACHE_ARGUMENT == "past_key_values" or Version(version("peft")) >= Version("0.22.0.dev0"):
-        return
 
     def checked(prepare: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         config = instance.active_peft_config
-        is_gated = instance.get_base_model().config.model_type == GatedLlamaConfig.model_type
-        if is_gated and config.is_prompt_learning and given_cache((*args, *kwargs.values())) is not None:
-            raise ValueError(
-                f"{config.peft_type.value} must generate with use_cache=False: PEFT {version('peft')} loses the KV "
-                f"cache of transformers {transformers.__version__}; or install peft>=0.22 or transformers<5.24"
-            )
+        if config.is_prompt_learning:
+            _refuse_cache(instance.get_base_model(), (*args, *kwargs.values()), config.peft_type.value)
         return prepare(*args, **kwargs)
 
-    wrap_function_wrapper(peft_model, "PeftModelForCausalLM.prepare_inputs_for_generation", checked)
+    if _peft_loses_caches():
+        wrap_function_wrapper(peft_model, "PeftModelForCausalLM.prepare_inputs_for_generation", checked)
+
+
+def refuse_losing_the_cache_of_shadows(shadow: ModuleType) -> None:
+    """
+    Let Shadow tuning refuse a KV cache with a gated model, as `refuse_losing_the_cache` lets prompt learning.
+
+    Args:
+        shadow: `peft.tuners.shadow.model`.
+    """
+
+    def checked(seed: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _, _, keywords = args  # of a forward hook: the module, its arguments and keyword arguments
+        _refuse_cache(instance.model, keywords.values(), "SHADOW")
+        return seed(*args, **kwargs)
+
+    if _peft_loses_caches() and hasattr(shadow.ShadowModel, "_seed_shadow_pre_hook"):
+        wrap_function_wrapper(shadow, "ShadowModel._seed_shadow_pre_hook", checked)
+
+
+def _peft_loses_caches() -> bool:
+    return CACHE_ARGUMENT != "past_key_values" and Version(version("peft")) < Version("0.22.0.dev0")
+
+
+def _refuse_cache(model: Any, arguments: Iterable[Any], method: str) -> None:
+    if model.config.model_type == GatedLlamaConfig.model_type and given_cache(arguments) is not None:
+        raise ValueError(
+            f"{method} must generate with use_cache=False: PEFT {version('peft')} loses the KV cache of transformers "
+            f"{transformers.__version__}; or install peft>=0.22 or transformers<5.24"
+        )

@@ -11,6 +11,7 @@ from .peft_additions import (
     refuse_averaging_gates,
     refuse_hotswapping_gates,
     refuse_losing_the_cache,
+    refuse_losing_the_cache_of_shadows,
 )
 
 
@@ -19,3 +20,4 @@ register_post_import_hook(add_default_target_modules, "peft.utils.constants")
 register_post_import_hook(refuse_hotswapping_gates, "peft.utils.hotswap")
 register_post_import_hook(refuse_averaging_gates, "peft.tuners.ln_tuning.model")
 register_post_import_hook(refuse_losing_the_cache, "peft.peft_model")
+register_post_import_hook(refuse_losing_the_cache_of_shadows, "peft.tuners.shadow.model")

@@ -115,7 +115,9 @@ def verify(
     revision: Revision = None,
 ) -> None:
     """
-    Compare OUTPUT with SOURCE: tensors, config and code, then both models' logits, one layer in memory at a time.
+    Compare OUTPUT with SOURCE: tensors, config and code, then both models' logits and cached generation.
+
+    One layer is in memory at a time.
 
     The exit code is 0 if they are the same function, else 1. OUTPUT's model card and manifest record the result.
     """
@@ -159,6 +161,8 @@ def refresh_code(
 
         done = refresh_code(checkpoint)
     print_lines({"replaced": ", ".join(done.files) or "nothing: the code is this version's", "result": done.directory})
+    if done.had_verification:
+        typer.echo("note: the model card's verification is of the old code; run gated-llama verify again", err=True)
 
 
 def extend(

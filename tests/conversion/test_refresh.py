@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +21,6 @@ from modeling_gated.cli import app
 from modeling_gated.configuration import carried_source_files
 from modeling_gated.conversion import (
     ConversionError,
-    refresh,
     refresh_code,
     ungate_checkpoint,
     verify_checkpoint,
@@ -100,9 +101,8 @@ def test_nothing_else_is_touched(llama: Path, old: Path, tmp_path: Path) -> None
 def test_verification_says_that_the_code_is_of_another_version(llama: Path, old: Path) -> None:
     found = verify_checkpoint(llama, old)
     assert found.passed and found.outdated_code == CODE_FILES
-    assert (
-        found.summary()["code"] == f"{', '.join(CODE_FILES)} of another version; `gated-llama refresh-code` replaces it"
-    )
+    assert found.verdict.startswith("identical") and found.verdict.endswith("not by the code in the checkpoint")
+    assert found.summary()["code"].startswith(f"{', '.join(CODE_FILES)} of another version, which may generate wrong")
 
 
 def test_current_code_is_left_alone(gated: Path) -> None:
@@ -123,30 +123,40 @@ def test_any_saved_model_is_refreshed(tmp_path: Path) -> None:
     assert not (tmp_path / "saved" / MANIFEST).exists()
 
 
+@pytest.mark.parametrize("step", ["write_bytes", "replace"])
 @pytest.mark.parametrize("fails_at", range(3))
-def test_a_failure_leaves_the_old_code(fails_at: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever write fails: of the first file, of the second, or of the manifest."""
+def test_a_failure_leaves_the_old_code(step: str, fails_at: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full from some write on, or a replacement that fails: of either source file or the manifest."""
     before = contents(old)
-    replace_file, calls = refresh.replace_file, 0
+    function, calls = (Path.write_bytes if step == "write_bytes" else os.replace), 0
 
-    def full(path: Path, content: bytes) -> None:
+    def failing(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == fails_at + 1:
-            raise OSError(28, "No space left on device", str(path))
-        replace_file(path, content)
+        if calls > fails_at and (step == "write_bytes" or calls == fails_at + 1):
+            raise OSError(28, "No space left on device", str(arguments[0]))
+        return function(*arguments)
 
-    monkeypatch.setattr(refresh, "replace_file", full)
-    monkeypatch.setattr("modeling_gated.conversion.manifest.replace_file", full)
+    monkeypatch.setattr(*((Path, step) if step == "write_bytes" else (os, step)), failing)
     with pytest.raises(ConversionError, match="No space left on device"):
         refresh_code(old)
+    monkeypatch.undo()
     assert contents(old) == before
+
+
+def test_a_linked_file_stays_a_link(old: Path) -> None:
+    (old / "code").mkdir()
+    (old / "modeling_gated_llama.py").rename(old / "code" / "model.py")
+    (old / "modeling_gated_llama.py").symlink_to("code/model.py")
+    refresh_code(old)
+    assert (old / "modeling_gated_llama.py").is_symlink()
+    assert (old / "code" / "model.py").read_text() == dict(carried_source_files())["modeling_gated_llama.py"]
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ("no directory", r"nowhere: no such directory; of a model on the hub, download a copy: hf download"),
+        ("no directory", r"nowhere: no such directory; download a copy of a model on the hub: hf download"),
         ("not gated", r"config\.json: model_type='llama' is not gated_llama"),
         ("no config", r"config\.json: no such file"),
         ("no code", r"config\.json: auto_map must name modeling_gated_llama, got None"),
@@ -177,9 +187,11 @@ def test_what_cannot_be_refreshed_is_one_line(spoil: str, message: str, llama: P
     assert (contents(target) if target.exists() else {}) == before
 
 
-def test_the_command(old: Path, tmp_path: Path) -> None:
+def test_the_command(llama: Path, old: Path, tmp_path: Path) -> None:
+    verify_checkpoint(llama, old)
     result = CliRunner().invoke(app, ["refresh-code", str(old)])
     assert result.exit_code == 0
+    assert result.stderr == "note: the model card's verification is of the old code; run gated-llama verify again\n"
     assert f"replaced          {', '.join(CODE_FILES)}" in result.stdout
     result = CliRunner().invoke(app, ["refresh-code", str(old)])
     assert "replaced          nothing: the code is this version's" in result.stdout

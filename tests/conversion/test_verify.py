@@ -12,7 +12,7 @@ from cache_by_version import NAME
 from checkpoints import forget_gates
 from safetensors.torch import load_file, save_file
 from source_models import SIZES
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, PreTrainedModel
 from word_tokenizer import save_word_tokenizer
 
 from modeling_gated import GatedLlamaForCausalLM
@@ -73,6 +73,21 @@ def lose_the_cache(self: GatedLlamaAttention, keywords: dict) -> None:
     keywords.pop(NAME, None)
 
 
+class WriteOnly:
+    """A cache that is filled, and gives back this pass's keys and values alone."""
+
+    def __init__(self, cache: DynamicCache) -> None:
+        self.cache = cache
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, **_: object) -> tuple[torch.Tensor, ...]:
+        return tuple(states[:, :, -keys.shape[2] :] for states in self.cache.update(keys, values, layer))
+
+
+def read_nothing_from_the_cache(self: GatedLlamaAttention, keywords: dict) -> None:
+    if (cache := keywords.get(NAME)) is not None:
+        keywords |= {NAME: WriteOnly(cache), "attention_mask": None}
+
+
 def forget_the_padding(self: GatedLlamaAttention, keywords: dict) -> None:
     if keywords.get(NAME) is not None:
         keywords["attention_mask"] = None
@@ -81,8 +96,9 @@ def forget_the_padding(self: GatedLlamaAttention, keywords: dict) -> None:
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
-        (drop_the_cache, "differ from the source's"),
-        (lose_the_cache, "fails: RuntimeError: GatedLlamaDecoderLayer must hand its KV cache"),
+        (drop_the_cache, "fails: RuntimeError: the KV cache must hold 24 tokens, holds 0"),
+        (read_nothing_from_the_cache, "differ from the source's"),
+        (lose_the_cache, "fails: RuntimeError: the KV cache given to GatedLlamaDecoderLayer did not reach"),
         (forget_the_padding, "differ from the source's"),
     ],
 )
@@ -112,8 +128,47 @@ def test_a_generation_of_other_weights_differs(llama: Path, tmp_path: Path) -> N
     pair = [streamed(path, model) for path, model in zip((llama, tmp_path / "gated"), models, strict=True)]
     found = compare_generation(*pair, torch.arange(1, 25))
     assert not found.is_same and found.error is None and found.max_difference > 0
-    one = compare_generation(*pair, torch.tensor([5]))  # a prompt of one token, and no room for padding
+    one = compare_generation(*pair, torch.tensor([5]))  # repeated, so that the shorter prompt has padding
     assert one.tokens == 3 * NEW_TOKENS
+
+
+def test_two_models_without_a_cache_do_not_pass(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would agree."""
+    convert_checkpoint(llama, tmp_path / "gated")
+    monkeypatch.setattr(generation, "cache_argument", lambda _: "kv_cache")
+    with pytest.raises(ConversionError, match="llama: cannot generate: RuntimeError: the KV cache must hold 24 tokens"):
+        verify_checkpoint(llama, tmp_path / "gated")
+
+
+@pytest.mark.parametrize("fails_at", [0, 10])
+def test_a_disk_that_fails_is_no_verdict(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """While either model generates."""
+    convert_checkpoint(llama, tmp_path / "gated")
+    run, calls = StreamedModel.run, 0
+
+    def failing(self: StreamedModel, *arguments: dict) -> list[torch.Tensor]:
+        nonlocal calls
+        if len(arguments) > 1:  # not the pass over the text
+            calls += 1
+            if calls > fails_at:
+                raise OSError(5, "Input/output error", "shard")
+        return run(self, *arguments)
+
+    monkeypatch.setattr(StreamedModel, "run", failing)
+    with pytest.raises(ConversionError, match="shard: Input/output error"):
+        verify_checkpoint(llama, tmp_path / "gated")
+
+
+def test_a_checkpoint_that_lost_one_code_file_is_told(llama: Path, tmp_path: Path) -> None:
+    """Without a manifest, too."""
+    convert_checkpoint(llama, tmp_path / "gated")
+    (tmp_path / "gated" / "gated_llama_manifest.json").unlink()
+    assert verify_checkpoint(llama, tmp_path / "gated").outdated_code == ()
+    (tmp_path / "gated" / "modeling_gated_llama.py").unlink()
+    found = verify_checkpoint(llama, tmp_path / "gated")
+    assert found.passed and found.outdated_code == ("modeling_gated_llama.py",)
 
 
 def test_the_streamed_models_give_the_models_logits(

@@ -1,8 +1,6 @@
 """The KV cache reaches every attention block under the running version's name, or the model raises."""
 
 import inspect
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 import torch
 from cache_by_version import NAME, with_cache
 from gated_models import gated_model
+from isolated_process import isolated
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
@@ -47,8 +46,11 @@ def as_ever(layer: Any, hidden_states: torch.Tensor, **keywords: Any) -> torch.T
     return attend(layer, hidden_states, **keywords)
 
 
+CHANGES = [under_a_third_name, not_at_all, with_nothing_but_what_it_knows]
+
+
 @pytest.mark.parametrize("sandwich", [False, True])
-@pytest.mark.parametrize("change", [under_a_third_name, not_at_all, with_nothing_but_what_it_knows])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_cache_that_does_not_arrive_is_an_error(
     change: Callable[..., torch.Tensor], sandwich: bool, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +59,45 @@ def test_a_cache_that_does_not_arrive_is_an_error(
     with pytest.raises(RuntimeError, match="cached generation would be wrong with transformers"):
         model.generate(tokens[:, :9], max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert model(tokens, use_cache=False).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_cache_that_does_not_arrive_is_an_error_in_compiled_models_too(
+    change: Callable[..., torch.Tensor], tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(gated_model(), backend="eager", dynamic=True)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", change)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cached generation would be wrong with transformers"):
+        compiled(tokens[:, :9], use_cache=True, **with_cache(DynamicCache(config=gated_model().config)))
+
+
+@pytest.mark.parametrize("use_cache", [None, False])
+def test_the_name_of_another_version_is_an_error(use_cache: bool | None, tokens: torch.Tensor) -> None:
+    """Before 5.24 `cache` would be ignored; from 5.40 on `past_key_values` will be, an alias until then."""
+    model, cache = gated_model(), DynamicCache(config=gated_model().config)
+    with torch.no_grad():
+        if NAME == "past_key_values":
+            with pytest.raises(RuntimeError, match="must be passed as 'past_key_values', got 'cache'"):
+                model(tokens[:, :9], cache=cache, use_cache=use_cache)
+        else:
+            model(tokens[:, :9], past_key_values=cache, use_cache=use_cache)
+            assert cache.get_seq_length() == 9
+
+
+def test_a_replaced_attention_block_needs_no_receipt(tokens: torch.Tensor) -> None:
+    """Llama's, or one that gives nothing, as in knock-out experiments."""
+
+    class Nothing(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+            return torch.zeros_like(hidden_states), None
+
+    for block in (LlamaAttention(gated_model().config, 1).eval(), Nothing()):
+        model = gated_model()
+        model.model.layers[1].self_attn = block
+        output = model.generate(tokens[:, :9], max_new_tokens=4, do_sample=False, eos_token_id=None)
+        with torch.no_grad():
+            assert torch.equal(output[:, -1], model(output[:, :-1]).logits[:, -1].argmax(-1))
 
 
 def test_the_replaced_layer_of_these_tests_is_right(tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +111,7 @@ def test_the_replaced_layer_of_these_tests_is_right(tokens: torch.Tensor, monkey
 def test_an_attention_block_refuses_a_cache_that_it_does_not_know() -> None:
     cache = DynamicCache()
     keywords = {"kv_cache": cache, "use_cache": True}
-    with pytest.raises(RuntimeError, match=r"must get its KV cache as '\w+', got \['kv_cache'\]"):
+    with pytest.raises(RuntimeError, match=r"must be passed as '\w+', got 'kv_cache'"):
         take_cache(keywords)
     for name in (NAME, "past_key_values"):  # the second is an alias from 5.24 on
         keywords = {name: cache, "use_cache": True}
@@ -147,9 +188,7 @@ def test_names_that_a_config_does_not_need_may_be_gone(tmp_path: Path) -> None:
     """Arcee's MLP, GLM-4's block, tensor parallelism's styles; and Trainer's table, whose absence is one warning."""
     model = gated_model()
     model.save_pretrained(tmp_path / "model")
-    finished = subprocess.run(
-        [sys.executable, "-c", WITHOUT_NAMES, str(tmp_path / "model")], capture_output=True, text=True
-    )
+    finished = isolated(WITHOUT_NAMES, tmp_path / "model")
     assert finished.returncode == 0, finished.stderr
     generated = model.generate(torch.arange(1, 9)[None], max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert finished.stdout.strip() == str(generated.tolist())

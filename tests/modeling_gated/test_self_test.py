@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from cache_by_version import NAME
 from gated_models import SIZES, gated_model
 from isolated_process import isolated
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM, modeling_gated_llama, self_test
@@ -104,6 +105,43 @@ def test_wrong_only_with_padding_is_seen(untested: None, monkeypatch: pytest.Mon
         build()
 
 
+def test_nan_in_one_row_is_seen(untested: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What padding that hides every key from a query gives: the rows before it are right."""
+    forward = modeling_gated_llama.GatedLlamaAttention.forward
+
+    def spoiled(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, weights = forward(self, hidden_states, *args, **kwargs)
+        if kwargs.get(NAME) is not None and hidden_states.shape[:2] == (2, 1):
+            output[1] = torch.nan
+        return output, weights
+
+    monkeypatch.setattr(modeling_gated_llama.GatedLlamaAttention, "forward", spoiled)
+    with pytest.raises(RuntimeError, match="are off by nan"):
+        build()
+
+
+def test_it_does_not_wait_for_other_processes(
+    untested: None, runs: list[float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ZeRO-3 `generate` would: one process alone may build a model."""
+    monkeypatch.setattr("transformers.generation.utils.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("transformers.generation.utils.dist.get_world_size", lambda *_: 2)
+    monkeypatch.setattr("transformers.generation.utils.dist.is_initialized", lambda *_: True)
+    monkeypatch.setattr("transformers.generation.utils.dist.all_reduce", pytest.fail)
+    build()
+    assert len(runs) == 1
+
+
+def test_an_interrupted_test_is_run_again(untested: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(DynamicCache, "update", interrupt)
+        build()
+    assert not self_test._is_self_tested
+
+
 def test_a_variable_skips_it(untested: None, broken: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATED_LLAMA_SKIP_SELF_TEST", "1")
     build()
@@ -112,13 +150,16 @@ def test_a_variable_skips_it(untested: None, broken: None, monkeypatch: pytest.M
         build()
 
 
-@pytest.mark.parametrize("context", ["meta", "empty weights", "compile"])
+@pytest.mark.parametrize("context", ["meta", "empty weights", "fake tensors", "compile"])
 def test_it_waits_where_parameters_are_not_real(context: str, untested: None, runs: list[float | None]) -> None:
     if context == "meta":
         with torch.device("meta"):
             build()
     elif context == "empty weights":
         with init_empty_weights():
+            build()
+    elif context == "fake tensors":
+        with FakeTensorMode():
             build()
     else:
 
@@ -134,7 +175,7 @@ def test_it_waits_where_parameters_are_not_real(context: str, untested: None, ru
 
 
 def test_it_leaves_random_state_and_dtype_alone(untested: None, runs: list[float | None]) -> None:
-    """A model is built with the same weights as where no test runs; also with another default dtype and device."""
+    """A model is built with the same weights as where no test runs."""
     torch.manual_seed(7)
     with_test = build()
     state = torch.get_rng_state()
@@ -175,7 +216,8 @@ else:
 
 
 @pytest.mark.parametrize("state", ["right", "broken"])
-def test_carried_code_tests_itself(state: str, tmp_path: Path) -> None:
+def test_carried_code_tests_itself(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GATED_LLAMA_SKIP_SELF_TEST", raising=False)
     gated_model().save_pretrained(tmp_path / "model")
     finished = isolated(CARRIED.replace("sys.argv[2]", repr(state)), tmp_path / "model")
     assert finished.returncode == 0, finished.stderr

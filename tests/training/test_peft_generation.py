@@ -19,6 +19,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    ShadowConfig,
     get_peft_model,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,6 +29,7 @@ PROMPT_LEARNING: dict[str, dict[str, Any]] = {
     "prefix tuning": {"class": PrefixTuningConfig, "num_virtual_tokens": 4},
     "prompt tuning": {"class": PromptTuningConfig, "num_virtual_tokens": 4},
     "P-tuning": {"class": PromptEncoderConfig, "num_virtual_tokens": 4, "encoder_hidden_size": 16},
+    "Shadow": {"class": ShadowConfig, "shadow_alpha": 1.0},
     "CPT": {
         "class": CPTConfig,
         "cpt_token_ids": [1, 2, 3],
