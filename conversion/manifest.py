@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -131,9 +132,10 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def replace_files(contents: Mapping[Path, bytes]) -> None:
     """
-    Give files new content, each in one step, in the order of `contents`; if that fails, no file is changed.
+    Give files new content, each in one step, in the order of `contents`; if that fails, the old content is put back.
 
-    All that takes room on the disk is done before the first file changes.
+    All that takes room on the disk is done before the first file changes. Old content that cannot be put back stays
+    beside its file under a hidden name.
     """
     new, old, replaced = {}, {}, []
     try:
@@ -151,13 +153,19 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
             os.replace(new[path], path)
     except BaseException:
         for path in reversed(replaced):
-            if path in old:
-                os.replace(old[path], path)
-            elif len(contents) > 1:
-                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                if path in old:
+                    os.replace(old[path], path)
+                elif len(contents) > 1:
+                    path.unlink(missing_ok=True)
+        for path in old.keys() - set(replaced):
+            old[path].unlink(missing_ok=True)
         raise
+    else:
+        for path in old.values():
+            path.unlink(missing_ok=True)
     finally:
-        for path in (*new.values(), *old.values()):
+        for path in new.values():
             path.unlink(missing_ok=True)
 
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
@@ -56,20 +57,20 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
         changed = tuple(name for name in new if new[name] != _content(directory, name))
         contents = {_target(directory, name): new[name] for name in changed}
         had_verification = bool(changed) and manifest is not None and manifest.verification is not None
-        if manifest is not None and changed:
-            records = {name: FileRecord(len(new[name]), sha256_of([new[name]])) for name in changed}
-            updated = replace(manifest, files=manifest.files | records, verification=None)
-            contents[_target(directory, MANIFEST_NAME)] = updated.content()
+        if manifest is not None:
+            files = manifest.files | {name: FileRecord(len(new[name]), sha256_of([new[name]])) for name in new}
+            if files != manifest.files:  # also where somebody else has replaced the code
+                updated = replace(manifest, files=files, verification=None)
+                contents[_target(directory, MANIFEST_NAME)] = updated.content()
         replace_files(contents)
         return RefreshedCode(directory, changed, had_verification)
 
 
 def outdated_code(directory: Path) -> tuple[str, ...]:
-    """Return the names of the source files in a checkpoint that are not this version's, or missing beside the other."""
-    contents = {name: _content(directory, name) for name, _ in carried_source_files()}
-    if not any(contents.values()):  # a checkpoint that carries no code
+    """Return the source files that a checkpoint's config names and that are not this version's, or missing."""
+    if _carried_model(read_json(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES)) is None:
         return ()
-    return tuple(name for name, source in carried_source_files() if contents[name] != source.encode())
+    return tuple(name for name, source in carried_source_files() if _content(directory, name) != source.encode())
 
 
 def _content(directory: Path, name: str) -> bytes | None:
@@ -85,10 +86,15 @@ def _check_carries_code(directory: Path) -> None:
     config = read_json(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES)
     if (model_type := config.get("model_type")) != GatedLlamaConfig.model_type:
         raise ConversionError(f"{directory / CONFIG_NAME}: model_type={model_type!r} is not gated_llama")
+    if _carried_model(config) is None:
+        raise ConversionError(
+            f"{directory / CONFIG_NAME}: auto_map must name modeling_gated_llama, got {config.get('auto_map')!r}; save "
+            "the code with GatedLlamaConfig.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
+        )
+
+
+def _carried_model(config: dict[str, Any]) -> str | None:
+    """Return the class in the checkpoint's own code that a config names; None if it names none."""
     auto_map = config.get("auto_map")
     entry = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
-    if not isinstance(entry, str) or not entry.startswith("modeling_gated_llama."):
-        raise ConversionError(
-            f"{directory / CONFIG_NAME}: auto_map must name modeling_gated_llama, got {auto_map!r}; a checkpoint that "
-            "carries no code is saved with it by GatedLlamaConfig.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
-        )
+    return entry if isinstance(entry, str) and entry.startswith("modeling_gated_llama.") else None

@@ -81,8 +81,6 @@ def take_cache(keywords: dict[str, Any]) -> Any:
         RuntimeError: if there is a cache under another name than Transformers' own.
     """
     cache = keywords.pop(CACHE_ARGUMENT, None)
-    if cache is None:  # what Transformers itself still takes for `cache` until 5.40
-        cache = keywords.pop("past_key_values", None)
     # With a cache in place, only the other version's name is looked for: this runs for every layer and token.
     others = [keywords.get(_OTHER_NAME)] if cache is not None else keywords.values()
     if given_cache(others) is not None:
@@ -109,7 +107,8 @@ def forward_with_cache(forward: Callable[..., Any], layer: Any, *args: Any, **kw
         forward: the forward of Transformers' layer, called with `layer`, the other arguments and, if there is a cache,
             a `cache_receipt` for the attention block to sign.
         layer: a decoder layer. If its `self_attn` was replaced by a module without `signs_cache_receipts`, nothing is
-            checked.
+            checked. A subclass, or another `forward`, must pass `cache_receipt` on or set `signs_cache_receipts` to
+            False.
 
     Raises:
         RuntimeError: if the receipt is not signed.
@@ -122,6 +121,7 @@ def forward_with_cache(forward: Callable[..., Any], layer: Any, *args: Any, **kw
     if not receipt.is_signed:
         raise RuntimeError(
             f"the KV cache given to {type(layer).__name__} did not reach its attention block: cached generation would "
-            f"be wrong with transformers {transformers.__version__}. {_REMEDIES}"
+            f"be wrong with transformers {transformers.__version__}. {_REMEDIES}. If self_attn was changed on purpose, "
+            "set self_attn.signs_cache_receipts to False"
         )
     return output

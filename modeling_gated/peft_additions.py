@@ -1,6 +1,7 @@
 """What PEFT has no way to be told: what to target in a gated model, and what it can't do with gates or a KV cache."""
 
 from collections.abc import Iterable
+from functools import wraps
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any, NoReturn
@@ -98,13 +99,17 @@ def refuse_losing_the_cache_of_shadows(shadow: ModuleType) -> None:
         shadow: `peft.tuners.shadow.model`.
     """
 
-    def checked(seed: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        _, _, keywords = args  # of a forward hook: the module, its arguments and keyword arguments
-        _refuse_cache(instance.model, keywords.values(), "SHADOW")
-        return seed(*args, **kwargs)
+    if not _peft_loses_caches() or not hasattr(shadow.ShadowModel, "_seed_shadow_pre_hook"):
+        return
+    seed = shadow.ShadowModel._seed_shadow_pre_hook
 
-    if _peft_loses_caches() and hasattr(shadow.ShadowModel, "_seed_shadow_pre_hook"):
-        wrap_function_wrapper(shadow, "ShadowModel._seed_shadow_pre_hook", checked)
+    @wraps(seed)  # a plain function: PEFT keeps it as a hook of the model, which must stay to be copied and pickled
+    def checked(self: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._shadow_path_active():
+            _refuse_cache(module, kwargs.values(), "SHADOW")
+        return seed(self, module, args, kwargs)
+
+    shadow.ShadowModel._seed_shadow_pre_hook = checked
 
 
 def _peft_loses_caches() -> bool:
@@ -112,7 +117,8 @@ def _peft_loses_caches() -> bool:
 
 
 def _refuse_cache(model: Any, arguments: Iterable[Any], method: str) -> None:
-    if model.config.model_type == GatedLlamaConfig.model_type and given_cache(arguments) is not None:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type == GatedLlamaConfig.model_type and given_cache(arguments) is not None:
         raise ValueError(
             f"{method} must generate with use_cache=False: PEFT {version('peft')} loses the KV cache of transformers "
             f"{transformers.__version__}; or install peft>=0.22 or transformers<5.24"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_by_version import NAME
 from fused_reference import fused_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
@@ -19,6 +20,7 @@ from modeling_gated.conversion import (
     verify_checkpoint,
 )
 from modeling_gated.conversion.safetensors_file import Shard
+from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 
 
 CONFIG = {
@@ -202,6 +204,22 @@ def test_a_qwen3_next_is_verified_by_its_logits_too(tmp_path: Path, dtype: torch
     found = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
     assert found.passed, found
     assert found.max_difference is not None and not found.differing
+
+
+def test_an_import_that_generates_otherwise_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its verdict has a tolerance, which is not for a mask that is forgotten."""
+    Qwen3NextForCausalLM(qwen3_next()).save_pretrained(tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "gated")
+    forward = GatedLlamaAttention.forward
+
+    def without_mask(self: Any, hidden_states: torch.Tensor, **keywords: Any) -> Any:
+        if keywords.get(NAME) is not None:
+            keywords["attention_mask"] = None
+        return forward(self, hidden_states, **keywords)
+
+    monkeypatch.setattr(GatedLlamaAttention, "forward", without_mask)
+    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
+    assert not found.passed and found.max_difference is not None and found.max_difference < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,15 @@ def test_any_saved_model_is_refreshed(tmp_path: Path) -> None:
     assert not (tmp_path / "saved" / MANIFEST).exists()
 
 
+@pytest.mark.parametrize("is_missing", [False, True])
 @pytest.mark.parametrize("step", ["write_bytes", "replace"])
 @pytest.mark.parametrize("fails_at", range(3))
-def test_a_failure_leaves_the_old_code(step: str, fails_at: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_the_old_code(
+    step: str, fails_at: int, is_missing: bool, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A disk that is full from some write on, or a replacement that fails: of either source file or the manifest."""
+    if is_missing:
+        (old / "configuration_gated_llama.py").unlink()
     before = contents(old)
     function, calls = (Path.write_bytes if step == "write_bytes" else os.replace), 0
 
@@ -142,6 +147,43 @@ def test_a_failure_leaves_the_old_code(step: str, fails_at: int, old: Path, monk
         refresh_code(old)
     monkeypatch.undo()
     assert contents(old) == before
+
+
+def test_old_content_that_cannot_be_put_back_is_kept(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(old)
+    replace_file, calls = os.replace, 0
+
+    def failing(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise OSError(5, "Input/output error", str(arguments[0]))
+        replace_file(*arguments)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(ConversionError, match="Input/output error"):
+        refresh_code(old)
+    assert before["configuration_gated_llama.py"] in contents(old).values()
+
+
+def test_code_that_was_replaced_by_hand_is_recorded(llama: Path, old: Path) -> None:
+    for name, source in carried_source_files():
+        (old / name).write_text(source)
+    assert not verify_checkpoint(llama, old).passed
+    assert refresh_code(old).files == ()
+    assert verify_checkpoint(llama, old).passed
+
+
+def test_a_checkpoint_without_code_has_none_that_is_old(llama: Path, gated: Path) -> None:
+    """Unless its config names it."""
+    (gated / MANIFEST).unlink()
+    for name in CODE_FILES:
+        (gated / name).unlink()
+    assert verify_checkpoint(llama, gated).outdated_code == CODE_FILES
+    config = json.loads((gated / "config.json").read_text())
+    del config["auto_map"]
+    (gated / "config.json").write_text(json.dumps(config))
+    assert verify_checkpoint(llama, gated).outdated_code == ()
 
 
 def test_a_linked_file_stays_a_link(old: Path) -> None:

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from modeling_gated import GatedLlamaConfig
 from modeling_gated.evaluation.position_loss import loss_by_position
 from modeling_gated.kv_cache import cache_argument, take_cache
+from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 
 
 def attend(layer: Any, hidden_states: torch.Tensor, **keywords: Any) -> torch.Tensor:
@@ -74,7 +75,7 @@ def test_a_cache_that_does_not_arrive_is_an_error_in_compiled_models_too(
 
 @pytest.mark.parametrize("use_cache", [None, False])
 def test_the_name_of_another_version_is_an_error(use_cache: bool | None, tokens: torch.Tensor) -> None:
-    """Before 5.24 `cache` would be ignored; from 5.40 on `past_key_values` will be, an alias until then."""
+    """Before 5.24 `cache` would be ignored; since, Transformers takes `past_key_values` for it, until 5.40."""
     model, cache = gated_model(), DynamicCache(config=gated_model().config)
     with torch.no_grad():
         if NAME == "past_key_values":
@@ -92,7 +93,14 @@ def test_a_replaced_attention_block_needs_no_receipt(tokens: torch.Tensor) -> No
         def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
             return torch.zeros_like(hidden_states), None
 
-    for block in (LlamaAttention(gated_model().config, 1).eval(), Nothing()):
+    class Renamed(GatedLlamaAttention):
+        signs_cache_receipts = False
+
+        def forward(self, hidden_states: torch.Tensor, cache_receipt: Any = None, **kwargs: Any) -> Any:
+            return super().forward(hidden_states, **kwargs)
+
+    config = gated_model().config
+    for block in (LlamaAttention(config, 1).eval(), Renamed(config, 1).eval(), Nothing()):
         model = gated_model()
         model.model.layers[1].self_attn = block
         output = model.generate(tokens[:, :9], max_new_tokens=4, do_sample=False, eos_token_id=None)
@@ -113,10 +121,13 @@ def test_an_attention_block_refuses_a_cache_that_it_does_not_know() -> None:
     keywords = {"kv_cache": cache, "use_cache": True}
     with pytest.raises(RuntimeError, match=r"must be passed as '\w+', got 'kv_cache'"):
         take_cache(keywords)
-    for name in (NAME, "past_key_values"):  # the second is an alias from 5.24 on
-        keywords = {name: cache, "use_cache": True}
-        assert take_cache(keywords) is cache
-        assert keywords == {"use_cache": True}
+    keywords = {NAME: cache, "use_cache": True}
+    assert take_cache(keywords) is cache
+    assert keywords == {"use_cache": True}
+    other = "past_key_values" if NAME == "cache" else "cache"
+    for keywords in ({other: cache}, {NAME: cache, other: DynamicCache()}):
+        with pytest.raises(RuntimeError, match=f"must be passed as '{NAME}', got '{other}'"):
+            take_cache(keywords)
     # Continuous batching's, which is no Cache: before 5.24 it goes on to the attention function.
     paged = object()
     keywords = {"cache": paged}

@@ -174,6 +174,14 @@ def test_it_waits_where_parameters_are_not_real(context: str, untested: None, ru
     assert [run is not None for run in runs][-1:] == [True]
 
 
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_partitioned_and_meta_parameters_are_not_real(device: str) -> None:
+    """ZeRO-3 leaves parameters of no numbers."""
+    sizes = [(0,), (3,)]
+    found = [self_test._is_real(torch.nn.Parameter(torch.empty(size, device=device))) for size in sizes]
+    assert found == [False, device == "cpu"]
+
+
 def test_it_leaves_random_state_and_dtype_alone(untested: None, runs: list[float | None]) -> None:
     """A model is built with the same weights as where no test runs."""
     torch.manual_seed(7)

@@ -1,5 +1,7 @@
 """Cached generation with PEFT: right, or refused where PEFT itself would lose the cache."""
 
+import copy
+import pickle
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,10 @@ def test_prompt_learning_is_right_or_refused(method: str) -> None:
     options = dict(PROMPT_LEARNING[method])
     torch.manual_seed(0)
     model = get_peft_model(gated_model(), options.pop("class")(task_type="CAUSAL_LM", **options)).eval()
+    with torch.no_grad():  # an adapter that is new may change nothing
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
     expected = greedy_by_full_passes(model)
     assert torch.equal(generated(model, use_cache=False), expected)
     if PEFT_LOSES_THE_CACHE:
@@ -75,6 +81,18 @@ def test_prompt_learning_is_right_or_refused(method: str) -> None:
             generated(model)
     else:
         assert torch.equal(generated(model), expected)
+
+
+def test_shadow_models_are_copied_and_switched_off() -> None:
+    """Of other models as of gated ones; without the adapter there is nothing to refuse."""
+    config = LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+    for base in (LlamaForCausalLM(config), gated_model()):
+        expected = base.generate(IDS, attention_mask=torch.ones_like(IDS), **GREEDY)
+        model = get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM", shadow_alpha=1.0)).eval()
+        copy.deepcopy(model)
+        pickle.dumps(model)
+        with model.disable_adapter():
+            assert torch.equal(generated(model), expected)
 
 
 def test_models_of_others_are_left_alone() -> None:
