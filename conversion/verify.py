@@ -246,7 +246,7 @@ def _verdict(
     by_package = ", by this package's code, not by the code in the checkpoint" if outdated else ""
     if comparison.max_difference == generation.max_difference == 0 and generation.is_same:
         return f"identical: the same function, bit for bit{by_package}"
-    # Of imported gates. A token may be another where two are nearly as likely, so the logits decide.
+    # Imported gates: two tokens may be nearly as likely, so the logits decide.
     return f"equal within the rounding of float32{by_package}" if imported else None
 
 

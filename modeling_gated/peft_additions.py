@@ -1,4 +1,4 @@
-"""What PEFT has no way to be told: what to target in a gated model, and what it can't do with gates or a KV cache."""
+"""Additions to PEFT: targets in a gated model, and errors for what PEFT cannot do with gates or a KV cache."""
 
 from collections.abc import Iterable
 from functools import wraps

@@ -112,7 +112,7 @@ def test_current_code_is_left_alone(gated: Path) -> None:
 
 
 def test_any_saved_model_is_refreshed(tmp_path: Path) -> None:
-    """What a trainer saved has no manifest; a file that is missing is written."""
+    """A trainer's checkpoint has no manifest; a missing file is written."""
     model = gated_model()
     model.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "configuration_gated_llama.py").unlink()

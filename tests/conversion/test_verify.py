@@ -46,7 +46,7 @@ def streamed(path: Path, model: PreTrainedModel) -> StreamedModel:
 
 
 def test_generation_is_what_transformers_generates(source_model: PreTrainedModel, tmp_path: Path) -> None:
-    """Of the source's class, token for token, with `generate`; and padding is not attended to."""
+    """Token for token, for the class of the source; and padding is not attended to."""
     source_model.save_pretrained(tmp_path / "source")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     ids = torch.randint(1, 96, (24,), generator=torch.Generator().manual_seed(3))
