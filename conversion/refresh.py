@@ -35,7 +35,7 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
     """
     Replace the source files in a checkpoint, which `trust_remote_code=True` runs, by those of this version.
 
-    Each file is replaced in one step; if one cannot be replaced, none is. The manifest, if there is one, gets the new
+    Each file is replaced in one step; if one cannot be replaced, all get their old content back. The manifest, if there is one, gets the new
     hashes, and no verification any more, since that was of the old code. No other file is written to.
 
     Args:
@@ -68,7 +68,7 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
 
 def outdated_code(directory: Path) -> tuple[str, ...]:
     """Return the source files that a checkpoint's config names and that are not this version's, or missing."""
-    if _carried_model(read_json(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES)) is None:
+    if not _names_carried_code(read_json(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES)):
         return ()
     return tuple(name for name, source in carried_source_files() if _content(directory, name) != source.encode())
 
@@ -86,15 +86,15 @@ def _check_carries_code(directory: Path) -> None:
     config = read_json(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES)
     if (model_type := config.get("model_type")) != GatedLlamaConfig.model_type:
         raise ConversionError(f"{directory / CONFIG_NAME}: model_type={model_type!r} is not gated_llama")
-    if _carried_model(config) is None:
+    if not _names_carried_code(config):
         raise ConversionError(
             f"{directory / CONFIG_NAME}: auto_map must name modeling_gated_llama, got {config.get('auto_map')!r}; save "
             "the code with GatedLlamaConfig.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
         )
 
 
-def _carried_model(config: dict[str, Any]) -> str | None:
-    """Return the class in the checkpoint's own code that a config names; None if it names none."""
+def _names_carried_code(config: dict[str, Any]) -> bool:
+    """Return whether a config names a class in the checkpoint's own code."""
     auto_map = config.get("auto_map")
     entry = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
-    return entry if isinstance(entry, str) and entry.startswith("modeling_gated_llama.") else None
+    return isinstance(entry, str) and entry.startswith("modeling_gated_llama.")

@@ -120,5 +120,5 @@ def test_no_call_writes_the_name_of_the_cache() -> None:
             if isinstance(node, ast.Call):
                 assert not {"cache", "past_key_values"} & {keyword.arg for keyword in node.keywords}, where
             if isinstance(node, ast.Attribute):
-                # Of its own objects, such as a benchmark's workload, a file may call the cache what it likes.
+                # A class may call its own attribute so, as a benchmark's workload does.
                 assert node.attr != "past_key_values" and (node.attr != "cache" or is_self(node.value)), where

@@ -106,7 +106,7 @@ def test_wrong_only_with_padding_is_seen(untested: None, monkeypatch: pytest.Mon
 
 
 def test_nan_in_one_row_is_seen(untested: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What padding that hides every key from a query gives: the rows before it are right."""
+    """Padding that hides every key from a query gives NaN in its row; the row before it is right."""
     forward = modeling_gated_llama.GatedLlamaAttention.forward
 
     def spoiled(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -84,7 +84,7 @@ def test_prompt_learning_is_right_or_refused(method: str) -> None:
 
 
 def test_shadow_models_are_copied_and_switched_off() -> None:
-    """Of other models as of gated ones; without the adapter there is nothing to refuse."""
+    """Gated or not. Without the adapter there is nothing to refuse."""
     config = LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
     for base in (LlamaForCausalLM(config), gated_model()):
         expected = base.generate(IDS, attention_mask=torch.ones_like(IDS), **GREEDY)
