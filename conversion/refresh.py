@@ -35,8 +35,9 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
     """
     Replace the source files in a checkpoint, which `trust_remote_code=True` runs, by those of this version.
 
-    Each file is replaced in one step; if one cannot be replaced, all get their old content back. The manifest, if there is one, gets the new
-    hashes, and no verification any more, since that was of the old code. No other file is written to.
+    Each file is replaced in one step; if one cannot be replaced, all get their old content back. The manifest, if there
+    is one, gets the new hashes, and no verification any more, since that was of the old code. No other file is written
+    to.
 
     Args:
         checkpoint: a directory with a gated checkpoint that was saved with its code.
