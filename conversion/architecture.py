@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -34,6 +35,15 @@ _OF_OTHER_VARIANTS = (
     *("gate_position", "gate_head_shared", "gate_form", "gate_activation", "gate_input_independent"),
     *("use_attention_output_norm", "attention_output_activation", "use_sandwich_norm", "use_glu"),
 )
+# Fields that say how a model runs on a machine and what it returns, with the values that every machine can run.
+_RUN_SETTINGS: dict[str, Any] = {
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict": True,
+    "use_cache": True,
+    "_attn_implementation": "sdpa",
+    "_experts_implementation": None,
+}
 # What Transformers leaves unread in a checkpoint without a word.
 UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -90,6 +100,18 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
 
 
+def with_default_run_settings(config: PreTrainedConfig) -> PreTrainedConfig:
+    """
+    Return a copy of a config that says nothing of how to run the model, such as by which kernel of attention.
+
+    Two models that are compared must run alike: kernels differ in rounding, and some machines lack some of them.
+    """
+    config = deepcopy(config)
+    for name, value in _RUN_SETTINGS.items():
+        setattr(config, name, value)
+    return config
+
+
 def read_architecture(
     checkpoint: Checkpoint, gate_options: dict[str, Any], context: Sequence[Mapping[str, Any]] = ()
 ) -> Architecture:
@@ -110,7 +132,9 @@ def read_architecture(
     with naming(checkpoint.config_path):
         if not is_qwen3_next(raw):
             check_source_family(source_config.model_type)
-        quantization = exclude_gates(raw["quantization_config"]) if raw.get("quantization_config") else None
+        quantization = raw.get("quantization_config")
+        if quantization is not None:
+            quantization = exclude_gates(quantization)
         decoder, fused = source_config, None
         if is_fused(raw):
             if quantization is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 
@@ -185,12 +185,22 @@ def _write(
         records, shared = write_shards(plan.placed, new, staging, place, progress)
         copy_side_files(plan.checkpoint, plan.side_files, staging)
         (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(plan.index(), indent=2, sort_keys=True) + "\n")
-        plan.architecture.config.save_pretrained(staging)
+        _write_config(plan, staging)
         (staging / CARD_NAME).write_text(model_card(plan, output, command), encoding="utf-8", errors="replace")
         records |= record_others(staging, records, plan.side_files)
         _manifest(plan, command, records).write(staging)
     total = plan.new_bytes + sum(shard.file_bytes for shard in plan.placed.values())
     return total - shared, shared
+
+
+def _write_config(plan: Plan, directory: Path) -> None:
+    """Write the config and the code. Transformers reads a kernel of attention from a config, but writes none."""
+    plan.architecture.config.save_pretrained(directory)
+    raw = plan.checkpoint.raw_config
+    if (kernel := raw.get("attn_implementation", raw.get("_attn_implementation"))) is not None:
+        path = directory / CONFIG_NAME
+        config = json.loads(path.read_text()) | {"attn_implementation": kernel}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _manifest(plan: Plan, command: str, records: dict[str, FileRecord]) -> Manifest:

@@ -26,6 +26,7 @@ from .placement import Place, check_space
 from .plan import CARD_NAME, MANIFEST_NAME
 from .shards import copy_side_files, record_others, write_shards
 from .sources import find_source
+from .trial import check_configs_run
 
 
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta")
@@ -95,11 +96,10 @@ def extend_checkpoint(
         before = deepcopy(config)
         with naming(found.config_path):
             extension = extend_context(config, **context)
+        new_config = _new_config(found, config)
         manifest = read_manifest(found.directory)
         with replacing(output, overwrite) as staging:
-            records, shared = _write(
-                found, _new_config(found, config), describe_context(config), staging, output, place, progress
-            )
+            records, shared = _write(found, new_config, describe_context(config), staging, output, place, progress)
             if manifest is not None:
                 _update_manifest(manifest, found, records, command, context).write(staging)
     total = sum(shard.file_bytes for shard in found.shards)
@@ -121,11 +121,13 @@ def _new_config(checkpoint: Checkpoint, config: PreTrainedConfig) -> str:
     raw |= {"rope_parameters": config.rope_parameters, "max_position_embeddings": config.max_position_embeddings}
     if "original_max_position_embeddings" in raw:
         raw["original_max_position_embeddings"] = config.original_max_position_embeddings
-    read = read_config(replace(checkpoint, raw_config=raw))
+    changed = replace(checkpoint, raw_config=raw)
+    read = read_config(changed)
     if (read.rope_parameters, read.max_position_embeddings) != (config.rope_parameters, config.max_position_embeddings):
         raise ConversionError(
             f"{checkpoint.config_path}: {config.rope_parameters} would be read as {read.rope_parameters}"
         )
+    check_configs_run(changed, lambda found: [read_config(found)])
     return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 
 

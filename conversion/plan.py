@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .architecture import Architecture, read_architecture
@@ -14,6 +15,7 @@ from .checkpoint import Checkpoint
 from .safetensors_file import NewTensor, Shard, new_tensor
 from .sources import Source
 from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_tensor
+from .trial import check_configs_run
 
 
 CARD_NAME = "README.md"
@@ -103,6 +105,12 @@ def make_plan(
         ConversionError: if it cannot be converted.
     """
     architecture = read_architecture(checkpoint, gate_options, context)
+
+    def configs(changed: Checkpoint) -> Iterator[PreTrainedConfig]:
+        found = read_architecture(changed, gate_options, context)
+        yield from (found.source_config, found.config)
+
+    check_configs_run(checkpoint, configs)
     count = len(checkpoint.shards) + 1
     *names, gate_shard = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     shards = dict(zip(names, checkpoint.shards, strict=True))

@@ -16,7 +16,15 @@ from tqdm.auto import tqdm
 from modeling_gated.configuration import GatedLlamaConfig, describe_context
 from modeling_gated.default_text import DEFAULT_TEXT_NAME, default_text
 
-from .architecture import UNREAD, Architecture, naming, read_architecture, read_gated_config, stored_dtype
+from .architecture import (
+    UNREAD,
+    Architecture,
+    naming,
+    read_architecture,
+    read_gated_config,
+    stored_dtype,
+    with_default_run_settings,
+)
 from .card import with_verification
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConversionError
@@ -340,9 +348,11 @@ def _models(
 
     dtype = architecture.dtype if architecture.fused is None else torch.float32
     with torch.device("meta"), naming(source.config_path):
-        ungated = AutoModelForCausalLM.from_config(architecture.source_config, dtype=dtype)
+        ungated = AutoModelForCausalLM.from_config(
+            with_default_run_settings(architecture.source_config), dtype=dtype, trust_remote_code=False
+        )
     with torch.device("meta"), naming(gated.config_path):
-        model = GatedLlamaForCausalLM._from_config(config, dtype=dtype)
+        model = GatedLlamaForCausalLM._from_config(with_default_run_settings(config), dtype=dtype)
     return StreamedModel(ungated, source, dtype), StreamedModel(model, gated, dtype)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 import modeling_gated.registration  # noqa: F401 - makes AutoTokenizer know gated_llama
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 from modeling_gated.conversion import convert_checkpoint
-from modeling_gated.conversion.architecture import naming, read_gated_config
+from modeling_gated.conversion.architecture import naming, read_gated_config, with_default_run_settings
 from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.gates import changed_gate_layers, ranges
 from modeling_gated.conversion.sources import Source
@@ -74,7 +74,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     with naming(path):
-        model = GatedLlamaForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        config = with_default_run_settings(read_gated_config(open_checkpoint(path)))
+        model = GatedLlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
     # A checkpoint's own says how it is to be used, and may be one that Transformers refuses to save again.
     model.generation_config = GenerationConfig()
     return model.eval().requires_grad_(False).to(device)
