@@ -6,6 +6,7 @@ from .extend import ExtendedCheckpoint, extend_checkpoint
 from .gguf import dequantize_gguf
 from .plan import Plan
 from .refresh import RefreshedCode, refresh_code
+from .repair import RepairedTokenizer, repair_tokenizer
 from .ungate import Restoration, ungate_checkpoint
 from .verify import Verification, verify_checkpoint
 
@@ -16,6 +17,7 @@ __all__ = [
     "ExtendedCheckpoint",
     "Plan",
     "RefreshedCode",
+    "RepairedTokenizer",
     "Restoration",
     "Verification",
     "convert_checkpoint",
@@ -23,6 +25,7 @@ __all__ = [
     "extend_checkpoint",
     "plan_conversion",
     "refresh_code",
+    "repair_tokenizer",
     "ungate_checkpoint",
     "verify_checkpoint",
 ]

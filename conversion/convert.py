@@ -184,6 +184,8 @@ def _write(
         new[plan.gate_shard] = NewShard(plan.gates)
         records, shared = write_shards(plan.placed, new, staging, place, progress)
         copy_side_files(plan.checkpoint, plan.side_files, staging)
+        for name, content in plan.tokenizer_files.items():
+            (staging / name).write_bytes(content)
         (staging / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(plan.index(), indent=2, sort_keys=True) + "\n")
         _write_config(plan, staging)
         (staging / CARD_NAME).write_text(model_card(plan, output, command), encoding="utf-8", errors="replace")
@@ -209,7 +211,7 @@ def _manifest(plan: Plan, command: str, records: dict[str, FileRecord]) -> Manif
     origin["format"] = "gguf" if source.is_gguf else "safetensors" if plan.architecture.fused is None else "fused"
     if source.is_gguf:
         origin["sha256"] = sha256(source.path)
-    replaced = {name: directory / name for name in OWN_FILES}
+    replaced = {name: directory / name for name in (*OWN_FILES, *plan.tokenizer_files)}
     return Manifest(
         command=command,
         source=origin,

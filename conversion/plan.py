@@ -15,6 +15,7 @@ from .checkpoint import Checkpoint
 from .safetensors_file import NewTensor, Shard, new_tensor
 from .sources import Source
 from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_tensor
+from .tokenizers import tokenizer_changes
 from .trial import check_configs_run
 
 
@@ -38,7 +39,8 @@ class Plan:
 
     `shards` maps each of the result's base shards to the source's; those in `rewritten` get new tensors, all others
     are placed as they are. `gates` are the tensors of one shard more, `gate_shard`. `side_files` are names of the
-    source's files that come along byte for byte, `context` the arguments of each `extend_context`.
+    source's files that come along byte for byte, `tokenizer_files` the content of those that must differ so that the
+    result has the source's tokenizer. `context` holds the arguments of each `extend_context`.
     """
 
     source: Source
@@ -49,6 +51,7 @@ class Plan:
     gate_shard: str
     gates: dict[str, NewTensor]
     side_files: tuple[str, ...]
+    tokenizer_files: dict[str, bytes]
     context: tuple[Mapping[str, Any], ...]
 
     @property
@@ -82,6 +85,8 @@ class Plan:
         yield self.gate_shard, sum(tensor.size for tensor in self.gates.values()), f"{len(self.gates)} gate tensors"
         for name in OWN_FILES:
             yield name, None, "new"
+        for name, content in self.tokenizer_files.items():
+            yield name, len(content), "new, so that the tokenizer is the source's"
         for name in self.side_files:
             yield name, os.path.getsize(self.checkpoint.directory / name), "from the source, byte for byte"
 
@@ -123,8 +128,12 @@ def make_plan(
             gates[name] = new_tensor(shape, architecture.dtype, make)
     else:
         rewritten, gates = _take_apart(shards, architecture)
-    side_files = tuple(name for name in checkpoint.side_files() if name not in OWN_FILES)
-    return Plan(source, checkpoint, architecture, shards, rewritten, gate_shard, gates, side_files, context)
+    side_files = [name for name in checkpoint.side_files() if name not in OWN_FILES]
+    changes: dict[str, bytes] = {}
+    if checkpoint.directory.is_dir():  # not a GGUF file's header
+        changes = tokenizer_changes(checkpoint, side_files, architecture.config.to_json_string(), source.repo_id)
+    kept = tuple(name for name in side_files if name not in changes)
+    return Plan(source, checkpoint, architecture, shards, rewritten, gate_shard, gates, kept, changes, context)
 
 
 def _opening(name: str, shape: tuple[int, ...], gate_init: float, dtype: torch.dtype):

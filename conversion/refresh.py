@@ -16,7 +16,7 @@ from .plan import MANIFEST_NAME
 from .sources import find_source
 
 
-_DOWNLOAD = "download a copy of a model on the hub: hf download MODEL --local-dir DIRECTORY"
+DOWNLOAD = "download a copy of a model on the hub: hf download MODEL --local-dir DIRECTORY"
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
     with errors_naming(checkpoint):
         directory = Path(checkpoint).absolute()
         if not directory.is_dir():
-            raise ConversionError(f"{checkpoint}: no such directory; {_DOWNLOAD}")
+            raise ConversionError(f"{checkpoint}: no such directory; {DOWNLOAD}")
         if find_source(os.fspath(directory)).repo_id is not None:
-            raise ConversionError(f"{directory}: lies in the hub's cache, which is shared; {_DOWNLOAD}")
+            raise ConversionError(f"{directory}: lies in the hub's cache, which is shared; {DOWNLOAD}")
         _check_carries_code(directory)
         manifest = read_manifest(directory)
         # The configuration first: the old model file runs with the new one, but not the other way round.

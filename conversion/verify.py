@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from modeling_gated.configuration import GatedLlamaConfig, describe_context
-from modeling_gated.default_text import DEFAULT_TEXT_NAME, default_text
 
 from .architecture import (
     UNREAD,
@@ -41,6 +39,7 @@ from .safetensors_file import Shard, Tensor
 from .sources import Source, find_source
 from .streaming import Comparison, StreamedModel
 from .tensors import base_tensor_shapes, gate_tensor_shapes
+from .tokenizers import TokenizerComparison, compare_tokenizers, token_ids
 
 
 # The fields of the config that say what the model computes.
@@ -66,6 +65,7 @@ class Verification:
     compared, over how many `tokens`, and the next three what was found; they are None where logits were not compared,
     and `text` then says why. `context` says to what the source's context was extended for the comparison, if the
     checkpoint's was. `generation` compares cached greedy generation; it is None where the models differ anyway.
+    `tokenizer` compares what `AutoTokenizer` loads.
     `passed` is the verdict, which is of the package's model. `outdated_code` names carried code that is not this
     version's, or missing; it was not run. `recorded` says whether the manifest and the model card hold it.
     """
@@ -83,6 +83,7 @@ class Verification:
     kl_divergence: float | None
     top1_agreement: float | None
     generation: GenerationComparison | None
+    tokenizer: TokenizerComparison
     passed: bool
     verdict: str
     outdated_code: tuple[str, ...] = ()
@@ -111,6 +112,9 @@ class Verification:
             )
         if self.changed_gates:
             found["gates"] = f"changed since conversion in layers {ranges(list(self.changed_gates))}"
+        found["tokenizer"] = self.tokenizer.summary()
+        if self.tokenizer.differences:
+            found["tokenizer"] += "; `gated-llama repair-tokenizer` may mend it"
         if self.max_difference is None:
             return found | {"logits": f"not compared: {self.text}"}
         return found | {
@@ -141,11 +145,11 @@ def verify_checkpoint(
     Compare a gated checkpoint with what it was converted from.
 
     First the SHA-256 of every base tensor, the fields of the config that say what is computed, and the code that the
-    directory carries, against its manifest; then the logits of both models on the same text; then the tokens that both
-    generate with a KV cache, from a prompt and for a left-padded batch of two. The models run layer by layer, so that
-    it takes the memory of a layer and not of two models; each reads its weights nine times. They run in the
-    checkpoint's dtype; those with imported gates in float32. What is found is recorded in `output`'s manifest and
-    model card, if it has them.
+    directory carries, against its manifest; then the ids that both tokenizers give; then the logits of both models on
+    the same text; then the tokens that both generate with a KV cache, from a prompt and for a left-padded batch of two.
+    The models run layer by layer, so that it takes the memory of a layer and not of two models; each reads its weights
+    nine times. They run in the checkpoint's dtype; those with imported gates in float32. What is found is recorded in
+    `output`'s manifest and model card, if it has them.
 
     Args:
         source: what `output` was converted from, named as for conversion.
@@ -166,8 +170,10 @@ def verify_checkpoint(
             raise ConversionError(f"{directory}: no such directory")
         gated = open_checkpoint(directory)
         config = read_gated_config(gated)
-        with _opened(find_source(os.fspath(source), revision), stored_dtype(gated), progress) as checkpoint:
-            found = _compare(checkpoint, gated, config, text, tokens, progress)
+        found_source = find_source(os.fspath(source), revision)
+        with _opened(found_source, stored_dtype(gated), progress) as checkpoint:
+            tokenizer = compare_tokenizers(checkpoint.directory, directory, found_source.repo_id)
+            found = _compare(checkpoint, gated, config, tokenizer, text, tokens, progress)
         try:
             return replace(found, recorded=_record(found, directory))
         except OSError:  # a directory or a filesystem that cannot be written to
@@ -189,6 +195,7 @@ def _compare(
     source: Checkpoint,
     gated: Checkpoint,
     config: GatedLlamaConfig,
+    tokenizer: TokenizerComparison,
     text: str | os.PathLike | None,
     tokens: int,
     progress: bool,
@@ -211,13 +218,13 @@ def _compare(
     is_same = not (differing or changed or fields or code)
     comparison = generation = None
     if (text_name := _why_no_logits(source, architecture)) is None:
-        ids, text_name = _token_ids(source, text, tokens, config.vocab_size)
+        ids, text_name = token_ids(source, text, tokens, config.vocab_size)
         models = _models(source, gated, architecture, config)
         comparison = Comparison(*models, ids)
         if is_same and _are_equal(comparison, comparison.max_difference, imported):
             generation = compare_generation(*models, ids)
     outdated = outdated_code(gated.directory)
-    verdict = _verdict(comparison, generation, imported, outdated) if is_same else None
+    verdict = _verdict(comparison, generation, imported, outdated) if is_same and not tokenizer.differences else None
     return Verification(
         tensors=names,
         differing=differing,
@@ -232,6 +239,7 @@ def _compare(
         kl_divergence=comparison.kl_divergence if comparison else None,
         top1_agreement=comparison.top1_agreement if comparison else None,
         generation=generation,
+        tokenizer=tokenizer,
         passed=verdict is not None,
         verdict=verdict or "different",
         outdated_code=outdated,
@@ -354,35 +362,6 @@ def _models(
     with torch.device("meta"), naming(gated.config_path):
         model = GatedLlamaForCausalLM._from_config(with_default_run_settings(config), dtype=dtype)
     return StreamedModel(ungated, source, dtype), StreamedModel(model, gated, dtype)
-
-
-def _token_ids(
-    source: Checkpoint, text: str | os.PathLike | None, count: int, vocab_size: int
-) -> tuple[torch.Tensor, str]:
-    """Token ids [count] of a text, and what to call it."""
-    tokenizer_file = source.directory / "tokenizer.json"
-    if not tokenizer_file.exists():
-        if text is not None:
-            raise ConversionError(f"{tokenizer_file}: no such file, so {text} cannot be tokenized")
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocab_size, (count,), generator=generator), "random numbers (there is no tokenizer.json)"
-    if text is None:
-        content, name = default_text()[: 100 * count], DEFAULT_TEXT_NAME
-    else:
-        with open(text, encoding="utf-8", errors="replace") as file:
-            content, name = file.read(100 * count), Path(text).name
-    try:
-        tokenizer = Tokenizer.from_buffer(read_bytes(resolve(source.directory, "tokenizer.json")))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        ids = tokenizer.encode(content).ids[:count]
-    except (ConversionError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # tokenizers has no error of its own, and its panics are not Exceptions
-        raise ConversionError(f"{tokenizer_file}: cannot tokenize {name}: {error}") from None
-    if not ids or max(ids) >= vocab_size:
-        raise ConversionError(f"{tokenizer_file}: {name} gives no tokens within the vocabulary of {vocab_size}")
-    return torch.tensor(ids), name
 
 
 def _record(found: Verification, directory: Path) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .absorb import absorb
-from .checkpoints import convert, extend, refresh_code, ungate, verify
+from .checkpoints import convert, extend, refresh_code, repair_tokenizer, ungate, verify
 from .context import evaluate_context
 from .inspect import inspect
 
@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (convert, verify, extend, ungate, refresh_code, absorb, inspect, evaluate_context):
+for command in (convert, verify, extend, ungate, refresh_code, repair_tokenizer, absorb, inspect, evaluate_context):
     app.command()(command)
 
 

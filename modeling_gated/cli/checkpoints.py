@@ -165,6 +165,30 @@ def refresh_code(
         typer.echo("note: the model card's verification is of the old code; run gated-llama verify again", err=True)
 
 
+def repair_tokenizer(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The directory of a gated checkpoint.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="The checkpoint it was converted from, a path or a model on the hub.", show_default="its manifest says"
+        ),
+    ] = None,
+) -> None:
+    """
+    Give CHECKPOINT the tokenizer of its source, if an earlier version converted it; no weights are written to.
+
+    Transformers picks a tokenizer's class by the model type, so that some checkpoints tokenized otherwise than their
+    source. Conversion now names the class itself.
+    """
+    with one_clear_line():
+        from modeling_gated.conversion import repair_tokenizer
+
+        done = repair_tokenizer(checkpoint, source)
+    print_lines(
+        {"replaced": ", ".join(done.files) or "nothing: the tokenizer is the source's", "result": done.directory}
+    )
+
+
 def extend(
     checkpoint: Source,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],

@@ -127,7 +127,7 @@ def test_the_readme_runs_as_written(
 
     scripts = Path(sys.executable).parent
     converted = [command for command in commands if command[0] == "gated-llama"]
-    assert len(converted) == 14
+    assert len(converted) == 15
     for number, command in enumerate(converted):
         # In float32 where there is a choice: not every processor has bfloat16 products, whose detour takes minutes.
         dtype = ["--dtype", "float32"] if command[1] in ("inspect", "evaluate-context") else []

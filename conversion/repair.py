@@ -1,0 +1,116 @@
+"""Repair of a gated checkpoint's tokenizer, which earlier versions of conversion copied as it was."""
+
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers.utils import CONFIG_NAME
+
+from modeling_gated.configuration import GatedLlamaConfig
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import ConversionError
+from .files import MAX_CONFIG_BYTES, errors_naming, parse_json, read_bytes, resolve, sha256, sha256_of
+from .manifest import FileRecord, Manifest, as_bytes, as_text, read_manifest, replace_files
+from .plan import MANIFEST_NAME, OWN_FILES
+from .refresh import DOWNLOAD
+from .sources import find_source
+from .tokenizers import link_files, load_tokenizer, tokenizer_changes
+
+
+@dataclass(frozen=True)
+class RepairedTokenizer:
+    """
+    Result of `repair_tokenizer`: the checkpoint's directory and the names of the files that were replaced, none if the
+    tokenizer was the source's.
+    """
+
+    directory: Path
+    files: tuple[str, ...]
+
+
+def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | None = None) -> RepairedTokenizer:
+    """
+    Give a converted checkpoint the tokenizer of its source: the class and the ids that `AutoTokenizer` finds there.
+
+    Each file is replaced in one step; if one cannot be replaced, all get their old content back. The manifest, if there
+    is one, keeps the old content for `ungate`, and no verification any more. No weights are written to.
+
+    Args:
+        checkpoint: the directory of a gated checkpoint.
+        source: the checkpoint that it was converted from, a path or a hub id; if not given, the source's config.json
+            in the manifest says which tokenizer it had.
+
+    Raises:
+        ConversionError: if there is no such checkpoint, it lies in the hub's cache, or nothing says what the source's
+            tokenizer is.
+    """
+    with errors_naming(checkpoint):
+        directory = Path(checkpoint).absolute()
+        if not directory.is_dir():
+            raise ConversionError(f"{checkpoint}: no such directory; {DOWNLOAD}")
+        if find_source(os.fspath(directory)).repo_id is not None:
+            raise ConversionError(f"{directory}: lies in the hub's cache, which is shared; {DOWNLOAD}")
+        gated = open_checkpoint(directory)
+        if (model_type := gated.raw_config.get("model_type")) != GatedLlamaConfig.model_type:
+            raise ConversionError(f"{gated.config_path}: model_type={model_type!r} is not gated_llama")
+        manifest = read_manifest(directory)
+        files = [name for name in gated.side_files() if name not in OWN_FILES]
+        with tempfile.TemporaryDirectory() as folder:
+            view = Path(folder)
+            repo_id = _view_source(view, gated, files, manifest, source)
+            load_tokenizer(view, repo_id)  # an error if nothing can be found out
+            found = Checkpoint(view, {}, (), {})
+            config = read_bytes(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES).decode()
+            changes = tokenizer_changes(found, [name for name in files if (view / name).exists()], config, repo_id)
+            originals = {name: (view / name).read_bytes() for name in changes if (view / name).is_file()}
+        new = {name: content for name, content in changes.items() if _content(directory, name) != content}
+        contents = {
+            resolve(directory, name) if (directory / name).exists() else directory / name: new[name] for name in new
+        }
+        if new and manifest is not None:
+            contents[resolve(directory, MANIFEST_NAME)] = _updated(manifest, directory, new, originals).content()
+        replace_files(contents)
+        return RepairedTokenizer(directory, tuple(new))
+
+
+def _view_source(
+    view: Path, gated: Checkpoint, files: list[str], manifest: Manifest | None, source: str | os.PathLike | None
+) -> str | None:
+    """Make a directory of what `AutoTokenizer` reads of the source; return the source's name on the hub."""
+    if source is not None:
+        found = find_source(os.fspath(source))
+        if not found.path.is_dir():
+            raise ConversionError(f"{source}: must be the directory of the source, or its name on the hub")
+        link_files(found.path, view, [CONFIG_NAME, *open_checkpoint(found.path).side_files()])
+        return found.repo_id
+    if manifest is None or CONFIG_NAME not in manifest.replaced:
+        raise ConversionError(
+            f"{gated.directory}: has no {MANIFEST_NAME} that tells of its source; name the source as well: "
+            "gated-llama repair-tokenizer CHECKPOINT --source SOURCE"
+        )
+    link_files(gated.directory, view, [name for name in files if name not in manifest.replaced])
+    for name, text in manifest.replaced.items():
+        if name in (CONFIG_NAME, *files):
+            (view / name).write_bytes(as_bytes(text))
+    parse_json(view / CONFIG_NAME, as_bytes(manifest.replaced[CONFIG_NAME]))
+    repo_id = manifest.source.get("repo_id")
+    return repo_id if isinstance(repo_id, str) else None
+
+
+def _updated(manifest: Manifest, directory: Path, new: dict[str, bytes], originals: dict[str, bytes]) -> Manifest:
+    """Return the manifest with the new files, and the source's content of those that are as conversion wrote them."""
+    files, replaced = dict(manifest.files), dict(manifest.replaced)
+    for name, content in new.items():
+        known = files.get(name)
+        if known is not None and known.source is not None:
+            if known.sha256 != sha256(resolve(directory, name)):
+                continue  # somebody changed the file: `ungate` says so
+            replaced[name] = as_text(originals[name])
+        files[name] = FileRecord(len(content), sha256_of([content]))
+    return replace(manifest, files=files, replaced=replaced, verification=None)
+
+
+def _content(directory: Path, name: str) -> bytes | None:
+    return read_bytes(resolve(directory, name)) if os.path.lexists(directory / name) else None
