@@ -41,6 +41,7 @@ from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
 from .gate_opening import initial_gate_bias, open_gate
+from .response_templates import use_response_templates_of_sources  # noqa: F401 - acts when it is imported
 from .source_families import check_source_family, source_fields
 
 
@@ -157,6 +158,8 @@ class GatedLlamaConfig(LlamaConfig):
     - **rms_norm_eps** (`float`, defaults to 1e-6) -- Epsilon of every RMSNorm.
     - **initializer_range** (`float`, defaults to 0.02) -- Standard deviation of new weights, from 0 to 1.
     - **tie_word_embeddings** (`bool`, defaults to `False`) -- Whether `lm_head` shares the input embeddings.
+    - **source_model_type** (`str`, *optional*) -- Model type that the checkpoint was converted from. `transformers
+      serve` finds tool calls and reasoning as for that type.
     - **use_cache** (`True`), **bos_token_id** (1), **eos_token_id** (2), **pad_token_id** (`None`),
       **pretraining_tp** (1, unused): as in `LlamaConfig`.
 
@@ -191,6 +194,7 @@ class GatedLlamaConfig(LlamaConfig):
     attention_output_activation: Literal["sigmoid", "silu", "tanh", "relu"] | None = None
     use_sandwich_norm: bool = False
     use_glu: bool = True
+    source_model_type: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
@@ -234,7 +238,8 @@ class GatedLlamaConfig(LlamaConfig):
         check_source_family(config.model_type)
         if config.is_heterogeneous:
             raise ValueError("per_layer_config: models whose layers differ in shape are not supported")
-        gated = cls(**source_fields(config, {own.name for own in fields(cls)}) | gate_options)
+        architecture = source_fields(config, {own.name for own in fields(cls)})
+        gated = cls(**architecture | {"source_model_type": config.model_type} | gate_options)
         kind = gated.gate_activation, gated.gate_form, gated.gate_bias
         if gated.gate_position and kind == ("sigmoid", "multiplicative", True) and "gate_scale" not in gate_options:
             gated.gate_scale = open_gate(gated.gate_init)[1]

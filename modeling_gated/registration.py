@@ -6,6 +6,7 @@ from wrapt import register_post_import_hook
 # Importing the model registers its classes with their Auto classes, as it does where it is carried by a checkpoint.
 from . import modeling_gated_llama  # noqa: F401
 from .configuration import GatedLlamaConfig
+from .configuration.response_templates import use_response_templates_of_sources
 from .peft_additions import (
     add_default_target_modules,
     refuse_averaging_gates,
@@ -16,6 +17,7 @@ from .peft_additions import (
 
 
 AutoConfig.register(GatedLlamaConfig.model_type, GatedLlamaConfig, exist_ok=True)
+register_post_import_hook(use_response_templates_of_sources, "transformers.cli.serving.utils")
 register_post_import_hook(add_default_target_modules, "peft.utils.constants")
 register_post_import_hook(refuse_hotswapping_gates, "peft.utils.hotswap")
 register_post_import_hook(refuse_averaging_gates, "peft.tuners.ln_tuning.model")

@@ -87,7 +87,7 @@ def used() -> dict[str, dict[str, set[str]]]:
     return {
         "Imported from submodules": imports,
         "Attributes of Transformers, accelerate and torch": attributes,
-        "Modules of PEFT that are changed when they are imported": hooks,
+        "Modules that are changed when they are imported": hooks,
     }
 
 
