@@ -33,6 +33,32 @@ def add_default_target_modules(constants: ModuleType) -> None:
             table.setdefault(GatedLlamaConfig.model_type, table["llama"])
 
 
+def add_adaption_prompt(config: ModuleType) -> None:
+    """
+    Let PEFT's adaption prompts work in a gated model as in a Llama.
+
+    The prompts' output is added to that of the attention block, after its gates.
+
+    Args:
+        config: `peft.tuners.adaption_prompt.config`, whose table PEFT has no other way to add to.
+    """
+    table = config.TRANSFORMERS_MODEL_CONFIG
+    table.setdefault(GatedLlamaConfig.model_type, table["llama"]._replace(compute_query_states=_query_states))
+
+
+def _query_states(model: Any, *, hidden_states: Any, position_embeddings: Any, **_: Any) -> Any:
+    """Return an attention block's queries [batch, heads, seq, head_dim], gated, normalized and rotated."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    queries = model.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, model.head_dim)
+    gate_input = hidden_states.new_ones(1, 1) if model.is_input_independent else hidden_states
+    queries = model.gated(queries, model.g_q_proj, gate_input)
+    if model.q_norm is not None:
+        queries = model.q_norm(queries)
+    queries = queries.transpose(1, 2)
+    return apply_rotary_pos_emb(queries, queries, *position_embeddings)[0]
+
+
 def refuse_hotswapping_gates(hotswap: ModuleType) -> None:
     """
     Let PEFT's hot-swapping say why it can't be done with adapters that train gates in full; it would raise a KeyError.

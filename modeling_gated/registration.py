@@ -8,6 +8,7 @@ from . import modeling_gated_llama  # noqa: F401
 from .configuration import GatedLlamaConfig
 from .configuration.response_templates import use_response_templates_of_sources
 from .peft_additions import (
+    add_adaption_prompt,
     add_default_target_modules,
     refuse_averaging_gates,
     refuse_hotswapping_gates,
@@ -19,6 +20,7 @@ from .peft_additions import (
 AutoConfig.register(GatedLlamaConfig.model_type, GatedLlamaConfig, exist_ok=True)
 register_post_import_hook(use_response_templates_of_sources, "transformers.cli.serving.utils")
 register_post_import_hook(add_default_target_modules, "peft.utils.constants")
+register_post_import_hook(add_adaption_prompt, "peft.tuners.adaption_prompt.config")
 register_post_import_hook(refuse_hotswapping_gates, "peft.utils.hotswap")
 register_post_import_hook(refuse_averaging_gates, "peft.tuners.ln_tuning.model")
 register_post_import_hook(refuse_losing_the_cache, "peft.peft_model")
