@@ -35,8 +35,8 @@ class Conversion:
     """
     What a conversion made: the directory and its config, the parameters of the source and of the gates, the bytes
     of weights that were written and those shared with the source (by reflink or link), the tensors of the source that
-    the model does not read, the `model_max_length` of the tokenizer if that is less than an extended context, and the
-    seconds it took.
+    the model does not read, why the source's tokenizer could not be compared (None if it was, or there is none), the
+    `model_max_length` of the tokenizer if that is less than an extended context, and the seconds it took.
     """
 
     output: Path
@@ -46,6 +46,7 @@ class Conversion:
     written_bytes: int
     shared_bytes: int
     unread: tuple[str, ...]
+    tokenizer_error: str | None
     tokenizer_length: int | None
     seconds: float
 
@@ -123,6 +124,7 @@ def convert_checkpoint(
         written_bytes=written,
         shared_bytes=shared,
         unread=plan.architecture.unread,
+        tokenizer_error=plan.tokenizer_error,
         tokenizer_length=shorter_tokenizer(output, plan.architecture.config.max_position_embeddings)
         if context
         else None,

@@ -40,7 +40,8 @@ class Plan:
     `shards` maps each of the result's base shards to the source's; those in `rewritten` get new tensors, all others
     are placed as they are. `gates` are the tensors of one shard more, `gate_shard`. `side_files` are names of the
     source's files that come along byte for byte, `tokenizer_files` the content of those that must differ so that the
-    result has the source's tokenizer. `context` holds the arguments of each `extend_context`.
+    result has the source's tokenizer, `tokenizer_error` why that could not be loaded, if so. `context` holds the
+    arguments of each `extend_context`.
     """
 
     source: Source
@@ -52,6 +53,7 @@ class Plan:
     gates: dict[str, NewTensor]
     side_files: tuple[str, ...]
     tokenizer_files: dict[str, bytes]
+    tokenizer_error: str | None
     context: tuple[Mapping[str, Any], ...]
 
     @property
@@ -130,10 +132,14 @@ def make_plan(
         rewritten, gates = _take_apart(shards, architecture)
     side_files = [name for name in checkpoint.side_files() if name not in OWN_FILES]
     changes: dict[str, bytes] = {}
+    unloaded = None
     if checkpoint.directory.is_dir():  # not a GGUF file's header
-        changes = tokenizer_changes(checkpoint, side_files, architecture.config.to_json_string(), source.repo_id)
+        config_text = architecture.config.to_json_string()
+        changes, unloaded = tokenizer_changes(checkpoint, side_files, config_text, source.repo_id)
     kept = tuple(name for name in side_files if name not in changes)
-    return Plan(source, checkpoint, architecture, shards, rewritten, gate_shard, gates, kept, changes, context)
+    return Plan(
+        source, checkpoint, architecture, shards, rewritten, gate_shard, gates, kept, changes, unloaded, context
+    )
 
 
 def _opening(name: str, shape: tuple[int, ...], gate_init: float, dtype: torch.dtype):

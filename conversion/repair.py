@@ -63,7 +63,7 @@ def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | 
             load_tokenizer(view, repo_id)  # an error if nothing can be found out
             found = Checkpoint(view, {}, (), {})
             config = read_bytes(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES).decode()
-            changes = tokenizer_changes(found, [name for name in files if (view / name).exists()], config, repo_id)
+            changes, _ = tokenizer_changes(found, [name for name in files if (view / name).exists()], config, repo_id)
             originals = {name: (view / name).read_bytes() for name in changes if (view / name).is_file()}
         new = {name: content for name, content in changes.items() if _content(directory, name) != content}
         contents = {

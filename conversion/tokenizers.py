@@ -7,9 +7,10 @@ tokenizer_config.json names the class that Transformers picks for the source.
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from .tokenizer_texts import CHATS, TEXTS
 TOKENIZER_CONFIG_NAME, TOKENIZER_NAME = "tokenizer_config.json", "tokenizer.json"
 _ANY_BACKEND = "TokenizersBackend"  # Transformers' class that takes tokenizer.json as it is
 _MAX_SPECIAL_TOKENS = 64
+_TOKENIZER_FILE = re.compile(r"^(?:tokenizer|tokenization|vocab|merges|tekken|spiece|sentencepiece)[^/]*$")
 _ATTRIBUTES = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
     *("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "all_special_tokens", "extra_special_tokens"),
@@ -91,10 +93,11 @@ def load_tokenizer(directory: Path, repo_id: str | None = None) -> PreTrainedTok
 
 
 def tokenizer_changes(
-    checkpoint: Checkpoint, side_files: Iterable[str], config: str, repo_id: str | None
-) -> dict[str, bytes]:
+    checkpoint: Checkpoint, side_files: Collection[str], config: str, repo_id: str | None
+) -> tuple[dict[str, bytes], str | None]:
     """
-    Return the tokenizer files of a result that must differ from the source's, with their content.
+    Return the tokenizer files of a result that must differ from the source's, with their content; and why the source's
+    tokenizer was not looked at, if it has files and cannot be loaded.
 
     Nothing has to differ where Transformers picks the same class for both. Otherwise tokenizer_config.json names the
     class that it picks for the source; if that alone is not enough, tokenizer.json is written as that class made it.
@@ -110,8 +113,8 @@ def tokenizer_changes(
     """
     try:
         original = load_tokenizer(checkpoint.directory, repo_id)
-    except ConversionError:  # no tokenizer, or one with code of its own: the result has the same files
-        return {}
+    except ConversionError as error:  # there is none, or it has code of its own: the result has the same files
+        return {}, str(error) if any(_TOKENIZER_FILE.search(name) for name in side_files) else None
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         link_files(checkpoint.directory, directory, side_files)
@@ -129,7 +132,7 @@ def tokenizer_changes(
             if not (found := differences(original, loaded)) and (
                 type(loaded) is type(original) or TOKENIZER_NAME in changes
             ):
-                return changes
+                return changes, None
     raise ConversionError(
         f"{checkpoint.directory}: the tokenizer of the result would differ: {'; '.join(found[:3])}; save it with "
         "AutoTokenizer.from_pretrained(SOURCE).save_pretrained(SOURCE), then convert again"
@@ -200,7 +203,8 @@ def differences(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase)
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    added = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
+    # Mistral's own backend has no added vocabulary.
+    added = [*tokenizer.all_special_tokens, *getattr(tokenizer, "get_added_vocab", dict)()]
     special = list(dict.fromkeys(str(token) for token in added))[:_MAX_SPECIAL_TOKENS]
     return [*TEXTS, *(f"a {token} b{token}c  {token}" for token in special)]
 

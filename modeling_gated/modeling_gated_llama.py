@@ -59,8 +59,8 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.utils import logging
 
+from .class_names import register_class_names
 from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype
 from .kv_cache import PASSES_KWARGS_TO_CACHE, forward_with_cache, take_cache
 from .self_test import check_cached_generation
@@ -378,15 +378,14 @@ AutoModelForCausalLM.register(GatedLlamaConfig, GatedLlamaForCausalLM, exist_ok=
 AutoModelForSequenceClassification.register(GatedLlamaConfig, GatedLlamaForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(GatedLlamaConfig, GatedLlamaForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(GatedLlamaConfig, GatedLlamaForQuestionAnswering, exist_ok=True)
-try:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    # Trainer's label smoothing shifts the labels of the models in this table alone.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[GatedLlamaConfig.model_type] = GatedLlamaForCausalLM.__name__
-except ImportError:
-    logging.get_logger(__name__).warning_once(
-        f"label_smoothing_factor must stay 0 with GatedLlama: Trainer of {RUNNING_VERSION} shifts no labels"
-    )
+register_class_names(
+    {
+        "CAUSAL_LM": GatedLlamaForCausalLM,
+        "SEQUENCE_CLASSIFICATION": GatedLlamaForSequenceClassification,
+        "TOKEN_CLASSIFICATION": GatedLlamaForTokenClassification,
+        "QUESTION_ANSWERING": GatedLlamaForQuestionAnswering,
+    }
+)
 
 
 __all__ = [

@@ -43,7 +43,8 @@ def add_adaption_prompt(config: ModuleType) -> None:
         config: `peft.tuners.adaption_prompt.config`, whose table PEFT has no other way to add to.
     """
     table = config.TRANSFORMERS_MODEL_CONFIG
-    table.setdefault(GatedLlamaConfig.model_type, table["llama"]._replace(compute_query_states=_query_states))
+    _, *names = table["llama"]  # a named tuple, whose first field is the function
+    table.setdefault(GatedLlamaConfig.model_type, config.ModelTypeConfig(_query_states, *names))
 
 
 def _query_states(model: Any, *, hidden_states: Any, position_embeddings: Any, **_: Any) -> Any:

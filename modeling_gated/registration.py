@@ -15,6 +15,7 @@ from .peft_additions import (
     refuse_losing_the_cache,
     refuse_losing_the_cache_of_shadows,
 )
+from .training_additions import refuse_megatron, warn_about_liger
 
 
 AutoConfig.register(GatedLlamaConfig.model_type, GatedLlamaConfig, exist_ok=True)
@@ -25,3 +26,5 @@ register_post_import_hook(refuse_hotswapping_gates, "peft.utils.hotswap")
 register_post_import_hook(refuse_averaging_gates, "peft.tuners.ln_tuning.model")
 register_post_import_hook(refuse_losing_the_cache, "peft.peft_model")
 register_post_import_hook(refuse_losing_the_cache_of_shadows, "peft.tuners.shadow.model")
+register_post_import_hook(refuse_megatron, "accelerate.utils.dataclasses")
+register_post_import_hook(warn_about_liger, "transformers.trainer")

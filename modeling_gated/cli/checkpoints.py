@@ -245,6 +245,7 @@ def _print_plan(plan: "Plan") -> None:
     for name, size, origin in plan.files():
         typer.echo(f"  {printable(name):36} {decimal(size) if size is not None else '':>9}  {printable(origin)}")
     _print_unread(plan.architecture.unread)
+    _print_tokenizer_error(plan.tokenizer_error)
     typer.echo("nothing was written (--dry-run)")
 
 
@@ -270,6 +271,7 @@ def _print_summary(done: "Conversion") -> None:
     }
     print_lines(lines | _written(done))
     _print_unread(done.unread)
+    _print_tokenizer_error(done.tokenizer_error)
     _print_tokenizer(done.tokenizer_length)
 
 
@@ -293,6 +295,11 @@ def _print_tokenizer(length: int | None) -> None:
             "asked to",
             err=True,
         )
+
+
+def _print_tokenizer_error(error: str | None) -> None:
+    if error is not None:
+        typer.echo(f"note: the tokenizer's files are copied but not compared: {error}", err=True)
 
 
 def _print_unread(unread: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from checkpoints import contents
 from isolated_process import isolated
 from source_models import SIZES
 from tokenizer_files import CUSTOM_CODE, write_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
 
@@ -25,6 +25,7 @@ from modeling_gated.conversion import (
     verify_checkpoint,
 )
 from modeling_gated.conversion.manifest import read_manifest
+from modeling_gated.conversion.tokenizers import compare_tokenizers
 
 
 FAMILIES = [
@@ -180,7 +181,7 @@ def converted_earlier(tmp_path: Path, family: str = "mistral", kind: str = "meta
     """A conversion as earlier versions made it, with the source's tokenizer files as they are."""
     path = source(tmp_path / "source", family, kind, CONFIGS[name])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modeling_gated.conversion.plan.tokenizer_changes", lambda *_: {})
+        patch.setattr("modeling_gated.conversion.plan.tokenizer_changes", lambda *_: ({}, None))
         convert_checkpoint(path, tmp_path / "gated")
     return path
 
@@ -290,3 +291,22 @@ def test_verify_says_why_it_compared_no_tokenizers(tmp_path: Path) -> None:
     convert_checkpoint(path, tmp_path / "gated")
     found = verify_checkpoint(path, tmp_path / "gated", tokens=20)
     assert found.passed and found.summary()["tokenizer"].startswith("not compared:")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("byte-level", "with code"), ("vocabulary and merges", "no class")])
+def test_convert_says_why_it_compared_no_tokenizers(tmp_path: Path, kind: str, name: str) -> None:
+    path = source(tmp_path / "source", "llama", kind, CONFIGS[name])
+    done = CliRunner().invoke(app, ["convert", str(path), str(tmp_path / "gated")])
+    assert done.exit_code == 0
+    assert "note: the tokenizer's files are copied but not compared:" in done.stderr
+    for file in path.iterdir():
+        file.unlink() if "token" in file.name or file.suffix == ".txt" or file.name == "vocab.json" else None
+    done = CliRunner().invoke(app, ["convert", str(path), str(tmp_path / "without")])
+    assert done.exit_code == 0 and "tokenizer" not in done.stderr
+
+
+def test_a_tokenizer_without_added_vocabulary_is_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Mistral's own backend, which needs mistral-common, has no get_added_vocab."""
+    path = source(tmp_path / "source", "mistral", "byte-level", CONFIGS["no class"])
+    monkeypatch.delattr(PreTrainedTokenizerFast, "get_added_vocab")
+    assert compare_tokenizers(path, path, None).differences == ()

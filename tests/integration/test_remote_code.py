@@ -217,6 +217,7 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
             "from .source_families import check_source_family, source_fields\n": folder / "source_families.py",
         },
         "modeling_gated/modeling_gated_llama.py": {
+            "from .class_names import register_class_names\n": model / "class_names.py",
             "from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype\n": model / "gate_functions.py",
             "from .kv_cache import PASSES_KWARGS_TO_CACHE, forward_with_cache, take_cache\n": model / "kv_cache.py",
             "from .self_test import check_cached_generation\n": model / "self_test.py",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from isolated_process import isolated
 from source_models import SIZES
+from tokenizer_files import write_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.cli.serving import utils
 
@@ -46,3 +47,21 @@ def test_the_code_in_a_checkpoint_does_so_without_the_package(tmp_path: Path, so
     done = isolated(code, tmp_path / "gated")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == template(source())
+
+
+@pytest.mark.parametrize("is_package", [True, False], ids=["package", "carried code"])
+def test_serve_loads_a_gated_checkpoint(tmp_path: Path, is_package: bool) -> None:
+    """It looks for the class under its name in `transformers`."""
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "gated")
+    write_tokenizer(tmp_path / "gated", "byte-level")
+    code = (
+        ("import modeling_gated\n" if is_package else "")
+        + "import sys; from transformers.cli.serving.model_manager import ModelManager\n"
+        f"manager = ModelManager(trust_remote_code={not is_package}, device='cpu')\n"
+        "model, tokenizer = manager.load_model_and_processor(sys.argv[1] + '@main')\n"
+        "print(type(model).__name__, model.model.layers[0].self_attn.g_proj.weight.shape[0])"
+    )
+    done = isolated(code, tmp_path / "gated")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "GatedLlamaForCausalLM 9"
