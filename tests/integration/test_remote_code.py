@@ -211,7 +211,8 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
     folder, model = root / "configuration", root / "modeling_gated"
     replaced = {
         "configuration/configuration_gated_llama.py": {
-            "from .gate_opening import initial_gate_bias, open_gate\n": folder / "gate_opening.py",
+            "from .gate_opening import initial_gate_bias, initial_gate_weight, open_gate  # noqa: F401\n": folder
+            / "gate_opening.py",
             "from .source_families import check_source_family, source_fields\n": folder / "source_families.py",
         },
         "modeling_gated/modeling_gated_llama.py": {
