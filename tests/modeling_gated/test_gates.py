@@ -40,6 +40,14 @@ def test_new_gates_start_open_and_all_else_as_in_llama(granularity: str, head: s
     assert model.base_model.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize("activation", ["silu", "tanh", "linear"])
+def test_additive_gates_start_at_zero(activation: str) -> None:
+    """They would add 2**-60 times their input to an attention output that may be 0."""
+    options = {"gate_form": "additive", "gate_activation": activation, "gate_granularity": "elementwise"}
+    for gate in gates(GatedLlamaForCausalLM(GatedLlamaConfig(**SIZES, **options))):
+        assert not gate.weight.any() and not gate.bias.any()
+
+
 def test_gates_without_a_bias_start_near_one_half() -> None:
     model = GatedLlamaForCausalLM(GatedLlamaConfig(**SIZES, gate_bias=False))
     for gate in gates(model):
