@@ -31,7 +31,8 @@ test-previous: build/previous/ready
 ## Loading with torchao's quantization, which is not beside the others: importing Transformers then prints warnings.
 test-torchao: build/torchao/ready
 	PYTHONPATH=$(CURDIR)/build/torchao OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest tests/integration/test_quantized_loading.py -k torchao $(ARGS)
+		$(BIN)/python -m pytest tests/integration/test_quantized_loading.py \
+		tests/integration/test_quantized_open_gates.py -k torchao $(ARGS)
 
 ## The same tokens by vLLM as by Transformers, in an environment of vLLM's own (some minutes).
 test-vllm: build/vllm/ready demo

@@ -2,11 +2,12 @@
 
 from .configuration_gated_llama import GatedLlamaConfig, carried_source_files
 from .context_extension import ContextExtension, describe_context, extend_context
-from .gate_opening import initial_gate_bias, open_gate
+from .gate_opening import OPEN_GATE_WEIGHT, initial_gate_bias, initial_gate_weight, open_gate
 from .source_families import SOURCE_FAMILIES, check_source_family
 
 
 __all__ = [
+    "OPEN_GATE_WEIGHT",
     "SOURCE_FAMILIES",
     "ContextExtension",
     "GatedLlamaConfig",
@@ -15,5 +16,6 @@ __all__ = [
     "describe_context",
     "extend_context",
     "initial_gate_bias",
+    "initial_gate_weight",
     "open_gate",
 ]

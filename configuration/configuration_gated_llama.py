@@ -40,7 +40,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
-from .gate_opening import initial_gate_bias, open_gate
+from .gate_opening import initial_gate_bias, initial_gate_weight, open_gate  # noqa: F401
 from .response_templates import use_response_templates_of_sources  # noqa: F401 - acts when it is imported
 from .source_families import check_source_family, source_fields
 
@@ -111,8 +111,9 @@ class GatedLlamaConfig(LlamaConfig):
       for all tokens: Y' = Y * gate_scale * sigmoid(w), with one row of `g_proj.weight`, of shape [rows, 1], per gate.
       An optimizer that decays weights, and not biases, draws these towards 0.
     - **gate_bias** (`bool`, defaults to `True`) -- Whether gates have a bias b. With it they start at `gate_init`:
-      W = 0 and sigmoid(b) = `gate_init`. Without it, W ~ N(0, `initializer_range`) and sigmoid gates start near 0.5,
-      the paper's setting.
+      sigmoid(b) = `gate_init`, and each element of W is 2^-60, which is too small to change a gate, or 0 for additive
+      gates and in float16. Without it, W ~ N(0, `initializer_range`) and sigmoid gates start near 0.5, the paper's
+      setting.
     - **gate_init** (`float`, defaults to 0.85) -- The activation of b at the start; strictly between 0 and 1, for
       `"ns_sigmoid"` between 0.5 and 1. b is a bfloat16 number, so a sigmoid gate starts within 0.004 of this value,
       below 0.4 within 0.015. Gates that a checkpoint lacks start so too. Additive gates start at 0 instead.

@@ -22,6 +22,17 @@ from collections.abc import Iterator
 import numpy as np
 
 
+# Every element of an open gate's weight. Methods that divide by a weight's norms, such as DoRA, give NaN where it is 0.
+# The number is too small to change a gate, and its square is still a normal float32 number. In float16 it rounds to 0.
+OPEN_GATE_WEIGHT = 2.0**-60
+
+
+def initial_gate_weight(gate_form: str = "multiplicative") -> float:
+    """Return the number that fills a new gate's weight: OPEN_GATE_WEIGHT, for additive gates 0."""
+    # An additive gate adds its logits, which 2**-60 would make something other than 0.
+    return 0.0 if gate_form == "additive" else OPEN_GATE_WEIGHT
+
+
 def initial_gate_bias(gate_init: float, gate_activation: str = "sigmoid", gate_form: str = "multiplicative") -> float:
     """
     The bias b, a bfloat16 number, with which a gate starts: activation(b) is `gate_init`, for additive gates 0.

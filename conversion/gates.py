@@ -2,35 +2,40 @@
 
 import torch
 
-from modeling_gated.configuration import GatedLlamaConfig, open_gate
+from modeling_gated.configuration import GatedLlamaConfig
 
 from .checkpoint import Checkpoint
 from .safetensors_file import FLOATING_DTYPES
-from .tensors import gate_tensor_shapes
+from .tensors import gate_tensor_shapes, open_gate_value
 
 
 def changed_gate_layers(checkpoint: Checkpoint, config: GatedLlamaConfig) -> list[int]:
     """
-    The layers whose gates are not the open ones that conversion wrote. A gate that is missing is open when loaded.
+    Return the layers whose gates are not the open ones that conversion wrote. A missing gate is open when loaded.
 
-    It holds one gate's weight in memory at a time.
+    A weight of zeros is open, too: float16 rounds to it, and conversions by earlier versions have it. One gate's weight
+    is in memory at a time.
     """
     tensors, changed = checkpoint.tensors(), []
-    opening = open_gate(config.gate_init)[0]
     for name, shape in gate_tensor_shapes(config):
         if name not in tensors:
             continue
         shard, found = tensors[name]
-        expected = opening if name.endswith(".bias") else 0.0
         if (
             found.shape != shape
             or found.dtype not in FLOATING_DTYPES
-            or not torch.all(shard.read(name) == expected)  # a number that each dtype holds exactly
+            or not _is_open(shard.read(name), name, config.gate_init)
         ):
             layer = int(name.split(".")[2])
             if layer not in changed:
                 changed.append(layer)
     return changed
+
+
+def _is_open(tensor: torch.Tensor, name: str, gate_init: float) -> bool:
+    """Return whether all elements of a gate's tensor are the number that conversion writes, or a weight's are 0."""
+    value = open_gate_value(name, gate_init)  # a number that each dtype holds exactly, but for a float16 weight
+    return bool(torch.all(tensor == value)) or (name.endswith(".weight") and not tensor.any())
 
 
 def ranges(layers: list[int]) -> str:

@@ -12,9 +12,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .architecture import Architecture, read_architecture
 from .checkpoint import Checkpoint
-from .safetensors_file import NewTensor, Shard, new_tensor
+from .safetensors_file import NewTensor, Shard, filled_tensor, new_tensor
 from .sources import Source
-from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_tensor
+from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_value
 from .tokenizers import tokenizer_changes
 from .trial import check_configs_run
 
@@ -126,8 +126,7 @@ def make_plan(
     if architecture.fused is None:
         config = architecture.config
         for name, shape in gate_tensor_shapes(config):
-            make = _opening(name, shape, config.gate_init, architecture.dtype)
-            gates[name] = new_tensor(shape, architecture.dtype, make)
+            gates[name] = filled_tensor(shape, architecture.dtype, open_gate_value(name, config.gate_init))
     else:
         rewritten, gates = _take_apart(shards, architecture)
     side_files = [name for name in checkpoint.side_files() if name not in OWN_FILES]
@@ -140,11 +139,6 @@ def make_plan(
     return Plan(
         source, checkpoint, architecture, shards, rewritten, gate_shard, gates, kept, changes, unloaded, context
     )
-
-
-def _opening(name: str, shape: tuple[int, ...], gate_init: float, dtype: torch.dtype):
-    """What makes an open gate's tensor, or None for a weight, which is zero."""
-    return (lambda: open_gate_tensor(name, shape, gate_init, dtype)) if name.endswith(".bias") else None
 
 
 def _take_apart(

@@ -154,11 +154,27 @@ def write_safetensors(path: Path, tensors: Mapping[str, NewTensor], metadata: Ma
 
 
 def new_tensor(shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], torch.Tensor] | None) -> NewTensor:
-    """A `NewTensor` of the torch tensor, on the CPU, that `make` makes when its turn comes, or of zeros."""
-    code = next(code for code, known in FLOATING_DTYPES.items() if known == dtype)
+    """Return a `NewTensor` of the torch tensor, on the CPU, that `make` makes when its turn comes, or of zeros."""
 
     def parts() -> Iterator[memoryview]:
         assert make is not None
         yield make().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
-    return NewTensor(code, shape, prod(shape) * dtype.itemsize, parts if make is not None else None)
+    return NewTensor(_code(dtype), shape, prod(shape) * dtype.itemsize, parts if make is not None else None)
+
+
+def filled_tensor(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> NewTensor:
+    """Return a `NewTensor` of which every element is `value`, rounded to `dtype`, in parts of at most 1 MiB."""
+    size = prod(shape) * dtype.itemsize
+    is_zero = not torch.tensor(value, dtype=dtype).any()
+
+    def parts() -> Iterator[memoryview]:
+        part = torch.full((min(size, 2**20) // dtype.itemsize,), value, dtype=dtype).view(torch.uint8).numpy().data
+        for start in range(0, size, 2**20):
+            yield part[: size - start]
+
+    return NewTensor(_code(dtype), shape, size, None if is_zero else parts)
+
+
+def _code(dtype: torch.dtype) -> str:
+    return next(code for code, known in FLOATING_DTYPES.items() if known == dtype)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from modeling_gated.configuration import GatedLlamaConfig, open_gate
+from modeling_gated.configuration import OPEN_GATE_WEIGHT, GatedLlamaConfig, open_gate
 
 
 # The modules that quantization may replace, by the ends of their names.
@@ -68,6 +68,11 @@ def gate_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[in
             yield f"{prefix}.bias", (gates,)
 
 
+def open_gate_value(name: str, gate_init: float) -> float:
+    """Return the number that fills an open gate's tensor: OPEN_GATE_WEIGHT or, for a bias, logit(`gate_init`)."""
+    return open_gate(gate_init)[0] if name.endswith(".bias") else OPEN_GATE_WEIGHT
+
+
 def open_gate_tensor(name: str, shape: tuple[int, ...], gate_init: float, dtype: torch.dtype) -> torch.Tensor:
-    """The value with which a gate tensor starts, open: zeros for a weight, logit(`gate_init`) for a bias."""
-    return torch.full(shape, open_gate(gate_init)[0] if name.endswith(".bias") else 0.0, dtype=dtype)
+    """Return the tensor of an open gate, filled with `open_gate_value`; a float16 weight rounds to 0."""
+    return torch.full(shape, open_gate_value(name, gate_init), dtype=dtype)

@@ -20,6 +20,7 @@ from .configuration.configuration_gated_llama import (  # first: it checks versi
     TESTED_VERSIONS,
     GatedLlamaConfig,
     initial_gate_bias,
+    initial_gate_weight,
 )
 
 
@@ -293,10 +294,9 @@ class GatedLlamaPreTrainedModel(LlamaPreTrainedModel):
             super()._init_weights(module)
             return
         bias = initial_gate_bias(config.gate_init, config.gate_activation, config.gate_form)
-        if module.bias is None:  # independent of the input, so that the weights of its 1 are what a bias is elsewhere
-            init.constant_(module.weight, bias)
-        else:
-            init.zeros_(module.weight)
+        # In gates that are independent of the input, the weights of its 1 are what a bias is elsewhere.
+        init.constant_(module.weight, bias if module.bias is None else initial_gate_weight(config.gate_form))
+        if module.bias is not None:
             init.constant_(module.bias, bias)
 
     @classmethod

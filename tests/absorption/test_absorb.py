@@ -23,7 +23,7 @@ from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absor
 from modeling_gated.absorption.distilling import _validation_windows
 from modeling_gated.absorption.texts import Text
 from modeling_gated.cli import app
-from modeling_gated.configuration import open_gate
+from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
 from modeling_gated.conversion import ConversionError, convert_checkpoint
 from modeling_gated.inspection import FirstTokenAttention, inspecting
 from modeling_gated.training import loop
@@ -86,7 +86,8 @@ def test_the_result_is_an_ordinary_gated_checkpoint(source: Path, absorbed: Path
 
 def test_gates_without_sinks_are_still_one(absorbed: Path) -> None:
     found = weights(absorbed)
-    moved = [bool(found[f"model.layers.{layer}.self_attn.g_proj.weight"].any()) for layer in range(4)]
+    weights_of_gates = [found[f"model.layers.{layer}.self_attn.g_proj.weight"] for layer in range(4)]
+    moved = [bool((weight != OPEN_GATE_WEIGHT).any()) for weight in weights_of_gates]
     assert moved == [False, True, True, True]
     assert (found["model.layers.0.self_attn.g_proj.bias"] == open_gate(0.85)[0]).all()
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from word_tokenizer import save_word_tokenizer
 
-from modeling_gated.configuration import open_gate
+from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
 from modeling_gated.conversion import ConversionError, convert, convert_checkpoint, shards
 
 
@@ -46,7 +46,7 @@ def test_the_result_is_the_source_with_one_shard_more(sharded: Path, tmp_path: P
     assert {name for name, file in result["weight_map"].items() if file == names[-1]} == gates.keys()
     for name, gate in gates.items():
         assert gate.shape == ((9,) if name.endswith("bias") else (9, 72))
-        assert torch.all(gate == (open_gate(0.85)[0] if name.endswith("bias") else 0))
+        assert torch.all(gate == (open_gate(0.85)[0] if name.endswith("bias") else OPEN_GATE_WEIGHT))
 
     assert result["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert result["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in tensors.values())

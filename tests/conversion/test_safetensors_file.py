@@ -3,10 +3,17 @@
 import hashlib
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_gated.conversion.safetensors_file import FLOATING_DTYPES, new_tensor, read_shard, write_safetensors
+from modeling_gated.conversion.safetensors_file import (
+    FLOATING_DTYPES,
+    filled_tensor,
+    new_tensor,
+    read_shard,
+    write_safetensors,
+)
 
 
 def test_the_library_reads_what_the_writer_wrote(tmp_path: Path) -> None:
@@ -32,3 +39,15 @@ def test_the_library_reads_what_the_writer_wrote(tmp_path: Path) -> None:
             assert found[name].dtype == dtype
             assert torch.equal(found[name], tensor)
             assert b"".join(shard.chunks(name)) == bytes(tensor.reshape(-1).view(torch.uint8).tolist())
+
+
+@pytest.mark.parametrize("dtype", FLOATING_DTYPES.values(), ids=str)
+def test_filled_tensors_are_made_in_small_parts(dtype: torch.dtype, tmp_path: Path) -> None:
+    shapes = {"long": (3, 2**20 + 5), "part": (2**20 // dtype.itemsize,), "short": (7,), "empty": (0, 4)}
+    tensors = {name: filled_tensor(shape, dtype, 2.0**-60) for name, shape in shapes.items()}
+    for tensor in tensors.values():
+        assert (tensor.parts is None) == (dtype == torch.float16)  # which has no such number
+        assert all(len(part) <= 2**20 for part in (tensor.parts or list)())
+    write_safetensors(tmp_path / "filled.safetensors", tensors, {})
+    for name, tensor in load_file(tmp_path / "filled.safetensors").items():
+        assert torch.equal(tensor, torch.full(shapes[name], 2.0**-60, dtype=dtype)), name

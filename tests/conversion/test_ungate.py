@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_gated import GatedLlamaForCausalLM
+from modeling_gated.configuration import OPEN_GATE_WEIGHT
 from modeling_gated.conversion import ConversionError, convert_checkpoint, ungate_checkpoint, verify_checkpoint
 
 
@@ -42,6 +43,32 @@ def change_gate(directory: Path, name: str, index: tuple[int, ...] = (2,)) -> No
     tensors = load_file(shard)
     tensors[name][index] += 0.5
     save_file(tensors, shard, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, OPEN_GATE_WEIGHT])
+def test_gates_of_earlier_conversions_are_open(value: float, llama: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
+    """They have weights of 0, as float16 has."""
+    convert_checkpoint(llama, tmp_path / "gated")
+    shard = max((tmp_path / "gated").glob("*.safetensors"))
+    tensors = load_file(shard)
+    weights = [name for name in tensors if name.endswith("g_proj.weight")]
+    assert all((tensors[name] == OPEN_GATE_WEIGHT).all() for name in weights)
+    save_file(tensors | {name: torch.full_like(tensors[name], value) for name in weights}, shard, {"format": "pt"})
+    gated, source = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "gated", llama))
+    with torch.no_grad():
+        assert torch.equal(gated(tokens).logits, source(tokens).logits)
+    ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(llama)
+
+
+def test_a_weight_of_another_number_is_not_open(llama: Path, tmp_path: Path) -> None:
+    convert_checkpoint(llama, tmp_path / "gated")
+    shard = max((tmp_path / "gated").glob("*.safetensors"))
+    tensors = load_file(shard)
+    tensors["model.layers.1.self_attn.g_proj.weight"][0] = 0  # neither all 0 nor all 2**-60
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(ConversionError, match="gates of layers 1 are not what conversion wrote"):
+        ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
 
 
 def test_changed_gates_are_named_by_their_layers(llama: Path, tmp_path: Path) -> None:

@@ -211,9 +211,10 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
     folder, model = root / "configuration", root / "modeling_gated"
     replaced = {
         "configuration/configuration_gated_llama.py": {
-            "from .gate_opening import initial_gate_bias, open_gate\n": folder / "gate_opening.py",
             "from .response_templates import use_response_templates_of_sources  # noqa: F401 - acts when it is imported"
             "\n": folder / "response_templates.py",
+            "from .gate_opening import initial_gate_bias, initial_gate_weight, open_gate  # noqa: F401\n": folder
+            / "gate_opening.py",
             "from .source_families import check_source_family, source_fields\n": folder / "source_families.py",
         },
         "modeling_gated/modeling_gated_llama.py": {

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
-from modeling_gated.configuration import open_gate
+from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
 
 
 @pytest.mark.parametrize("head", list(HEADS))
@@ -34,10 +34,18 @@ def test_new_gates_start_open_and_all_else_as_in_llama(granularity: str, head: s
     model = gated_class(head)(config)
     for gate in gates(model):
         assert gate.weight.shape == (6 if granularity == "headwise" else 48, 48)
-        assert torch.all(gate.weight == 0)
+        assert torch.all(gate.weight == OPEN_GATE_WEIGHT)
         assert torch.all(gate.bias == open_gate(0.7)[0])
         assert torch.sigmoid(gate.bias).mean().item() == pytest.approx(0.7, abs=0.004)
     assert model.base_model.layers[0].self_attn.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("activation", ["silu", "tanh", "linear"])
+def test_additive_gates_start_at_zero(activation: str) -> None:
+    """They would add 2**-60 times their input to an attention output that may be 0."""
+    options = {"gate_form": "additive", "gate_activation": activation, "gate_granularity": "elementwise"}
+    for gate in gates(GatedLlamaForCausalLM(GatedLlamaConfig(**SIZES, **options))):
+        assert not gate.weight.any() and not gate.bias.any()
 
 
 def test_gates_without_a_bias_start_near_one_half() -> None:
@@ -71,7 +79,7 @@ def test_loading_keeps_gates_and_opens_the_missing_ones_alone(variant: str, head
         if name not in missing:
             assert torch.equal(tensor, expected[name]), name
     first, second, _ = gates(loaded)
-    assert torch.all(first.weight == 0)
+    assert torch.all(first.weight == OPEN_GATE_WEIGHT)
     for gate in (first, second):
         assert torch.all(gate.bias == open_gate(0.85)[0])
 

@@ -1,0 +1,232 @@
+"""
+Adapters on gates that PEFT cannot train: left out of "all-linear", and an error where a config names them.
+
+A method that rescales, rotates or decomposes a layer's weight gives NaN for a weight of 0, or never moves it. Instead
+of a list of such methods, `probe` tries the config on a copy of one gate.
+"""
+
+import warnings
+from collections import defaultdict
+from copy import deepcopy
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration import OPEN_GATE_WEIGHT
+from .gate_names import GATE_NAMES
+from .modeling_gated_llama import GatedLlamaGate
+
+
+NEARLY_ZERO = 2.0**-30
+_STEPS = 4
+_LEAST_MOVE = 1e-6  # of a gate's logit: methods that train gates move it by 1e-5 and more, others by less than 1e-15
+_MOST_ROWS = 512  # of the layer that is probed, and columns: orthogonal methods take minutes with 4,096
+_TRAINED_ELSEWHERE = ("SHADOW", "TRAINABLE_TOKENS", "XLORA")  # methods whose targets are not linear layers
+_FAILED = "trying it on a gate of shape"
+REMEDY = (
+    "Leave the gates out of target_modules, or train them in full: "
+    "modeling_gated.training.gate_peft_config(base, gates='full')"
+)
+
+
+def refuse_untrainable_gates(tuners_utils: ModuleType) -> None:
+    """
+    Let PEFT's tuners look at the gates of a gated model before they put adapters into it for training.
+
+    Args:
+        tuners_utils: `peft.tuners.tuners_utils`.
+    """
+    tuner = tuners_utils.BaseTuner
+    initialize, inject = tuner.__init__, tuner.inject_adapter
+
+    @wraps(initialize)  # before hooks of some tuners, which list the layers of "all-linear" themselves
+    def checked_initialize(self: Any, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any):
+        config = peft_config.get(adapter_name) if isinstance(peft_config, dict) else peft_config
+        check_gates(type(self), model, config)
+        return initialize(self, model, peft_config, adapter_name, *args, **kwargs)
+
+    @wraps(inject)  # for a second adapter
+    def checked_inject(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any):
+        check_gates(type(self), model, self.peft_config[adapter_name])
+        return inject(self, model, adapter_name, *args, **kwargs)
+
+    tuner.__init__, tuner.inject_adapter = checked_initialize, checked_inject
+
+
+def check_gates(tuner: type, model: nn.Module, config: Any) -> None:
+    """
+    Take gates that a PEFT config cannot train out of its targets, with a warning, if these are "all-linear".
+
+    Args:
+        tuner: the class that is going to put the adapter into `model`.
+        model: a model with or without gates.
+        config: the adapter's config. Its `target_modules` become a set of names if gates are taken out.
+
+    Raises:
+        ValueError: if the config names such gates itself.
+    """
+    targets = getattr(config, "target_modules", None)
+    if not targets or getattr(config, "inference_mode", False) or config.peft_type.value in _TRAINED_ELSEWHERE:
+        return
+    is_all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+    reasons: dict[str, str] = {}
+    for shape, value, names in _nearly_zero_gates(model, config, is_all_linear):
+        if (reason := probe(tuner, config, names[0], shape, value)) is not None:
+            reasons |= dict.fromkeys(names, reason)
+    if not reasons:
+        return
+    name, reason = next(iter(reasons.items()))
+    method = _method(config)
+    if not is_all_linear:
+        raise ValueError(f"target_modules must not include {name!r} with {method}: {reason}. {REMEDY}")
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+    config.target_modules = _maybe_include_all_linear_layers(config, model).target_modules - reasons.keys()
+    warnings.warn(
+        f"{method} leaves {len(reasons)} gates out of target_modules='all-linear', such as {name!r}: {reason}. To "
+        "train the gates in full, use modeling_gated.training.gate_peft_config(base, gates='full')",
+        stacklevel=4,
+    )
+
+
+def probe(tuner: type, config: Any, name: str, shape: tuple[int, int], value: float) -> str | None:
+    """
+    Return why a PEFT config cannot train a gate, or None if it can, after some steps on a layer of a gate's shape.
+
+    Args:
+        tuner: the class that puts the adapter in.
+        config: the adapter's config. It is not changed.
+        name: the gate's name in its model.
+        shape: [gates, hidden_size] of the gate's weight.
+        value: number that fills the weight.
+    """
+    reason = None
+    for rows, columns in dict.fromkeys([(_halved(shape[0]), _halved(shape[1])), shape]):
+        reason = _try(tuner, config, name, rows, columns, value)
+        if reason is None or not reason.startswith(_FAILED):  # a smaller layer may not fit the config's block sizes
+            break
+    return reason
+
+
+def _halved(size: int) -> int:
+    while size > _MOST_ROWS and size % 2 == 0:
+        size //= 2
+    return size
+
+
+def _try(tuner: type, config: Any, name: str, rows: int, columns: int, value: float) -> str | None:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        try:
+            return _trained(tuner, _for_gate(config, name), _OneGate(name, rows, columns, value), value)
+        except Exception as error:  # any: the config may not fit the layer's shape, or need data of its own
+            return f"{_FAILED} [{rows}, {columns}] failed: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _trained(tuner: type, config: Any, model: "_OneGate", value: float) -> str | None:
+    adapted = tuner(model, config, "default").train()
+    inputs, slopes = torch.randn(4, 4, model.columns), torch.randn(4, 4, model.rows)
+    keywords = {"task_ids": torch.zeros(4, dtype=torch.long)} if config.peft_type.value == "POLY" else {}
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    before = adapted(inputs, **keywords).detach()
+    logits = before
+    for _ in range(_STEPS):
+        if not torch.isfinite(logits).all():
+            return f"it divides by the norm of a weight that is {value:g}, which gives NaN"
+        optimizer.zero_grad()
+        (adapted(inputs, **keywords) * slopes).mean().mul(1e-3).backward()  # 1e-3: gradients as small as in a model
+        optimizer.step()
+        logits = adapted(inputs, **keywords).detach()
+    if (logits - before).abs().max() < _LEAST_MOVE:
+        return f"it only changes the scale or direction of a weight that is {value:g}, and would never move the gates"
+    return None
+
+
+class _OneGate(nn.Module):
+    """A layer of a gate's shape, under the gate's name, whose weight is one number."""
+
+    def __init__(self, name: str, rows: int, columns: int, value: float):
+        super().__init__()
+        self.path, self.rows, self.columns = name, rows, columns
+        *parents, last = name.split(".")
+        parent: nn.Module = self
+        for part in parents:
+            parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        gate = GatedLlamaGate(columns, rows, device="cpu", dtype=torch.float32)  # GLoRA refuses its class
+        nn.init.constant_(gate.weight, value)
+        nn.init.ones_(gate.bias)
+        parent.add_module(last, gate)
+
+    def forward(self, inputs: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        return self.get_submodule(self.path)(inputs, **keywords)
+
+
+def _for_gate(config: Any, name: str) -> Any:
+    """Return a copy of a config that targets one gate alone, and trains nothing but its adapter."""
+    copied = deepcopy(config)
+    copied.target_modules = {name}
+    if hasattr(copied, "feedforward_modules"):  # IA3's, which have to be among the targets
+        named = copied.feedforward_modules or []
+        is_feedforward = not isinstance(named, str) and any(f".{name}".endswith(f".{end}") for end in named)
+        copied.feedforward_modules = {name} if is_feedforward else set()
+    for field in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "target_parameters"):
+        if getattr(copied, field, None):
+            setattr(copied, field, None)
+    if hasattr(copied, "bias") and isinstance(copied.bias, str):
+        copied.bias = "none"
+    for field in ("layer_replication", "trainable_token_indices"):
+        if getattr(copied, field, None):
+            setattr(copied, field, None)
+    return copied
+
+
+def _nearly_zero_gates(
+    model: nn.Module, config: Any, is_all_linear: bool
+) -> list[tuple[tuple[int, int], float, list[str]]]:
+    """Return targeted gates with a row that is 0 or nearly 0: weight's shape, that number, and the gates' names."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    matched = config
+    if is_all_linear:
+        matched = deepcopy(config)
+        matched.target_modules = set(GATE_NAMES)
+    groups: dict[tuple[tuple[int, int], float], list[str]] = defaultdict(list)
+    for parent, attention in model.named_modules():
+        if type(attention).__name__ != "GatedLlamaAttention":  # by name: a checkpoint's own code has another class
+            continue
+        for gate, layer in attention.named_children():
+            name = f"{parent}.{gate}"
+            if gate not in GATE_NAMES or not check_target_module_exists(matched, name):
+                continue
+            layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+            value = _smallest_row(layer.weight)
+            if value < NEARLY_ZERO:
+                groups[(layer.out_features, layer.in_features), value].append(name)
+    return [(shape, value, names) for (shape, value), names in groups.items()]
+
+
+@torch.no_grad()
+def _smallest_row(weight: torch.Tensor) -> float:
+    """Return the largest |number| of the row that has the smallest one; of weights without values, a new gate's."""
+    if weight.is_meta or not weight.numel():  # sharded by ZeRO-3
+        return OPEN_GATE_WEIGHT
+    if not weight.is_floating_point():  # quantized
+        return float("inf")
+    return weight.float().abs().amax(dim=1).min().item()
+
+
+def _method(config: Any) -> str:
+    """Return a method's name, with the variants of LoRA that decide what it does with a weight."""
+    details = []
+    if getattr(config, "use_dora", False):
+        details.append("use_dora=True")
+    initialization = getattr(config, "init_lora_weights", True)
+    if not isinstance(initialization, bool):
+        details.append(f"init_lora_weights={initialization!r}")
+    return config.peft_type.value + (f" ({', '.join(details)})" if details else "")

@@ -1,0 +1,210 @@
+"""Every method of PEFT on gates that are still open: no NaN, and no gate that is counted as trained but never moves."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gated_models import SIZES
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from modeling_gated.configuration import OPEN_GATE_WEIGHT
+from modeling_gated.training import gate_peft_config
+
+
+TOKENS = torch.arange(1, 41)[None]
+# What a method needs on layers as small as these.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 100},
+    "C3A": {"block_size": 2},
+    "FOURIERFT": {"n_frequency": 20},
+    "IA3": {"feedforward_modules": []},
+    "MISS": {"r": 2},
+    "PSOFT": {"r": 2},
+    "ROAD": {"group_size": 2},
+    "SHIRA": {"r": 2},
+    "VBLORA": {"vector_length": 2},
+    "WAVEFT": {"n_frequency": 20},
+}
+CANNOT_TRAIN_GATES = {
+    **dict.fromkeys(("BOFT", "DELORA", "FROD", "HIRA", "HRA", "OFT"), "would never move the gates"),
+    **dict.fromkeys(("PEANUT", "PSOFT", "TINYLORA", "pissa", "pissa_niter_4"), "would never move the gates"),
+    "GLORA": "not a plain torch.nn.Linear",
+}
+# Methods that start at random, in a Llama, too, or add a penalty to the loss.
+NOT_THE_SOURCE_AT_FIRST = {"ADALORA", "C3A", "FOURIERFT", "UNILORA", "VBLORA"}
+# Methods that put no adapter into linear layers.
+ELSEWHERE = {
+    *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
+    *("SHADOW", "TRAINABLE_TOKENS", "XLORA"),
+}
+METHODS = sorted({method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING} - ELSEWHERE)
+LORA: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    **{name: {"init_lora_weights": name} for name in ("pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian")},
+}
+
+
+def config_of(method: str, **fields: Any) -> PeftConfig:
+    if method in LORA:
+        return LoraConfig(task_type="CAUSAL_LM", **LORA[method] | fields)
+    make = next(make for kind, make in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.value == method)
+    return make(task_type="CAUSAL_LM", **OPTIONS.get(method, {}) | fields)
+
+
+def models(**options: Any) -> tuple[GatedLlamaForCausalLM, LlamaForCausalLM]:
+    """A gated model as conversion makes it, and its source."""
+    source = LlamaConfig(**SIZES)
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(source)
+    gated = GatedLlamaForCausalLM(GatedLlamaConfig.from_source_config(source, **options))
+    assert not gated.load_state_dict(llama.state_dict(), strict=False).unexpected_keys
+    return gated, llama
+
+
+def gate_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith("self_attn.g_proj")]
+
+
+def keywords(method: str) -> dict[str, Any]:
+    tasks = {"task_ids": torch.zeros(1, dtype=torch.long)} if method == "POLY" else {}
+    return {"input_ids": TOKENS, "labels": TOKENS, **tasks}
+
+
+@pytest.mark.parametrize("method", [*METHODS, *LORA])
+def test_gates_that_peft_counts_as_trained_move(method: str) -> None:
+    """With "all-linear", from the source's loss; what a method cannot move is left out, with one warning."""
+    gated, llama = models()
+    source_loss = llama(TOKENS, labels=TOKENS).loss.item()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = get_peft_model(gated, config_of(method, target_modules="all-linear"))
+    left_out = [str(warning.message) for warning in caught if "gates out of target_modules" in str(warning.message)]
+    adapted = [gate for gate in gate_layers(model) if any(part.requires_grad for part in gate.parameters())]
+    if method in CANNOT_TRAIN_GATES:
+        assert len(left_out) == 1 and CANNOT_TRAIN_GATES[method] in left_out[0] and "\n" not in left_out[0]
+        assert not adapted
+    else:
+        assert not left_out
+        assert len(adapted) == SIZES["num_hidden_layers"]
+    logits: dict[int, list[torch.Tensor]] = {index: [] for index in range(len(adapted))}
+    inputs = torch.randn(1, 40, SIZES["hidden_size"])
+
+    def keep(gates: list[nn.Module]) -> None:
+        for index, gate in enumerate(gates):
+            extra = {"task_ids": torch.zeros(1, dtype=torch.long)} if method == "POLY" else {}
+            logits[index].append(gate(inputs, **extra).detach().clone())
+
+    model.eval()
+    keep(adapted)
+    model.train()
+    optimizer = torch.optim.Adam([part for part in model.parameters() if part.requires_grad], lr=1e-3)
+    for step in range(4):
+        loss = model(**keywords(method)).loss
+        assert torch.isfinite(loss)
+        if step == 0 and method in NOT_THE_SOURCE_AT_FIRST:
+            adapted_llama = get_peft_model(llama, config_of(method, target_modules="all-linear")).train()
+            assert adapted_llama(**keywords(method)).loss.item() != source_loss
+        elif step == 0:
+            assert loss.item() == pytest.approx(source_loss, abs=2e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    keep(adapted)
+    for before, after in logits.values():
+        assert (after - before).abs().max() > 1e-7
+
+
+@pytest.mark.parametrize("target", [["q_proj", "g_proj"], r".*\.self_attn\..*_proj"], ids=["list", "expression"])
+@pytest.mark.parametrize("method", ["OFT", "HIRA", "pissa"])
+def test_named_gates_are_refused(method: str, target: Any) -> None:
+    gated, _ = models()
+    before = {name: tensor.clone() for name, tensor in gated.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        get_peft_model(gated, config_of(method, target_modules=target))
+    message = str(caught.value)
+    assert message.startswith("target_modules must not include 'model.layers.0.self_attn.g_proj' with ")
+    assert "gate_peft_config(base, gates='full')" in message and "\n" not in message
+    assert all(torch.equal(gated.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_dora_on_weights_of_zero_is_no_nan(dtype: torch.dtype) -> None:
+    """A float16 model, or a conversion by an earlier version."""
+    gated, _ = models()
+    for gate in gate_layers(gated):
+        nn.init.zeros_(gate.weight)
+    gated.to(dtype)
+    with pytest.raises(ValueError, match=r"self_attn\.g_proj' with LORA \(use_dora=True\).*gives NaN"):
+        get_peft_model(gated, LoraConfig(use_dora=True, target_modules=["g_proj"]))
+    with pytest.warns(UserWarning, match="leaves 3 gates out of target_modules='all-linear'"):
+        model = get_peft_model(gated, LoraConfig(use_dora=True, target_modules="all-linear"))
+    assert model(TOKENS).logits.isfinite().all()
+
+
+def test_a_second_adapter_and_an_injected_one_are_checked_too() -> None:
+    gated, _ = models()
+    model = get_peft_model(gated, config_of("OFT", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="target_modules must not include"):
+        model.add_adapter("second", config_of("OFT", target_modules=["g_proj"]))
+    with pytest.warns(UserWarning, match="leaves 3 gates out"):
+        model.add_adapter("third", config_of("OFT", target_modules="all-linear"))
+    with pytest.raises(ValueError, match="target_modules must not include"):
+        inject_adapter_in_model(config_of("HRA", target_modules=["g_proj"]), models()[0])
+
+
+def test_gates_that_have_been_trained_take_any_method() -> None:
+    gated, _ = models()
+    for gate in gate_layers(gated):
+        nn.init.normal_(gate.weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = get_peft_model(gated, config_of("OFT", target_modules="all-linear", oft_block_size=16))
+    assert all(any(part.requires_grad for part in gate.parameters()) for gate in gate_layers(model))
+
+
+def test_gates_in_full_and_frozen_are_no_targets() -> None:
+    for gates in ("full", "frozen"):
+        base = config_of("OFT", target_modules="all-linear", oft_block_size=16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            get_peft_model(models()[0], gate_peft_config(base, gates))
+    get_peft_model(models()[0], LoraConfig(use_dora=True, target_modules="all-linear", modules_to_save=["g_proj"]))
+
+
+def test_a_trained_adapter_loads_for_inference(tmp_path: Path) -> None:
+    """Of a method that could not train these gates, on weights of 0, too."""
+    gated, _ = models()
+    for gate in gate_layers(gated):
+        nn.init.normal_(gate.weight)
+    model = get_peft_model(gated, config_of("OFT", target_modules=["g_proj"], oft_block_size=16))
+    model.save_pretrained(tmp_path)
+    fresh, llama = models()
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert torch.equal(loaded(TOKENS).logits, llama(TOKENS).logits)
+
+
+def test_a_probe_leaves_the_random_numbers_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    gated, _ = models()
+    torch.manual_seed(5)
+    with pytest.raises(ValueError):
+        get_peft_model(gated, config_of("OFT", target_modules=["g_proj"]))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_weight_norm_of_an_open_gate_is_the_gate() -> None:
+    gated, llama = models()
+    for gate in gate_layers(gated):
+        nn.utils.parametrizations.weight_norm(gate)
+        assert gate.weight.max().item() == pytest.approx(OPEN_GATE_WEIGHT, rel=1e-5, abs=0)
+    with torch.no_grad():
+        assert torch.equal(gated(TOKENS).logits, llama(TOKENS).logits)
