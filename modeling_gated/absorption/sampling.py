@@ -38,7 +38,7 @@ def sample_text(
     Returns:
         Sequences of token ids, none with special tokens in them, together at least as many as wanted.
     """
-    special = _special(tokenizer, model)
+    special = _special(tokenizer)
     if tokenizer.bos_token_id is not None:
         check_token_ids(tokenizer, [tokenizer.bos_token_id], "the beginning of an input", model)
     plain = [token for token in range(min(len(tokenizer), model.config.vocab_size)) if token not in special]
@@ -80,7 +80,7 @@ def sample_chats(
         return []
     before, between, after = around
     check_token_ids(tokenizer, [*before, *between, *after], "the chat template", model)
-    special = _special(tokenizer, model)
+    special = _special(tokenizer)
     found: list[list[int]] = []
     with _seeded(model, seed), _bar("sampling chats", tokens, progress) as bar:
         while (done := sum(map(len, found))) < tokens:
@@ -107,10 +107,10 @@ def why_no_chats(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def _special(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> set[int]:
-    """Return all special tokens that a model has embeddings for, those without a role of their own among them."""
+def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All special tokens, those without a role of their own among them."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
-    return {token for token in added | set(tokenizer.all_special_ids) if token < model.config.vocab_size}
+    return added | set(tokenizer.all_special_ids)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]] | None:

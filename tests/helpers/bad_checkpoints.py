@@ -90,6 +90,10 @@ def drop_all(content: dict) -> None:
     content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "[\\s\\S]"}, "content": ""}
 
 
+def forget_special(content: dict) -> None:
+    content["added_tokens"] = []
+
+
 def no_post_processor(content: dict) -> None:
     content["post_processor"] = None
 
@@ -139,6 +143,12 @@ EMBEDDINGS = (
     "use the tokenizer",
 )
 
+NO_SPECIAL = both(
+    in_tokenizer(no_post_processor),
+    edited("tokenizer_config.json", bos_token=None, eos_token=None),
+    template(CHAT_TEMPLATE.replace("{{ bos_token }}", "")),
+)
+
 CASES: dict[str, Case] = {
     "nothing": Case(lambda folder: None, fails=()),
     # the tokenizer's files
@@ -183,13 +193,9 @@ CASES: dict[str, Case] = {
     ),
     "ids beyond that nothing uses": Case(in_tokenizer(special_beyond), fails=()),
     "fewer embeddings": Case(smaller, (*EMBEDDINGS, "below 200, ")),
-    "no bos, no eos": Case(
-        both(
-            in_tokenizer(no_post_processor),
-            edited("tokenizer_config.json", bos_token=None, eos_token=None),
-            template(CHAT_TEMPLATE.replace("{{ bos_token }}", "")),
-        ),
-        fails=(),
+    "no bos, no eos": Case(NO_SPECIAL, fails=()),
+    "no special id that the model has": Case(
+        both(in_tokenizer(forget_special), in_tokenizer(special_beyond), NO_SPECIAL), fails=()
     ),
     "no tokens": Case(in_tokenizer(drop_all), ("its tokenizer must give tokens for ", ", got none; copy ")),
     # chat templates
