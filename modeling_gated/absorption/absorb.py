@@ -20,6 +20,9 @@ from modeling_gated.conversion.output import check_output, clear_leftovers, repl
 from modeling_gated.conversion.plan import CARD_NAME, OWN_FILES
 from modeling_gated.conversion.shards import copy_side_files
 from modeling_gated.conversion.sources import find_source
+from modeling_gated.evaluation import EvaluationError
+from modeling_gated.loading import read_generation_config
+from modeling_gated.tokenization import load_tokenizer
 from modeling_gated.training.loop import read_losses
 
 from .card import absorption_card
@@ -27,7 +30,7 @@ from .closed_form import AbsorbedLayer
 from .distilling import STAGE, accelerator_for
 from .errors import AbsorptionError
 from .inputs import Inputs
-from .models import gated_original, load_tokenizer
+from .models import gated_original
 from .products import has_bfloat16_products
 from .proof import Comparison
 from .settings import AbsorptionSettings
@@ -46,7 +49,7 @@ class Absorption:
     What was done to a checkpoint, and what came of it: the `inputs` with the settings as they were, `writers` and
     `layers` as of `Edit`, the `losses` of the distillation's steps, which had so many `distilled_tokens`, and its
     `validation_losses`, every `settings.evaluate_every` steps, and how the model in `output` compares with the
-    original.
+    original. `notes` are for the user, such as why no chats were sampled.
     """
 
     output: Path
@@ -58,6 +61,7 @@ class Absorption:
     validation_losses: list[float]
     comparisons: list[Comparison]
     seconds: dict[str, float]
+    notes: tuple[str, ...] = ()
 
     @property
     def settings(self) -> AbsorptionSettings:
@@ -77,6 +81,7 @@ class Absorption:
             "validation_losses": self.validation_losses,
             "comparisons": [comparison.as_dict() for comparison in self.comparisons],
             "seconds": self.seconds,
+            "notes": list(self.notes),
         }
         return json.dumps(content, indent=2) + "\n"
 
@@ -119,7 +124,8 @@ def absorb_checkpoint(
         AbsorptionError: if the checkpoint's gates are not 1 or its weights are quantized, a text is too short, or
             `OUTPUT.partial` is damaged or of another call; for another dtype; in a process in which accelerate was told
             to use another device or precision.
-        ConversionError: if the checkpoint cannot be read, or the output not be written.
+        ConversionError: if the checkpoint cannot be read, its weights are not finite, or the output not be written.
+        TokenizerError: if its tokenizer cannot be loaded, fails, or gives ids that the model has no embeddings for.
         EvaluationError: if a text cannot be read.
     """
     settings = settings or AbsorptionSettings()
@@ -162,8 +168,16 @@ def absorb_checkpoint(
 
 def _prepared(inputs: Inputs, folder: Path, device: torch.device, progress: bool) -> tuple[Work, list[Text]]:
     """The steps, of the original with gates that are 1, and their texts."""
+    source = inputs.source.path
     try:
+        tokenizer = None
+        if not inputs.source.is_gguf:  # before anything is written
+            directory = source if source.is_dir() else source.parent
+            tokenizer, _ = load_tokenizer(directory), read_generation_config(directory)
         path = gated_original(inputs.source, folder / "original", progress)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(path)
+            tokenizer.name_or_path = str(source)  # in errors
         original = open_checkpoint(path)
         limit = read_gated_config(original).max_position_embeddings
         lengths = {name: min(getattr(inputs.settings, name), limit) for name in ("window_tokens", "long_window_tokens")}
@@ -171,9 +185,9 @@ def _prepared(inputs: Inputs, folder: Path, device: torch.device, progress: bool
         # Gradients of float16 would vanish.
         is_bfloat16 = stored_dtype(original) == torch.bfloat16
         dtype = inputs.dtype or (torch.bfloat16 if is_bfloat16 else torch.float32)
-        work = Work(folder, path, load_tokenizer(path), settings, dtype, device, progress, inputs.mixed)
+        work = Work(folder, path, tokenizer, settings, dtype, device, progress, inputs.mixed, source)
         return work, work.texts(list(inputs.texts))
-    except (AbsorptionError, ConversionError):
+    except (AbsorptionError, ConversionError, EvaluationError):
         if not (folder / "sampled.json").is_file():  # what is refused leaves nothing behind
             shutil.rmtree(folder)
         raise
@@ -194,6 +208,7 @@ def _absorbed(work: Work, texts: list[Text], inputs: Inputs, output: Path) -> tu
         validation_losses=read_losses(work.folder, STAGE, "held_out"),
         comparisons=comparisons,
         seconds=work.seconds,
+        notes=tuple(work.notes()),
     )
     return done, distilled
 

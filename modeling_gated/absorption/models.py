@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
-import modeling_gated.registration  # noqa: F401 - makes AutoTokenizer know gated_llama
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.conversion.architecture import naming, read_gated_config, with_default_run_settings
 from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.gates import changed_gate_layers, ranges
 from modeling_gated.conversion.sources import Source
+from modeling_gated.loading import check_weights
 from modeling_gated.modeling_gated_llama import GatedLlamaForCausalLM
 from modeling_gated.training import ungated
 
@@ -49,9 +49,16 @@ def gated_original(source: Source, folder: Path, progress: bool) -> Path:
     return path
 
 
-def load_original(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model without its gates, frozen, in evaluation mode."""
-    return ungated(_load(path, dtype, device), share_weights=False)
+def load_original(path: Path, dtype: torch.dtype, device: torch.device, name: object = None) -> Any:
+    """
+    Load the model without its gates, frozen, in evaluation mode.
+
+    Raises:
+        ConversionError: if a weight is not finite. The message begins with `name`, or with `path` without one.
+    """
+    model = _load(path, dtype, device)
+    check_weights(model, name or path)
+    return ungated(model, share_weights=False)
 
 
 def load_editable(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -67,15 +74,10 @@ def load_editable(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    with naming(path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-
-
 def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    # A checkpoint's own says how it is to be used, and may be one that Transformers refuses to save again.
+    options = {"generation_config": GenerationConfig(), "use_safetensors": True}
     with naming(path):
         config = with_default_run_settings(read_gated_config(open_checkpoint(path)))
-        model = GatedLlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype, use_safetensors=True)
-    # A checkpoint's own says how it is to be used, and may be one that Transformers refuses to save again.
-    model.generation_config = GenerationConfig()
+        model = GatedLlamaForCausalLM.from_pretrained(path, config=config, dtype=dtype, **options)
     return model.eval().requires_grad_(False).to(device)

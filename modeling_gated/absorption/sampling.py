@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gated.inspection.inspecting import input_device
+from modeling_gated.tokenization import TokenizerError, chat_text, check_token_ids, tokenizer_name
 
 
 # Sequences at a time.
@@ -39,6 +39,8 @@ def sample_text(
         Sequences of token ids, none with special tokens in them, together at least as many as wanted.
     """
     special = _special(tokenizer)
+    if tokenizer.bos_token_id is not None:
+        check_token_ids(tokenizer, [tokenizer.bos_token_id], "the beginning of an input", model)
     plain = [token for token in range(min(len(tokenizer), model.config.vocab_size)) if token not in special]
     generator = torch.Generator().manual_seed(seed)
     found: list[list[int]] = []
@@ -65,12 +67,19 @@ def sample_chats(
 
     Returns:
         Conversations as token ids, in the template, together at least as many as wanted; empty if the tokenizer has no
-        chat template, or one in which no place for a question is found.
+        chat template, or `why_no_chats` says why its template is not used.
+
+    Raises:
+        TokenizerError: if the model has no embeddings for the tokens of the template.
     """
-    around = _template(tokenizer)
+    try:
+        around = _template(tokenizer)
+    except TokenizerError:
+        return []
     if around is None:
         return []
     before, between, after = around
+    check_token_ids(tokenizer, [*before, *between, *after], "the chat template", model)
     special = _special(tokenizer)
     found: list[list[int]] = []
     with _seeded(model, seed), _bar("sampling chats", tokens, progress) as bar:
@@ -89,6 +98,15 @@ def _batch(tokens: int, of_a_sequence: int) -> int:
     return min(_BATCH, max(2, math.ceil(tokens / of_a_sequence)))
 
 
+def why_no_chats(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return why no chats can be sampled in a tokenizer's chat template; None if they can, or it has no template."""
+    try:
+        _template(tokenizer)
+    except TokenizerError as error:
+        return str(error)
+    return None
+
+
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """All special tokens, those without a role of their own among them."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
@@ -96,16 +114,21 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]] | None:
-    """Token ids before a question, between it and its answer, and after that."""
+    """
+    Return the token ids before a question, between it and its answer, and after that; None without a chat template.
+
+    Raises:
+        TokenizerError: if the template fails, or has no place for a question and its answer.
+    """
     if not tokenizer.chat_template:
         return None
     chat = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
-    try:
-        whole = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except (TemplateError, ValueError):  # one that wants something else, or several of which none is the default
-        return None
+    whole = chat_text(tokenizer, chat)
     if whole.count(_MARK) != 2 or whole.startswith(_MARK):
-        return None
+        raise TokenizerError(
+            f"{tokenizer_name(tokenizer)}: its chat template must keep a question and its answer, each "
+            f"once and with something before the question, got {whole!r}"
+        )
     before, between, after = whole.split(_MARK)
     ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between, after)]
     return ids[0], ids[1], ids[2]

@@ -51,7 +51,7 @@ class AbsorptionSettings:
     def __post_init__(self) -> None:
         """
         Raises:
-            AbsorptionError: for a number that is too small.
+            AbsorptionError: for a number that is too small, or a seed that torch does not take.
         """
         least = {"distill_tokens": 0, "sample_tokens": 0, "window_tokens": 64, "batch_size": 1, "refinement_epochs": 0}
         least |= {"calibration_tokens": self.window_tokens, "save_every": 1, "evaluate_every": 1, "patience": 1}
@@ -59,6 +59,8 @@ class AbsorptionSettings:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise AbsorptionError(f"{name} {getattr(self, name)}: at least {number} is needed")
+        if not -(2**63) <= self.seed < 2**64:  # what torch takes
+            raise AbsorptionError(f"seed must be at least -2**63 and less than 2**64, got {self.seed}")
         for name in ("learning_rate", "gate_learning_rate", "hidden_limit"):
             if not getattr(self, name) > 0:
                 raise AbsorptionError(f"{name} {getattr(self, name)}: must be positive")

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_gated.default_text import default_text
 from modeling_gated.evaluation.text import beginning, read_text
+from modeling_gated.tokenization import text_token_ids
 
 from .errors import AbsorptionError
 
@@ -37,22 +38,28 @@ class Text:
     validation: list[int] = field(default_factory=list)
 
 
-def default_texts(tokenizer: PreTrainedTokenizerBase) -> list[Text]:
-    """What every Python and this package bring along: a novel's chapters, Python's reference, its library's code."""
+def default_texts(tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> list[Text]:
+    """
+    Return what every Python and this package bring along: a novel's chapters, Python's reference, its library's code.
+
+    Raises:
+        TokenizerError: if the tokenizer fails, or gives an id that is not below the number of `embeddings`.
+    """
     contents = {"prose": prose(), "documentation": documentation(), "code": code()}
-    return [as_text(kind, content, tokenizer) for kind, content in contents.items()]
+    return [as_text(kind, content, tokenizer, embeddings=embeddings) for kind, content in contents.items()]
 
 
-def given_texts(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+def given_texts(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> list[Text]:
     """
     Text files, each a kind of its own, by its name.
 
     Raises:
         EvaluationError: if one cannot be read.
         AbsorptionError: if two have one name.
+        TokenizerError: if the tokenizer fails, or gives an id that is not below the number of `embeddings`.
     """
     check_texts(paths)
-    return [as_text(path.stem, read_text(path)[0], tokenizer) for path in paths]
+    return [as_text(path.stem, read_text(path)[0], tokenizer, str(path), embeddings) for path in paths]
 
 
 def check_texts(paths: Sequence[Path]) -> None:
@@ -69,10 +76,25 @@ def check_texts(paths: Sequence[Path]) -> None:
             raise AbsorptionError(f"{path}: another text has the name {path.stem}")
 
 
-def as_text(kind: str, content: str, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A text in its three parts."""
+def as_text(
+    kind: str,
+    content: str,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str | None = None,
+    embeddings: int | None = None,
+) -> Text:
+    """
+    Return a text in its three parts.
+
+    Args:
+        kind: the kind of text.
+        content: the text.
+        tokenizer: the model's.
+        name: name of the text in errors; its kind if not given.
+        embeddings: number of the model's embeddings, below which every id must be.
+    """
     training, validation, held_out = (
-        tokenizer(content[part], add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        text_token_ids(tokenizer, content[part], name or f"the default text {kind}", embeddings)
         for part in _parts(len(content))
     )
     return Text(kind, training, held_out, validation)

@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gated.conversion.architecture import stored_dtype
+from modeling_gated.conversion.architecture import read_gated_config, stored_dtype
 from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.files import sync
 from modeling_gated.conversion.manifest import replace_file
 from modeling_gated.gate_names import is_gate
+from modeling_gated.tokenization import check_token_ids
 from modeling_gated.training.loop import check_output
 
 from .closed_form import AbsorbedLayer
@@ -27,10 +28,10 @@ from .editing import Edit, absorb_sinks
 from .errors import AbsorptionError
 from .models import load_editable, load_original
 from .proof import Comparison, prove
-from .sampling import sample_chats, sample_text
+from .sampling import sample_chats, sample_text, why_no_chats
 from .settings import AbsorptionSettings
 from .sinks import SinkDirection
-from .texts import Text, TrainingWindows, default_texts, given_texts, sampled_text
+from .texts import Text, TrainingWindows, default_texts, given_texts, sampled_text, special_start
 from .writers import Writer
 
 
@@ -42,7 +43,8 @@ class Work:
     """
     What is needed for every step: where the original is, with gates that are 1, its tokenizer, the settings, and what
     to compute in and on. If it is `mixed`, text is sampled from a bfloat16 model, and the edit and the distillation
-    multiply in bfloat16, though their models are float32; the search for writers and the proof do not.
+    multiply in bfloat16, though their models are float32; the search for writers and the proof do not. Errors name
+    `source`, the checkpoint as the user knows it.
     """
 
     folder: Path
@@ -53,13 +55,16 @@ class Work:
     device: torch.device
     progress: bool
     mixed: bool = False
+    source: Path | None = None
 
     def texts(self, given: Sequence[Path]) -> list[Text]:
         """The kinds of text: this package's own, those of files, and what the original writes itself."""
-        own = default_texts(self.tokenizer)
+        embeddings = read_gated_config(open_checkpoint(self.original)).vocab_size
+        check_token_ids(self.tokenizer, special_start(self.tokenizer), "the beginning of an input", embeddings)
+        own = default_texts(self.tokenizer, embeddings)
         if given:  # then the package's are what the result is measured on, and no more
             own = [Text(text.kind, [], text.held_out) for text in own]
-        texts = given_texts(given, self.tokenizer)
+        texts = given_texts(given, self.tokenizer, embeddings)
         for path, text in zip(given, texts, strict=True):
             if len(text.held_out) < self.settings.window_tokens:
                 tokens = len(text.training + text.validation + text.held_out)
@@ -121,6 +126,11 @@ class Work:
             original, windows = self._load_original(), self.settings.measured_windows
             return prove(original, edited, texts, self.tokenizer, windows=windows, progress=self.progress)
 
+    def notes(self) -> list[str]:
+        """Return what the user should know of the texts."""
+        reason = why_no_chats(self.tokenizer) if self.settings.sample_tokens >= 2 else None
+        return [] if reason is None else [f"no chats were sampled: {reason}"]
+
     @property
     def stored_dtype(self) -> torch.dtype:
         return stored_dtype(open_checkpoint(self.original))
@@ -132,15 +142,16 @@ class Work:
         return _read_json(path) if path.is_file() else {}
 
     def _load_original(self) -> Any:
-        return load_original(self.original, self.dtype, self.device)
+        return load_original(self.original, self.dtype, self.device, self.source)
 
     def _sampled(self) -> dict[str, list[list[int]]]:
         """What the original writes, by kind."""
         tokens = self.settings.sample_tokens
+        dtype = torch.bfloat16 if self.mixed else self.dtype
+        # Also if nothing is sampled: what is wrong with the weights is found before anything is kept.
+        model, seed = load_original(self.original, dtype, self.device, self.source), self.settings.seed
         if tokens < 2:
             return {}
-        dtype = torch.bfloat16 if self.mixed else self.dtype
-        model, seed = load_original(self.original, dtype, self.device), self.settings.seed
         chats = sample_chats(model, self.tokenizer, tokens // 2, seed=seed, progress=self.progress)
         tokens -= tokens // 2 if chats else 0  # without a chat template there are none
         return {

@@ -83,4 +83,6 @@ def _print_summary(done: "Absorption") -> None:
         for row in rows:
             table.add_row(*(Text(str(value)) for value in row))
         Console(soft_wrap=True).print(table, "")
+    for note in done.notes:
+        typer.echo(f"note: {note}", err=True)
     print_lines({"seconds": f"{sum(done.seconds.values()):,.0f}", "result": done.output})

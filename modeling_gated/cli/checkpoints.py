@@ -1,6 +1,7 @@
 """The subcommands that make checkpoints, compare them and take them back."""
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -111,7 +112,7 @@ def verify(
     text: Annotated[
         str | None, typer.Option(help="A text file to compare logits on.", show_default="Python's language reference")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens of it.")] = 512,
+    tokens: Annotated[int, typer.Option(max=10_000_000, help="How many tokens of it.")] = 512,
     revision: Revision = None,
 ) -> None:
     """
@@ -123,7 +124,9 @@ def verify(
     """
     with one_clear_line():
         from modeling_gated.conversion import verify_checkpoint
+        from modeling_gated.evaluation.text import read_text
 
+        read_text(None if text is None else Path(text))
         found = verify_checkpoint(source, output, text=text, tokens=tokens, revision=revision, progress=True)
     lines = {label.replace("_", " "): value for label, value in found.summary().items()}
     print_lines(lines | {"recorded": "in the model card and the manifest" if found.recorded else "no"})

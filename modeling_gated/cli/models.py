@@ -45,26 +45,37 @@ def load_model(path: Path, dtype: str, device: "torch.device") -> "tuple[PreTrai
     `"auto"`, a model has its checkpoint's dtype, and that of a GGUF file bfloat16.
 
     Raises:
-        ConversionError: if Transformers cannot load it.
+        ConversionError: if Transformers cannot load it, weights are not finite, or generation_config.json is damaged.
+        TokenizerError: if its tokenizer cannot be loaded.
         EvaluationError: if it lacks weights.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     import modeling_gated.registration  # noqa: F401 - makes the Auto classes know gated_llama
     from modeling_gated.conversion.architecture import naming
     from modeling_gated.conversion.gguf import load_gguf
     from modeling_gated.evaluation import EvaluationError
+    from modeling_gated.loading import check_weights, read_generation_config
+    from modeling_gated.tokenization import load_tokenizer
 
     if path.is_file():
         model, tokenizer = load_gguf(path, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+        tokenizer.name_or_path = str(path)  # in errors, instead of a temporary directory
+        check_weights(model, path)
         return model.eval().to(device), tokenizer
+    tokenizer, generation_config = load_tokenizer(path), read_generation_config(path)
     with naming(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            path,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            generation_config=generation_config,
+            output_loading_info=True,
         )
     model, info = loaded
     if info["missing_keys"]:
         raise EvaluationError(f"{path}: has no {min(info['missing_keys'])}")
+    check_weights(model, path)
     return model.eval().to(device), tokenizer

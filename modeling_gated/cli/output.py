@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 
-_MENDABLE = ("ConversionError", "EvaluationError", "InspectionError", "UnknownAttention", "AbsorptionError")
+_MENDABLE = ("ConversionError", "EvaluationError", "InspectionError", "AbsorptionError")
 
 
 @contextmanager
@@ -18,9 +18,10 @@ def one_clear_line(kept: Path | None = None, kept_as: str = "goes on from {}") -
         yield
     except (ImportError, ValueError) as error:
         # ImportError: of a Transformers that is too old, for one. By name, as importing the errors takes seconds.
-        if isinstance(error, ValueError) and type(error).__name__ not in _MENDABLE:
+        names = {base.__name__ for base in type(error).__mro__}
+        if isinstance(error, ValueError) and names.isdisjoint(_MENDABLE):
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         left = kept_as.format(kept) if kept and kept.exists() else "nothing was left behind"

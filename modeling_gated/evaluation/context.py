@@ -14,6 +14,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_gated.loading import checked_end
+from modeling_gated.tokenization import check_token_ids, text_token_ids
+
 from .errors import EvaluationError
 from .position_loss import loss_by_position
 from .prompts import build_prompt, lines_of
@@ -114,6 +117,8 @@ def evaluate_context(
 
     Raises:
         EvaluationError: if a setting is out of range, the text too short for the windows, or a prompt cannot be built.
+        TokenizerError: if the tokenizer or its chat template fails, or gives ids that the model has no embeddings for.
+        ConversionError: if the generation config's `eos_token_id` is no token id.
     """
     started = time.perf_counter()
     lengths = tuple(sorted(lengths))
@@ -123,18 +128,25 @@ def evaluate_context(
         raise EvaluationError(f"{name}: its tokenizer has no chat template")
     chat = has_template if chat is None else chat
     content, text_name = read_text(text)
-    input_ids = tokenizer(content, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    input_ids = text_token_ids(tokenizer, content, text_name, model)
     longest = getattr(model.config, "max_position_embeddings", None)
 
     asked = [task for task in tasks if task != LOSS]
     lines = lines_of(content)
+    cut: list[torch.Tensor] = []
+    if LOSS in tasks:
+        cut = windows_of(input_ids, tokenizer, lengths[-1], windows, text_name)
+        check_token_ids(tokenizer, cut[0].tolist(), "the beginning of an input", model)
     for task in asked:  # before anything takes long
-        build_prompt(draw(task, random.Random(seed), 0.5, content), lines, tokenizer, lengths[0], chat=chat)
+        prompt = build_prompt(draw(task, random.Random(seed), 0.5, content), lines, tokenizer, lengths[0], chat=chat)
+        check_token_ids(tokenizer, prompt, "the chat template" if chat else "a prompt", model)
+    if asked:
+        checked_end(getattr(model.generation_config, "eos_token_id", None), f"{name}: generation_config")
     total = windows * lengths[-1] * (LOSS in tasks) + samples * len(asked) * sum(lengths)
     with tqdm(total=total, desc=name, unit=" tokens", unit_scale=True, disable=None if progress else True) as bar:
         losses: tuple[PositionLoss, ...] = ()
         if LOSS in tasks:
-            losses = _losses(model, windows_of(input_ids, tokenizer, lengths[-1], windows), lengths, chunk_size, bar)
+            losses = _losses(model, cut, lengths, chunk_size, bar)
         with _plain_generation(model):
             scores = tuple(
                 _score(model, tokenizer, task, length, content, lines, samples, chat, seed, chunk_size, bar)
@@ -225,6 +237,7 @@ def _score(
         task = draw(name, generator, (sample + 0.5) / samples, text)
         first = generator.randrange(len(lines))
         prompt = build_prompt(task, lines[first:] + lines[:first], tokenizer, length, chat=chat)
+        check_token_ids(tokenizer, prompt, f"a prompt of {name}", model)
         input_ids = torch.tensor([prompt], device=model.device)
         output = model.generate(  # type: ignore[operator]  # it may be any class of Transformers' that has it
             input_ids,

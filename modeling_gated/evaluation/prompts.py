@@ -6,6 +6,8 @@ from textwrap import wrap
 
 from transformers import PreTrainedTokenizerBase
 
+from modeling_gated.tokenization import TokenizerError, chat_text
+
 from .errors import EvaluationError
 from .tasks import Task
 from .text import beginning
@@ -32,7 +34,9 @@ def build_prompt(
         chat: whether the prompt is a user's message in the tokenizer's chat template.
 
     Raises:
-        EvaluationError: if not even the question fits, or the tokenizer changes what is hidden.
+        EvaluationError: if not even the question fits, or the tokenizer or the chat template drops the text or changes
+            what is hidden.
+        TokenizerError: if the chat template fails.
     """
     budget = length - task.max_new_tokens
 
@@ -45,6 +49,9 @@ def build_prompt(
     most = 1
     while len(tokens_of(most)) <= budget:
         most *= 2
+        if most > budget:  # no line is blank, so each should give a token
+            place = "chat template" if chat else "tokenizer"
+            raise EvaluationError(f"the {place} must keep the text of a prompt, got {question} tokens for any text")
     count = bisect_right(range(most), budget, key=lambda count: len(tokens_of(count))) - 1
     input_ids = tokens_of(count)
     decoded = tokenizer.decode(input_ids)
@@ -71,7 +78,10 @@ def _tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool, answe
     """Never truncated. A chat template writes the special tokens itself, so that none comes twice."""
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        try:
+            prompt = chat_text(tokenizer, messages, add_generation_prompt=True)
+        except TokenizerError as error:
+            raise TokenizerError(f"{error}, or ask in plain text: chat=False, or --no-chat") from None
     else:
         prompt = f"{prompt}\n"
     ids = tokenizer(f"{prompt}{answer_prefix}", add_special_tokens=False, truncation=False, verbose=False)["input_ids"]

@@ -31,13 +31,21 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-def windows_of(input_ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> list[torch.Tensor]:
-    """Windows of a text, spread evenly over it, each beginning as the tokenizer begins an input."""
+def windows_of(
+    input_ids: list[int], tokenizer: PreTrainedTokenizerBase, length: int, count: int, text_name: str = "text"
+) -> list[torch.Tensor]:
+    """
+    Return windows of a text, spread evenly over it, each beginning as the tokenizer begins an input.
+
+    Raises:
+        EvaluationError: if the text, called `text_name`, has fewer tokens.
+    """
     begin = beginning(tokenizer)
     own = length - len(begin)
     if own * count > len(input_ids):
         raise EvaluationError(
-            f"{count} windows of {length} tokens are more than the {len(input_ids)} tokens of the text"
+            f"{text_name}: {count} windows of {length} tokens are more than the {len(input_ids)} tokens of the text; "
+            "use a longer text, or fewer or shorter windows"
         )
     step = len(input_ids) // count
     return [torch.tensor(begin + input_ids[first * step : first * step + own]) for first in range(count)]

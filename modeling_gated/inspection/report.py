@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gated.evaluation.text import beginning, windows_of
+from modeling_gated.tokenization import check_token_ids, text_token_ids
 
 from .activation_meters import LayerActivations, MassiveActivations, QuantizationError
 from .attention_meters import AttentionEntropy, EffectiveRank, FirstTokenAttention, KeyValueNorms, SinkRate
@@ -106,13 +107,15 @@ def inspect_model(
     Raises:
         InspectionError: if the text has less than two tokens, a setting is out of range, activations are not finite,
             or the model's layers are not found.
+        TokenizerError: if the tokenizer fails, or gives ids that the model has no embeddings for.
     """
     started = time.perf_counter()
-    cut, text_tokens, notes = _cut(tokenizer, text, text_name, windows, window_tokens)
+    cut, text_tokens, notes = _cut(model, tokenizer, text, text_name, windows, window_tokens)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     try:
         chosen = _chosen(model, interventions, notes)
-        _check_fit(model, cut, limit, notes)
+        if limit is not None and len(cut[0]) > limit:
+            notes.append(f"windows of {len(cut[0])} tokens are longer than max_position_embeddings={limit}")
         with evaluation_mode(model):
             loss, meters, changes = _measured(model, cut, chosen, notes, name if progress else None)
     except InspectionError as error:
@@ -180,17 +183,6 @@ def _chosen(model: PreTrainedModel, names: Sequence[str], notes: list[str]) -> l
     return chosen
 
 
-def _check_fit(model: PreTrainedModel, windows: list[torch.Tensor], limit: int | None, notes: list[str]) -> None:
-    """That the model takes the tokens."""
-    embeddings: Any = model.get_input_embeddings()
-    known = getattr(embeddings, "num_embeddings", None)
-    highest = max(int(window.max()) for window in windows)
-    if known is not None and highest >= known:
-        raise InspectionError(f"the tokenizer gives token {highest}, and the model has embeddings of {known}")
-    if limit is not None and len(windows[0]) > limit:
-        notes.append(f"windows of {len(windows[0])} tokens are longer than max_position_embeddings={limit}")
-
-
 def _measured(
     model: PreTrainedModel,
     windows: list[torch.Tensor],
@@ -225,11 +217,17 @@ def _measured(
 
 
 def _cut(
-    tokenizer: PreTrainedTokenizerBase, text: str, text_name: str, windows: int, window_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    text_name: str,
+    windows: int,
+    window_tokens: int,
 ) -> tuple[list[torch.Tensor], int, list[str]]:
     """Windows [tokens], the text's own tokens, and notes on what it was too short for."""
     check_settings(windows, window_tokens, ())
-    input_ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    input_ids = text_token_ids(tokenizer, text, text_name, model)
+    check_token_ids(tokenizer, beginning(tokenizer), "the beginning of an input", model)
     if len(input_ids) < 2:
         raise InspectionError(f"{text_name}: has {len(input_ids)} tokens; at least 2 are needed")
     begin = len(beginning(tokenizer))
