@@ -60,7 +60,10 @@ def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | 
         with tempfile.TemporaryDirectory() as folder:
             view = Path(folder)
             repo_id = _view_source(view, gated, files, manifest, source)
-            load_tokenizer(view, repo_id)  # an error if nothing can be found out
+            try:
+                load_tokenizer(view, repo_id)
+            except ConversionError as error:  # nothing can be found out
+                raise ConversionError(str(error).replace(folder, str(source or directory))) from None
             found = Checkpoint(view, {}, (), {})
             config = read_bytes(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES).decode()
             changes, _ = tokenizer_changes(found, [name for name in files if (view / name).exists()], config, repo_id)

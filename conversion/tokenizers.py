@@ -11,7 +11,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,32 +63,16 @@ class TokenizerComparison:
 
 
 def load_tokenizer(directory: Path, repo_id: str | None = None) -> PreTrainedTokenizerBase:
-    """
-    Load a checkpoint's tokenizer as `AutoTokenizer` does, without running code of the checkpoint's.
-
-    Args:
-        directory: the checkpoint.
-        repo_id: its name on the hub, by which Transformers picks the class of some tokenizers.
-
-    Raises:
-        ConversionError: if there is none, or it cannot be loaded so.
-    """
+    """Load a tokenizer as `modeling_gated.tokenization` does, without warnings, which loading again would repeat."""
     # Here, as the rest of a conversion needs no model or tokenizer.
-    from transformers import AutoConfig, AutoTokenizer
+    from modeling_gated.tokenization import load_tokenizer
 
-    import modeling_gated.registration  # noqa: F401 - makes AutoConfig know gated_llama
-
-    options: dict[str, Any] = {}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        with _quiet():
-            if repo_id is not None:
-                options["config"] = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-                options["config"].name_or_path = repo_id
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **options)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # panics of the tokenizers library are not Exceptions
-        raise ConversionError(f"{directory}: its tokenizer cannot be loaded: {error or type(error).__name__}") from None
+        return load_tokenizer(directory, repo_id)
+    finally:
+        logging.set_verbosity(level)
 
 
 def tokenizer_changes(
@@ -245,17 +228,6 @@ def link_files(source: Path, target: Path, names: Iterable[str]) -> None:
 
 def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Transformers' warnings back, as each tokenizer is loaded several times."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def token_ids(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_gated.registration  # noqa: F401 - makes AutoTokenizer know gated_llama
 from modeling_gated.conversion.errors import ConversionError
@@ -21,18 +21,23 @@ class TokenizerError(ConversionError):
     """A tokenizer or a chat template that cannot be used with its model. The message is one line."""
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path, repo_id: str | None = None) -> PreTrainedTokenizerBase:
     """
     Load the tokenizer of a checkpoint. No code of the checkpoint is run.
 
     Args:
         directory: a directory with the checkpoint.
+        repo_id: the checkpoint's name on the hub, by which Transformers picks the class of some tokenizers.
 
     Raises:
         TokenizerError: if there is no tokenizer, one of its files is damaged, or it needs code of its own.
     """
     with _errors(lambda error: _why_not_loaded(directory, error)):
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+        if repo_id is not None:
+            options["config"] = AutoConfig.from_pretrained(directory, **options)
+            options["config"].name_or_path = repo_id
+        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
     return tokenizer
 
 

@@ -78,4 +78,5 @@ def load_model(path: Path, dtype: str, device: "torch.device") -> "tuple[PreTrai
     if info["missing_keys"]:
         raise EvaluationError(f"{path}: has no {min(info['missing_keys'])}")
     check_weights(model, path)
+    model.config.return_dict, model.config.output_hidden_states = True, False  # whatever config.json says
     return model.eval().to(device), tokenizer

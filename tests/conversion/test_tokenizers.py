@@ -283,7 +283,7 @@ def test_verify_sees_a_normalizer_that_changes(tmp_path: Path) -> None:
     assert not found.passed and any("has other ids" in line for line in found.tokenizer.differences)
     file.write_text("{")
     found = verify_checkpoint(path, tmp_path / "gated", tokens=20)
-    assert not found.passed and "cannot be loaded" in found.tokenizer.differences[0]
+    assert not found.passed and "must be a JSON file" in found.tokenizer.differences[0]
 
 
 def test_verify_says_why_it_compared_no_tokenizers(tmp_path: Path) -> None:
