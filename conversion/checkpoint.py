@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,8 +24,9 @@ class Checkpoint:
     """
     A checkpoint, known by its config.json and its headers alone.
 
-    `raw_config` is what config.json says, `shards` are in the order of the file names, `index_metadata` is the
-    metadata of the index, if there is one; without, there is one shard.
+    `raw_config` is what config.json says, `shards` are in the order of the file names. `index_metadata` is the metadata
+    of the index and `weight_map` the index's name of each tensor's shard, if there is an index; without, there is one
+    shard. The two may disagree about where a tensor is: the shards are right, and `check_index` compares them.
     """
 
     directory: Path
@@ -33,14 +34,20 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index_metadata: dict[str, Any]
     has_index: bool = False
+    weight_map: dict[str, str] = field(default_factory=dict)
 
     @property
     def config_path(self) -> Path:
         """The file that the config comes from."""
         return self.directory / CONFIG_NAME if self.directory.is_dir() else self.directory
 
+    @property
+    def index_path(self) -> Path:
+        """The file that names the shards, if there is one."""
+        return self.directory / SAFE_WEIGHTS_INDEX_NAME
+
     def tensors(self) -> dict[str, tuple[Shard, Tensor]]:
-        """Every tensor with the shard that it lies in."""
+        """Return every tensor with its shard: the last one that holds the tensor, which Transformers loads."""
         return {name: (shard, tensor) for shard in self.shards for name, tensor in shard.tensors.items()}
 
     def layers(self) -> int:
@@ -75,7 +82,7 @@ class Checkpoint:
 
 def open_checkpoint(source: Path) -> Checkpoint:
     """
-    Read the config and the headers of a checkpoint, and check that the index and the headers agree.
+    Read the config and the headers of a checkpoint.
 
     Args:
         source: a directory with `model.safetensors` or `model.safetensors.index.json`, or one safetensors file with
@@ -98,12 +105,16 @@ def open_checkpoint(source: Path) -> Checkpoint:
     single = source.name if source.is_file() else SAFE_WEIGHTS_NAME
     if os.path.lexists(directory / single):  # as in Transformers, it goes before an index
         return Checkpoint(directory, raw_config, (read_shard(resolve(directory, single), single),), {})
-    if os.path.lexists(index := directory / SAFE_WEIGHTS_INDEX_NAME):
+    if os.path.lexists(directory / SAFE_WEIGHTS_INDEX_NAME):
         weight_map, metadata = _read_index(resolve(directory, SAFE_WEIGHTS_INDEX_NAME))
         names = sorted(set(weight_map.values()))
+        if missing := [name for name in names if not os.path.lexists(directory / name)]:
+            raise ConversionError(
+                f"{directory / missing[0]}: no such file, but {SAFE_WEIGHTS_INDEX_NAME} names it; download the file, "
+                "or the whole checkpoint, again"
+            )
         shards = tuple(read_shard(resolve(directory, name), name) for name in names)
-        _compare(index, weight_map, shards)
-        return Checkpoint(directory, raw_config, shards, metadata, has_index=True)
+        return Checkpoint(directory, raw_config, shards, metadata, has_index=True, weight_map=weight_map)
     raise ConversionError(_why_no_weights(directory))
 
 
@@ -116,7 +127,7 @@ def shorter_tokenizer(directory: Path, length: int) -> int | None:
 
 
 def rewriting_command(source: str, target: str) -> str:
-    """The command that saves a model with pickled weights as safetensors."""
+    """Return the command that loads a model with Transformers and saves it as safetensors."""
     return (
         'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
         f"[c.from_pretrained('{source}').save_pretrained('{target}') for c in (M, T)]\""
@@ -145,18 +156,3 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         if pure is None or pure.is_absolute() or ".." in pure.parts or pure.suffix != ".safetensors":
             raise ConversionError(f"{path}: {tensor} is in {name!r}, not a safetensors file of the checkpoint")
     return weight_map, metadata if isinstance(metadata, dict) else {}
-
-
-def _compare(index: Path, weight_map: dict[str, str], shards: tuple[Shard, ...]) -> None:
-    """Raise unless each tensor lies in the one shard that the index names for it."""
-    found: dict[str, Shard] = {}
-    for shard in shards:
-        for tensor in shard.tensors:
-            if tensor in found:
-                raise ConversionError(f"{shard.path}: {tensor} is also in {found[tensor].name}")
-            found[tensor] = shard
-    for tensor, name in weight_map.items():
-        if tensor not in found or found[tensor].name != name:
-            raise ConversionError(f"{index}: {tensor} is not in {name}")
-    if extra := sorted(found.keys() - weight_map.keys()):
-        raise ConversionError(f"{index}: {extra[0]} is in {found[extra[0]].name}, but not in the index")

@@ -35,8 +35,8 @@ class Conversion:
     """
     What a conversion made: the directory and its config, the parameters of the source and of the gates, the bytes
     of weights that were written and those shared with the source (by reflink or link), the tensors of the source that
-    the model does not read, the `model_max_length` of the tokenizer if that is less than an extended context, and the
-    seconds it took.
+    the model does not read, the `model_max_length` of the tokenizer if that is less than an extended context, the
+    seconds it took, and notes on harmless disagreements between the source's index and its shards.
     """
 
     output: Path
@@ -48,6 +48,7 @@ class Conversion:
     unread: tuple[str, ...]
     tokenizer_length: int | None
     seconds: float
+    index_notes: tuple[str, ...] = ()
 
 
 def convert_checkpoint(
@@ -127,6 +128,7 @@ def convert_checkpoint(
         if context
         else None,
         seconds=time.perf_counter() - started,
+        index_notes=plan.architecture.index_notes,
     )
 
 

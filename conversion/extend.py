@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from modeling_gated.configuration import ContextExtension, describe_context, extend_context
 
-from .architecture import naming, read_config
+from .architecture import check_index_of_any, naming, read_config
 from .card import with_context
 from .checkpoint import Checkpoint, open_checkpoint, shorter_tokenizer
 from .command_line import command_line, context_flags
@@ -38,7 +38,7 @@ class ExtendedCheckpoint:
     """
     What `extend_checkpoint` made: the directory, the extension, what it was and is in words, the bytes of weights
     that were written and those shared with the source, the `model_max_length` of its tokenizer if that is less than
-    the new length, and the seconds it took.
+    the new length, the seconds it took, and notes on harmless disagreements between the source's index and its shards.
     """
 
     output: Path
@@ -49,6 +49,7 @@ class ExtendedCheckpoint:
     shared_bytes: int
     tokenizer_length: int | None
     seconds: float
+    index_notes: tuple[str, ...] = ()
 
 
 def extend_checkpoint(
@@ -97,6 +98,7 @@ def extend_checkpoint(
         with naming(found.config_path):
             extension = extend_context(config, **context)
         new_config = _new_config(found, config)
+        index_notes = check_index_of_any(found, config)
         manifest = read_manifest(found.directory)
         with replacing(output, overwrite) as staging:
             records, shared = _write(found, new_config, describe_context(config), staging, output, place, progress)
@@ -112,6 +114,7 @@ def extend_checkpoint(
         shared_bytes=shared,
         tokenizer_length=shorter_tokenizer(output, extension.max_position_embeddings),
         seconds=time.perf_counter() - started,
+        index_notes=index_notes,
     )
 
 

@@ -245,6 +245,7 @@ def _print_plan(plan: "Plan") -> None:
     for name, size, origin in plan.files():
         typer.echo(f"  {printable(name):36} {decimal(size) if size is not None else '':>9}  {printable(origin)}")
     _print_unread(plan.architecture.unread)
+    _print_notes(plan.architecture.index_notes)
     typer.echo("nothing was written (--dry-run)")
 
 
@@ -270,11 +271,13 @@ def _print_summary(done: "Conversion") -> None:
     }
     print_lines(lines | _written(done))
     _print_unread(done.unread)
+    _print_notes(done.index_notes)
     _print_tokenizer(done.tokenizer_length)
 
 
 def _print_extension(done: "ExtendedCheckpoint") -> None:
     print_lines({"before": done.before, "after": done.after} | _written(done))
+    _print_notes(done.index_notes)
     _print_tokenizer(done.tokenizer_length)
 
 
@@ -302,3 +305,10 @@ def _print_unread(unread: tuple[str, ...]) -> None:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         names = printable(", ".join(unread[:3]))
         typer.echo(f"note: the model does not read {names}{more}, which the source holds", err=True)
+
+
+def _print_notes(notes: tuple[str, ...]) -> None:
+    from modeling_gated.conversion.errors import printable
+
+    for note in notes:
+        typer.echo(f"note: {printable(note)}", err=True)
