@@ -2,21 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import ConversionError
 from .files import MAX_CONFIG_BYTES, read_json, resolve
 from .safetensors_file import Shard, Tensor, read_shard
-
-
-PICKLE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-WEIGHT_SUFFIXES = {*PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".safetensors"}
+from .side_files import PICKLE_SUFFIXES, find_side_files
 
 
 @dataclass(frozen=True)
@@ -56,28 +52,21 @@ class Checkpoint:
         found = (pattern.match(name) for shard in self.shards for name in shard.tensors)
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
-    def side_files(self) -> Iterator[str]:
+    def side_files(self) -> tuple[str, ...]:
         """
-        Names, relative to `directory`, of the files to carry over: all but weights and other pickles, the config and
-        the index, hidden files (other than .gitattributes) and folders, checkpoints in folders of their own, and
-        folders that are links.
+        Return the files to carry over, by their paths in `directory`, as `choose_side_files` chooses them.
 
         Raises:
             ConversionError: if one of them is not a regular file, or a link to a place outside of the checkpoint.
         """
-        for folder, subfolders, names in os.walk(self.directory):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            names = [name for name in names if not name.startswith(".") or name == ".gitattributes"]
-            weights = {name for name in names if Path(name).suffix.lower() in WEIGHT_SUFFIXES}
-            is_top = Path(folder) == self.directory
-            if not is_top and weights and CONFIG_NAME in names:
-                subfolders.clear()
-                continue
-            skipped = weights | ({CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME} if is_top else set())
-            for name in sorted(set(names) - skipped):
-                path = Path(folder, name).relative_to(self.directory)
-                resolve(self.directory, path)
-                yield path.as_posix()
+        return find_side_files(self.directory, self._weights()).kept
+
+    def left_out(self) -> dict[str, int]:
+        """Return the sizes in bytes of the files that are not carried over, by their paths in `directory`."""
+        return find_side_files(self.directory, self._weights()).left_out
+
+    def _weights(self) -> dict[str, Path]:
+        return {shard.name: shard.path for shard in self.shards}
 
 
 def open_checkpoint(source: Path) -> Checkpoint:
@@ -106,16 +95,25 @@ def open_checkpoint(source: Path) -> Checkpoint:
     if os.path.lexists(directory / single):  # as in Transformers, it goes before an index
         return Checkpoint(directory, raw_config, (read_shard(resolve(directory, single), single),), {})
     if os.path.lexists(directory / SAFE_WEIGHTS_INDEX_NAME):
-        weight_map, metadata = _read_index(resolve(directory, SAFE_WEIGHTS_INDEX_NAME))
+        weight_map, metadata = read_weight_map(resolve(directory, SAFE_WEIGHTS_INDEX_NAME))
         names = sorted(set(weight_map.values()))
-        if missing := [name for name in names if not os.path.lexists(directory / name)]:
-            raise ConversionError(
-                f"{directory / missing[0]}: no such file, but {SAFE_WEIGHTS_INDEX_NAME} names it; download the file, "
-                "or the whole checkpoint, again"
-            )
-        shards = tuple(read_shard(resolve(directory, name), name) for name in names)
+        shards = tuple(read_shard(_resolve_shard(directory, name), name) for name in names)
         return Checkpoint(directory, raw_config, shards, metadata, has_index=True, weight_map=weight_map)
     raise ConversionError(_why_no_weights(directory))
+
+
+def _resolve_shard(directory: Path, name: str) -> Path:
+    """Return the regular file of a shard that the index names."""
+    try:
+        os.lstat(directory / name)
+    except FileNotFoundError:
+        raise ConversionError(
+            f"{directory / name}: no such file, but {SAFE_WEIGHTS_INDEX_NAME} names it; download the file, or the "
+            "whole checkpoint, again"
+        ) from None
+    except (OSError, ValueError):  # a name that cannot be a file's, which the next line refuses
+        pass
+    return resolve(directory, name)
 
 
 def shorter_tokenizer(directory: Path, length: int) -> int | None:
@@ -135,7 +133,7 @@ def rewriting_command(source: str, target: str) -> str:
 
 
 def _why_no_weights(directory: Path) -> str:
-    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES)
+    files = sorted(directory.iterdir())
     if pickles := [path.name for path in files if path.suffix.lower() in PICKLE_SUFFIXES]:
         return (
             f"{directory}: has only pickled weights ({pickles[0]}), which are never loaded here; rewrite them with: "
@@ -146,7 +144,13 @@ def _why_no_weights(directory: Path) -> str:
     return f"{directory}: has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def read_weight_map(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """
+    Read an index: the name of each tensor's shard, and the metadata.
+
+    Raises:
+        ConversionError: if the file is not an index of safetensors files in its own directory.
+    """
     raw = read_json(path)
     weight_map, metadata = raw.get("weight_map"), raw.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map:

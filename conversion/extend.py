@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ class ExtendedCheckpoint:
     """
     What `extend_checkpoint` made: the directory, the extension, what it was and is in words, the bytes of weights
     that were written and those shared with the source, the `model_max_length` of its tokenizer if that is less than
-    the new length, the seconds it took, and notes on harmless disagreements between the source's index and its shards.
+    the new length, the seconds it took, notes on harmless disagreements between the source's index and its shards, and
+    the sizes in bytes of the source's files that did not come along.
     """
 
     output: Path
@@ -50,6 +51,7 @@ class ExtendedCheckpoint:
     tokenizer_length: int | None
     seconds: float
     index_notes: tuple[str, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def extend_checkpoint(
@@ -99,11 +101,12 @@ def extend_checkpoint(
             extension = extend_context(config, **context)
         new_config = _new_config(found, config)
         index_notes = check_index_of_any(found, config)
+        left_out = source.left_out | found.left_out()
         manifest = read_manifest(found.directory)
         with replacing(output, overwrite) as staging:
             records, shared = _write(found, new_config, describe_context(config), staging, output, place, progress)
             if manifest is not None:
-                _update_manifest(manifest, found, records, command, context).write(staging)
+                _update_manifest(manifest, found, records, command, context, left_out).write(staging)
     total = sum(shard.file_bytes for shard in found.shards)
     return ExtendedCheckpoint(
         output=output,
@@ -115,6 +118,7 @@ def extend_checkpoint(
         tokenizer_length=shorter_tokenizer(output, extension.max_position_embeddings),
         seconds=time.perf_counter() - started,
         index_notes=index_notes,
+        left_out=left_out,
     )
 
 
@@ -164,6 +168,7 @@ def _update_manifest(
     records: Mapping[str, FileRecord],
     command: str,
     context: Mapping[str, Any],
+    left_out: Mapping[str, int],
 ) -> Manifest:
     """The manifest of the result: what came from the first source keeps its place, if it is still what it was."""
     files = {}
@@ -176,7 +181,8 @@ def _update_manifest(
         if known.sha256 is not None and found.sha256 not in (None, known.sha256):
             raise ConversionError(f"{checkpoint.directory / name}: is not what conversion wrote {_WHY}")
         files[name] = replace(found, sha256=found.sha256 or known.sha256, source=known.source)
-    if gone := [name for name, known in manifest.files.items() if known.source is not None and name not in files]:
+    expected = [name for name, known in manifest.files.items() if known.source is not None and name not in left_out]
+    if gone := [name for name in expected if name not in files]:
         raise ConversionError(
             f"{checkpoint.directory / gone[0]}: is missing, or no part of the checkpoint any more {_WHY}"
         )
@@ -186,4 +192,5 @@ def _update_manifest(
         files=files,
         context=[*manifest.context, dict(context)],
         verification=None,
+        left_out=manifest.left_out | left_out,
     )

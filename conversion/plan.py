@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -40,7 +40,8 @@ class Plan:
     `shards` maps each of the result's base shards to the source's; those in `rewritten` get new tensors, all others
     are placed as they are. `gates` are the tensors of one shard more, `gate_shard`. `side_files` are names of the
     source's files that come along byte for byte, `tokenizer_files` the content of those that must differ so that the
-    result has the source's tokenizer. `context` holds the arguments of each `extend_context`.
+    result has the source's tokenizer. `context` holds the arguments of each `extend_context`, `left_out` the sizes in
+    bytes of the source's files that do not come along.
     """
 
     source: Source
@@ -53,6 +54,7 @@ class Plan:
     side_files: tuple[str, ...]
     tokenizer_files: dict[str, bytes]
     context: tuple[Mapping[str, Any], ...]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def base_parameters(self) -> int:
@@ -133,7 +135,10 @@ def make_plan(
     if checkpoint.directory.is_dir():  # not a GGUF file's header
         changes = tokenizer_changes(checkpoint, side_files, architecture.config.to_json_string(), source.repo_id)
     kept = tuple(name for name in side_files if name not in changes)
-    return Plan(source, checkpoint, architecture, shards, rewritten, gate_shard, gates, kept, changes, context)
+    left_out = source.left_out | checkpoint.left_out()
+    return Plan(
+        source, checkpoint, architecture, shards, rewritten, gate_shard, gates, kept, changes, context, left_out
+    )
 
 
 def _opening(name: str, shape: tuple[int, ...], gate_init: float, dtype: torch.dtype):

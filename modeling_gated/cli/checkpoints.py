@@ -144,6 +144,7 @@ def ungate(
 
         done = ungate_checkpoint(gated, output, place=place, overwrite=overwrite, revision=revision, progress=True)
     print_lines({"files restored": f"{len(done.files)}", "result": done.output})
+    _print_left_out(done.left_out, "left out by conversion, so not restored")
 
 
 def refresh_code(
@@ -246,6 +247,7 @@ def _print_plan(plan: "Plan") -> None:
         typer.echo(f"  {printable(name):36} {decimal(size) if size is not None else '':>9}  {printable(origin)}")
     _print_unread(plan.architecture.unread)
     _print_notes(plan.architecture.index_notes)
+    _print_left_out(plan.left_out, "not to be copied")
     typer.echo("nothing was written (--dry-run)")
 
 
@@ -272,12 +274,14 @@ def _print_summary(done: "Conversion") -> None:
     print_lines(lines | _written(done))
     _print_unread(done.unread)
     _print_notes(done.index_notes)
+    _print_left_out(done.left_out, "not copied")
     _print_tokenizer(done.tokenizer_length)
 
 
 def _print_extension(done: "ExtendedCheckpoint") -> None:
     print_lines({"before": done.before, "after": done.after} | _written(done))
     _print_notes(done.index_notes)
+    _print_left_out(done.left_out, "not copied")
     _print_tokenizer(done.tokenizer_length)
 
 
@@ -312,3 +316,16 @@ def _print_notes(notes: tuple[str, ...]) -> None:
 
     for note in notes:
         typer.echo(f"note: {printable(note)}", err=True)
+
+
+def _print_left_out(left_out: dict[str, int], what: str) -> None:
+    from rich.filesize import decimal
+
+    from modeling_gated.conversion.errors import printable
+
+    if left_out:
+        largest = sorted(left_out, key=lambda name: (-left_out[name], name))[:3]
+        names = ", ".join(f"{name} ({decimal(left_out[name])})" for name in largest)
+        more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+        total = f"{len(left_out):,} of the source's files, {decimal(sum(left_out.values()))}"
+        typer.echo(f"note: {what}: {total}: {printable(names)}{more}", err=True)
