@@ -131,7 +131,8 @@ def _metadata(path: Path) -> dict[str, Any]:
 def _words(value: object) -> list[str]:
     """Return a word, or the words of a list, if they are that and short; otherwise none."""
     words = value if isinstance(value, list) else [value]
-    return words if all(isinstance(word, str) and len(word) < 200 for word in words) else []
+    short = [word for word in words if isinstance(word, str) and len(word) < 200]
+    return short if len(short) == len(words) else []
 
 
 def _is_hub_id(name: str) -> bool:

@@ -168,7 +168,7 @@ def _update_manifest(
     records: Mapping[str, FileRecord],
     command: str,
     context: Mapping[str, Any],
-    left_out: Mapping[str, int],
+    left_out: dict[str, int],
 ) -> Manifest:
     """The manifest of the result: what came from the first source keeps its place, if it is still what it was."""
     files = {}

@@ -106,7 +106,7 @@ def find_side_files(directory: Path, weights: Mapping[str, Path]) -> SideFiles:
 
 def named_files(directory: Path) -> set[str]:
     """Return all words in the configs of a checkpoint's tokenizer and processors, which may be names of files."""
-    words = set()
+    words: set[str] = set()
     for config in _NAMING_CONFIGS:
         with suppress(ConversionError):  # no such config, or a damaged one, which names nothing
             words.update(_words(read_json(resolve(directory, config))))

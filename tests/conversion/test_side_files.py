@@ -42,6 +42,7 @@ LEFT_OUT = {
     "model.litertlm": b"1",
     "model.llamafile": b"1",
     "model.nemo": b"1",
+    "model.onnx_data_1": b"1",
     "model.pte": b"1",
     "model.tar": b"1",
     "model.tflite": b"1",
