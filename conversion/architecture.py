@@ -1,7 +1,7 @@
 """What model a checkpoint holds: its config.json, checked against its headers, as the config of the gated model."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from modeling_gated.configuration import GatedLlamaConfig, check_source_family, 
 from .checkpoint import Checkpoint
 from .errors import ConversionError
 from .fused import AUTHORS_FLAGS, FusedGates, fused_gates, is_fused, is_qwen3_next, ungated_config
+from .index import check_index
 from .quantization import exclude_gates
 from .safetensors_file import FLOATING_DTYPES
 from .tensors import LINEARS, base_tensor_shapes, gate_tensor_shapes
@@ -44,6 +45,7 @@ _RUN_SETTINGS: dict[str, Any] = {
     "_attn_implementation": "sdpa",
     "_experts_implementation": None,
 }
+_IN_NO_SHARD = "in no shard; correct config.json, or download the checkpoint or save the whole model again"
 # What Transformers leaves unread in a checkpoint without a word.
 UNREAD = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -54,7 +56,8 @@ class Architecture:
     What a source is made of: its config, of Transformers' own class; the config of the gated
     model; the dtype that it loads in, which is the gates'; and, if the source has gates, how they lie in its `q_proj`.
 
-    `unread` names the tensors of the source that the model does not read.
+    `unread` names the tensors of the source that the model does not read, and `index_notes` are sentences on harmless
+    disagreements between the index and the shards.
     """
 
     source_config: PreTrainedConfig
@@ -62,6 +65,7 @@ class Architecture:
     dtype: torch.dtype
     fused: FusedGates | None
     unread: tuple[str, ...]
+    index_notes: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -149,13 +153,13 @@ def read_architecture(
         if quantization is not None:
             config.quantization_config = quantization
     tensors = checkpoint.tensors()
-    read = _check_base_tensors(checkpoint, config, fused)
+    read, index_notes = _check_base_tensors(checkpoint, config, fused)
     unread = tuple(name for name in tensors if name not in read and not UNREAD.fullmatch(name))
     if gates := [name for name, _ in gate_tensor_shapes(config) if name in tensors]:
         raise ConversionError(f"{tensors[gates[0]][0].path}: {gates[0]} is a gate, so the checkpoint is already gated")
     config.architectures = ["GatedLlamaForCausalLM"]
     config.dtype = dtype = stored_dtype(checkpoint)
-    return Architecture(source_config, config, dtype, fused, unread)
+    return Architecture(source_config, config, dtype, fused, unread, index_notes)
 
 
 def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
@@ -175,7 +179,7 @@ def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
         for name in _OF_OTHER_VARIANTS:
             if (value := getattr(config, name)) != getattr(converted, name):
                 raise ValueError(f"{name}={value!r} is not what conversion writes")
-    _check_base_tensors(checkpoint, config)
+    _check_base_tensors(checkpoint, config, gates={name for name, _ in gate_tensor_shapes(config)})
     return config
 
 
@@ -215,17 +219,29 @@ def _options_of_fused(
     return options
 
 
-def _check_base_tensors(checkpoint: Checkpoint, config: GatedLlamaConfig, fused: FusedGates | None = None) -> set[str]:
-    """The names of the base tensors. ConversionError unless the checkpoint has all that the config asks for."""
+def _check_base_tensors(
+    checkpoint: Checkpoint,
+    config: GatedLlamaConfig,
+    fused: FusedGates | None = None,
+    gates: Collection[str] = (),
+) -> tuple[set[str], tuple[str, ...]]:
+    """
+    Return the names of the base tensors that the shards hold, and notes on the index.
+
+    Raises:
+        ConversionError: unless the checkpoint has all base tensors that the config asks for, and its index agrees about
+            these, and about `gates`.
+    """
     tensors = checkpoint.tensors()
     is_quantized = getattr(config, "quantization_config", None) is not None
     read: set[str] = set()
+    quantized: set[str] = set()  # modules of which any tensor is read
     for name, shape in base_tensor_shapes(config):
         module, _, kind = name.rpartition(".")
         if is_quantized and module.endswith(LINEARS):
             parts = [tensor for tensor in tensors if tensor.startswith(f"{module}.")]
             if kind == "weight" and not parts:
-                raise ConversionError(f"{checkpoint.directory}: config.json asks for {module}, which is in no shard")
+                raise ConversionError(f"{checkpoint.directory}: config.json asks for {module}, which is {_IN_NO_SHARD}")
             stored = sum(tensors[part][1].size for part in parts)
             if kind == "weight" and prod(shape) > 16 * stored:  # no scheme has less than half a bit for a weight
                 raise ConversionError(
@@ -233,9 +249,10 @@ def _check_base_tensors(checkpoint: Checkpoint, config: GatedLlamaConfig, fused:
                     f"which its {stored} bytes cannot hold"
                 )
             read.update(parts)
+            quantized.add(module)
             continue
         if name not in tensors:
-            raise ConversionError(f"{checkpoint.directory}: config.json asks for {name}, which is in no shard")
+            raise ConversionError(f"{checkpoint.directory}: config.json asks for {name}, which is {_IN_NO_SHARD}")
         shard, found = tensors[name]
         if fused is not None and ".self_attn.q_proj." in name:
             shape = (fused.rows, *shape[1:])
@@ -247,7 +264,41 @@ def _check_base_tensors(checkpoint: Checkpoint, config: GatedLlamaConfig, fused:
             raise ConversionError(f"{shard.path}: {name} is {found.dtype}, not among {', '.join(FLOATING_DTYPES)}")
         read.add(name)
     # A tied checkpoint may store its head: Transformers then reads it.
-    return read | ({"lm_head.weight"} & tensors.keys())
+    read |= {"lm_head.weight"} & tensors.keys()
+
+    return read, check_index(checkpoint, lambda name: name in read or name in gates or _is_in(name, quantized))
+
+
+def check_index_of_any(checkpoint: Checkpoint, config: PreTrainedConfig) -> tuple[str, ...]:
+    """
+    Return `check_index`'s notes on a checkpoint of any family or gated variant, whose tensors are not checked further.
+
+    Args:
+        checkpoint: the checkpoint.
+        config: its config, with which a model can be built.
+    """
+    if not checkpoint.has_index:
+        return ()
+    # Here, as the rest of an extension needs no model of the config's size.
+    from transformers import AutoModelForCausalLM
+
+    import modeling_gated.registration  # noqa: F401 - makes the Auto classes know gated_llama
+
+    plain = with_default_run_settings(config)
+    plain.quantization_config = None
+    with torch.device("meta"), naming(checkpoint.config_path):
+        names = set(AutoModelForCausalLM.from_config(plain, trust_remote_code=False).state_dict())
+    if config.tie_word_embeddings:
+        names -= {"lm_head.weight"} - checkpoint.tensors().keys()
+    quantized: set[str] = set()
+    if getattr(config, "quantization_config", None) is not None:
+        quantized = {module for name in names if (module := name.rpartition(".")[0]).endswith(LINEARS)}
+    return check_index(checkpoint, lambda name: name in names or _is_in(name, quantized))
+
+
+def _is_in(name: str, modules: Collection[str]) -> bool:
+    """Return whether a tensor is in one of some modules, or in a part of one: quantization nests what it stores."""
+    return bool(modules) and any(name[: dot.start()] in modules for dot in re.finditer(r"\.", name))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from modeling_gated.configuration import describe_context
 
 from .files import opened
 from .plan import Plan
+from .sources import Source
 
 
 _BEGIN, _END = "<!-- gated-llama verify: begin -->", "<!-- gated-llama verify: end -->"
@@ -43,7 +46,7 @@ def model_card(plan: Plan, output: Path, command: str) -> str:
             "are unchanged."
         )
     return f"""---
-{card_metadata(source.name, plan.checkpoint.directory)}
+{card_metadata(source, plan.checkpoint.directory)}
 ---
 
 # {cell(output.name)}
@@ -72,14 +75,20 @@ SHA-256 of every file: `gated_llama_manifest.json`.{"" if imported else " Back t
 """
 
 
-def card_metadata(base_model: str, directory: Path) -> str:
-    """What the hub reads of a card, YAML: with license and language as in the card of the source's directory."""
+def card_metadata(source: Source, directory: Path) -> str:
+    """
+    Return what the hub reads of a card, as YAML.
+
+    License, language and base model are those of the card in `directory`. Without a base model there, it is the
+    source's id on the hub. A local folder's name is none, so `base_model` is then left out.
+    """
+    metadata = _metadata(directory / "README.md")
     data = ModelCardData(
-        base_model=base_model,
+        base_model=metadata.pop("base_model", source.repo_id),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gated-attention", "gated_llama"],
-        **_metadata(directory / "README.md"),
+        **metadata,
     )
     return data.to_yaml()
 
@@ -105,7 +114,7 @@ def with_context(card: str, described: str) -> str:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """License and language of the source's card, as far as it has them and they are plain words."""
+    """Return what is kept of the source's card, as far as the values are plain words, and ids of base models."""
     try:
         with opened(path) as file:
             start = file.read(_FRONT_MATTER_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
@@ -113,12 +122,25 @@ def _metadata(path: Path) -> dict[str, Any]:
         data = ModelCard(front[0], ignore_metadata_errors=True).data.to_dict() if front else {}
     except Exception:  # no card, or one that YAML cannot read: then there is nothing to keep
         return {}
-    kept = {name: data[name] for name in _KEPT_METADATA if name in data}
-    return {
-        name: value
-        for name, value in kept.items()
-        if all(isinstance(word, str) and len(word) < 200 for word in (value if isinstance(value, list) else [value]))
-    }
+    kept = {name: data[name] for name in _KEPT_METADATA if _words(data.get(name))}
+    if (models := _words(data.get("base_model"))) and all(map(_is_hub_id, models)):
+        kept["base_model"] = data["base_model"]
+    return kept
+
+
+def _words(value: object) -> list[str]:
+    """Return a word, or the words of a list, if they are that and short; otherwise none."""
+    words = value if isinstance(value, list) else [value]
+    short = [word for word in words if isinstance(word, str) and len(word) < 200]
+    return short if len(short) == len(words) else []
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def cell(value: object) -> str:

@@ -2,21 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import ConversionError
 from .files import MAX_CONFIG_BYTES, read_json, resolve
 from .safetensors_file import Shard, Tensor, read_shard
-
-
-PICKLE_SUFFIXES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
-WEIGHT_SUFFIXES = {*PICKLE_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".safetensors"}
+from .side_files import PICKLE_SUFFIXES, find_side_files
 
 
 @dataclass(frozen=True)
@@ -24,8 +20,9 @@ class Checkpoint:
     """
     A checkpoint, known by its config.json and its headers alone.
 
-    `raw_config` is what config.json says, `shards` are in the order of the file names, `index_metadata` is the
-    metadata of the index, if there is one; without, there is one shard.
+    `raw_config` is what config.json says, `shards` are in the order of the file names. `index_metadata` is the metadata
+    of the index and `weight_map` the index's name of each tensor's shard, if there is an index; without, there is one
+    shard. The two may disagree about where a tensor is: the shards are right, and `check_index` compares them.
     """
 
     directory: Path
@@ -33,14 +30,20 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     index_metadata: dict[str, Any]
     has_index: bool = False
+    weight_map: dict[str, str] = field(default_factory=dict)
 
     @property
     def config_path(self) -> Path:
         """The file that the config comes from."""
         return self.directory / CONFIG_NAME if self.directory.is_dir() else self.directory
 
+    @property
+    def index_path(self) -> Path:
+        """The file that names the shards, if there is one."""
+        return self.directory / SAFE_WEIGHTS_INDEX_NAME
+
     def tensors(self) -> dict[str, tuple[Shard, Tensor]]:
-        """Every tensor with the shard that it lies in."""
+        """Return every tensor with its shard: the last one that holds the tensor, which Transformers loads."""
         return {name: (shard, tensor) for shard in self.shards for name, tensor in shard.tensors.items()}
 
     def layers(self) -> int:
@@ -49,33 +52,26 @@ class Checkpoint:
         found = (pattern.match(name) for shard in self.shards for name in shard.tensors)
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
-    def side_files(self) -> Iterator[str]:
+    def side_files(self) -> tuple[str, ...]:
         """
-        Names, relative to `directory`, of the files to carry over: all but weights and other pickles, the config and
-        the index, hidden files (other than .gitattributes) and folders, checkpoints in folders of their own, and
-        folders that are links.
+        Return the files to carry over, by their paths in `directory`, as `choose_side_files` chooses them.
 
         Raises:
             ConversionError: if one of them is not a regular file, or a link to a place outside of the checkpoint.
         """
-        for folder, subfolders, names in os.walk(self.directory):
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            names = [name for name in names if not name.startswith(".") or name == ".gitattributes"]
-            weights = {name for name in names if Path(name).suffix.lower() in WEIGHT_SUFFIXES}
-            is_top = Path(folder) == self.directory
-            if not is_top and weights and CONFIG_NAME in names:
-                subfolders.clear()
-                continue
-            skipped = weights | ({CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME} if is_top else set())
-            for name in sorted(set(names) - skipped):
-                path = Path(folder, name).relative_to(self.directory)
-                resolve(self.directory, path)
-                yield path.as_posix()
+        return find_side_files(self.directory, self._weights()).kept
+
+    def left_out(self) -> dict[str, int]:
+        """Return the sizes in bytes of the files that are not carried over, by their paths in `directory`."""
+        return find_side_files(self.directory, self._weights()).left_out
+
+    def _weights(self) -> dict[str, Path]:
+        return {shard.name: shard.path for shard in self.shards}
 
 
 def open_checkpoint(source: Path) -> Checkpoint:
     """
-    Read the config and the headers of a checkpoint, and check that the index and the headers agree.
+    Read the config and the headers of a checkpoint.
 
     Args:
         source: a directory with `model.safetensors` or `model.safetensors.index.json`, or one safetensors file with
@@ -98,13 +94,26 @@ def open_checkpoint(source: Path) -> Checkpoint:
     single = source.name if source.is_file() else SAFE_WEIGHTS_NAME
     if os.path.lexists(directory / single):  # as in Transformers, it goes before an index
         return Checkpoint(directory, raw_config, (read_shard(resolve(directory, single), single),), {})
-    if os.path.lexists(index := directory / SAFE_WEIGHTS_INDEX_NAME):
-        weight_map, metadata = _read_index(resolve(directory, SAFE_WEIGHTS_INDEX_NAME))
+    if os.path.lexists(directory / SAFE_WEIGHTS_INDEX_NAME):
+        weight_map, metadata = read_weight_map(resolve(directory, SAFE_WEIGHTS_INDEX_NAME))
         names = sorted(set(weight_map.values()))
-        shards = tuple(read_shard(resolve(directory, name), name) for name in names)
-        _compare(index, weight_map, shards)
-        return Checkpoint(directory, raw_config, shards, metadata, has_index=True)
+        shards = tuple(read_shard(_resolve_shard(directory, name), name) for name in names)
+        return Checkpoint(directory, raw_config, shards, metadata, has_index=True, weight_map=weight_map)
     raise ConversionError(_why_no_weights(directory))
+
+
+def _resolve_shard(directory: Path, name: str) -> Path:
+    """Return the regular file of a shard that the index names."""
+    try:
+        os.lstat(directory / name)
+    except FileNotFoundError:
+        raise ConversionError(
+            f"{directory / name}: no such file, but {SAFE_WEIGHTS_INDEX_NAME} names it; download the file, or the "
+            "whole checkpoint, again"
+        ) from None
+    except (OSError, ValueError):  # a name that cannot be a file's, which the next line refuses
+        pass
+    return resolve(directory, name)
 
 
 def shorter_tokenizer(directory: Path, length: int) -> int | None:
@@ -116,7 +125,7 @@ def shorter_tokenizer(directory: Path, length: int) -> int | None:
 
 
 def rewriting_command(source: str, target: str) -> str:
-    """The command that saves a model with pickled weights as safetensors."""
+    """Return the command that loads a model with Transformers and saves it as safetensors."""
     return (
         'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
         f"[c.from_pretrained('{source}').save_pretrained('{target}') for c in (M, T)]\""
@@ -124,7 +133,7 @@ def rewriting_command(source: str, target: str) -> str:
 
 
 def _why_no_weights(directory: Path) -> str:
-    files = sorted(path for path in directory.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES)
+    files = sorted(directory.iterdir())
     if pickles := [path.name for path in files if path.suffix.lower() in PICKLE_SUFFIXES]:
         return (
             f"{directory}: has only pickled weights ({pickles[0]}), which are never loaded here; rewrite them with: "
@@ -135,7 +144,13 @@ def _why_no_weights(directory: Path) -> str:
     return f"{directory}: has neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}"
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+def read_weight_map(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """
+    Read an index: the name of each tensor's shard, and the metadata.
+
+    Raises:
+        ConversionError: if the file is not an index of safetensors files in its own directory.
+    """
     raw = read_json(path)
     weight_map, metadata = raw.get("weight_map"), raw.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map:
@@ -145,18 +160,3 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         if pure is None or pure.is_absolute() or ".." in pure.parts or pure.suffix != ".safetensors":
             raise ConversionError(f"{path}: {tensor} is in {name!r}, not a safetensors file of the checkpoint")
     return weight_map, metadata if isinstance(metadata, dict) else {}
-
-
-def _compare(index: Path, weight_map: dict[str, str], shards: tuple[Shard, ...]) -> None:
-    """Raise unless each tensor lies in the one shard that the index names for it."""
-    found: dict[str, Shard] = {}
-    for shard in shards:
-        for tensor in shard.tensors:
-            if tensor in found:
-                raise ConversionError(f"{shard.path}: {tensor} is also in {found[tensor].name}")
-            found[tensor] = shard
-    for tensor, name in weight_map.items():
-        if tensor not in found or found[tensor].name != name:
-            raise ConversionError(f"{index}: {tensor} is not in {name}")
-    if extra := sorted(found.keys() - weight_map.keys()):
-        raise ConversionError(f"{index}: {extra[0]} is in {found[extra[0]].name}, but not in the index")

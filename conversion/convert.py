@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,9 @@ class Conversion:
     What a conversion made: the directory and its config, the parameters of the source and of the gates, the bytes
     of weights that were written and those shared with the source (by reflink or link), the tensors of the source that
     the model does not read, why the source's tokenizer could not be compared (None if it was, or there is none), the
-    `model_max_length` of the tokenizer if that is less than an extended context, and the seconds it took.
+    `model_max_length` of the tokenizer if that is less than an extended context, the seconds it took, notes on
+    harmless disagreements between the source's index and its shards, and the sizes in bytes of the source's files that
+    did not come along.
     """
 
     output: Path
@@ -49,6 +51,8 @@ class Conversion:
     tokenizer_error: str | None
     tokenizer_length: int | None
     seconds: float
+    index_notes: tuple[str, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def convert_checkpoint(
@@ -129,6 +133,8 @@ def convert_checkpoint(
         if context
         else None,
         seconds=time.perf_counter() - started,
+        index_notes=plan.architecture.index_notes,
+        left_out=plan.left_out,
     )
 
 
@@ -221,4 +227,5 @@ def _manifest(plan: Plan, command: str, records: dict[str, FileRecord]) -> Manif
         files=records,
         replaced={name: as_text(read_bytes(path)) for name, path in replaced.items() if path.is_file()},
         context=[dict(options) for options in plan.context],
+        left_out=plan.left_out,
     )

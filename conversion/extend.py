@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from modeling_gated.configuration import ContextExtension, describe_context, extend_context
 
-from .architecture import naming, read_config
+from .architecture import check_index_of_any, naming, read_config
 from .card import with_context
 from .checkpoint import Checkpoint, open_checkpoint, shorter_tokenizer
 from .command_line import command_line, context_flags
@@ -38,7 +38,8 @@ class ExtendedCheckpoint:
     """
     What `extend_checkpoint` made: the directory, the extension, what it was and is in words, the bytes of weights
     that were written and those shared with the source, the `model_max_length` of its tokenizer if that is less than
-    the new length, and the seconds it took.
+    the new length, the seconds it took, notes on harmless disagreements between the source's index and its shards, and
+    the sizes in bytes of the source's files that did not come along.
     """
 
     output: Path
@@ -49,6 +50,8 @@ class ExtendedCheckpoint:
     shared_bytes: int
     tokenizer_length: int | None
     seconds: float
+    index_notes: tuple[str, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def extend_checkpoint(
@@ -97,11 +100,13 @@ def extend_checkpoint(
         with naming(found.config_path):
             extension = extend_context(config, **context)
         new_config = _new_config(found, config)
+        index_notes = check_index_of_any(found, config)
+        left_out = source.left_out | found.left_out()
         manifest = read_manifest(found.directory)
         with replacing(output, overwrite) as staging:
             records, shared = _write(found, new_config, describe_context(config), staging, output, place, progress)
             if manifest is not None:
-                _update_manifest(manifest, found, records, command, context).write(staging)
+                _update_manifest(manifest, found, records, command, context, left_out).write(staging)
     total = sum(shard.file_bytes for shard in found.shards)
     return ExtendedCheckpoint(
         output=output,
@@ -112,6 +117,8 @@ def extend_checkpoint(
         shared_bytes=shared,
         tokenizer_length=shorter_tokenizer(output, extension.max_position_embeddings),
         seconds=time.perf_counter() - started,
+        index_notes=index_notes,
+        left_out=left_out,
     )
 
 
@@ -161,6 +168,7 @@ def _update_manifest(
     records: Mapping[str, FileRecord],
     command: str,
     context: Mapping[str, Any],
+    left_out: dict[str, int],
 ) -> Manifest:
     """The manifest of the result: what came from the first source keeps its place, if it is still what it was."""
     files = {}
@@ -173,7 +181,8 @@ def _update_manifest(
         if known.sha256 is not None and found.sha256 not in (None, known.sha256):
             raise ConversionError(f"{checkpoint.directory / name}: is not what conversion wrote {_WHY}")
         files[name] = replace(found, sha256=found.sha256 or known.sha256, source=known.source)
-    if gone := [name for name, known in manifest.files.items() if known.source is not None and name not in files]:
+    expected = [name for name, known in manifest.files.items() if known.source is not None and name not in left_out]
+    if gone := [name for name in expected if name not in files]:
         raise ConversionError(
             f"{checkpoint.directory / gone[0]}: is missing, or no part of the checkpoint any more {_WHY}"
         )
@@ -183,4 +192,5 @@ def _update_manifest(
         files=files,
         context=[*manifest.context, dict(context)],
         verification=None,
+        left_out=manifest.left_out | left_out,
     )

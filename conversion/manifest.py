@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ class Manifest:
     fused) and for a GGUF file its `sha256`. `gates` holds the gate's fields of the config. `files` maps names to
     records, `replaced` the names of the source's files that own ones replaced to their text. `context` holds the
     arguments of `extend_context`, for each time that it was applied to the source's config. `verification` is what
-    `gated-llama verify` found last, if it ran.
+    `gated-llama verify` found last, if it ran. `left_out` holds the sizes in bytes of the source's files that did not
+    come along, by their paths in the source.
     """
 
     command: str
@@ -61,6 +62,7 @@ class Manifest:
     replaced: dict[str, str]
     context: list[dict[str, Any]]
     verification: dict[str, Any] | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Write the manifest into a directory, in one step."""
@@ -93,7 +95,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     try:
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         fields = {name: content[name] for name in ("command", "source", "gates", "replaced", "verification")}
-        return Manifest(files=files, context=content.get("context", []), **fields)
+        fields |= {"context": content.get("context", []), "left_out": content.get("left_out", {})}
+        return Manifest(files=files, **fields)
     except (AttributeError, KeyError, TypeError, StrictDataclassError) as error:
         raise ConversionError(f"{path}: not a manifest of gated-llama: {error}") from None
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -41,7 +41,7 @@ class Plan:
     are placed as they are. `gates` are the tensors of one shard more, `gate_shard`. `side_files` are names of the
     source's files that come along byte for byte, `tokenizer_files` the content of those that must differ so that the
     result has the source's tokenizer, `tokenizer_error` why that could not be loaded, if so. `context` holds the
-    arguments of each `extend_context`.
+    arguments of each `extend_context`, `left_out` the sizes in bytes of the source's files that do not come along.
     """
 
     source: Source
@@ -55,6 +55,7 @@ class Plan:
     tokenizer_files: dict[str, bytes]
     tokenizer_error: str | None
     context: tuple[Mapping[str, Any], ...]
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def base_parameters(self) -> int:
@@ -136,8 +137,20 @@ def make_plan(
         config_text = architecture.config.to_json_string()
         changes, unloaded = tokenizer_changes(checkpoint, side_files, config_text, source.repo_id)
     kept = tuple(name for name in side_files if name not in changes)
+    left_out = source.left_out | checkpoint.left_out()
     return Plan(
-        source, checkpoint, architecture, shards, rewritten, gate_shard, gates, kept, changes, unloaded, context
+        source,
+        checkpoint,
+        architecture,
+        shards,
+        rewritten,
+        gate_shard,
+        gates,
+        kept,
+        changes,
+        unloaded,
+        context,
+        left_out,
     )
 
 

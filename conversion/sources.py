@@ -1,19 +1,14 @@
 """Finding the checkpoint that a user names: a path, or a model on the Hugging Face hub."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
-from transformers.utils import CONFIG_NAME
 
-from .checkpoint import rewriting_command
 from .errors import ConversionError
-
-
-# Weights in other forms are not read, so they are not downloaded.
-_NOT_READ = ["*.bin", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.ot", "*.pt", "*.pth"]
+from .hub import download
 
 
 @dataclass(frozen=True)
@@ -21,13 +16,15 @@ class Source:
     """
     A checkpoint as the user named it, `given`, and where it lies: `path`, a directory or a safetensors or GGUF file.
 
-    `repo_id` and `revision`, a commit, are known if it comes from the hub, or lies in the hub's cache.
+    `repo_id` and `revision`, a commit, are known if it comes from the hub, or lies in the hub's cache. `left_out` holds
+    the sizes in bytes of files on the hub that were not downloaded, by their paths in the repository.
     """
 
     given: str
     path: Path
     repo_id: str | None = None
     revision: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
 
     @property
     def is_gguf(self) -> bool:
@@ -62,7 +59,7 @@ def find_source(given: str, revision: str | None = None) -> Source:
     except HFValidationError:
         raise ConversionError(f"{path}: no such file or directory, and {given!r} is no hub id") from None
     try:
-        snapshot = Path(snapshot_download(given, revision=revision, ignore_patterns=_NOT_READ))
+        snapshot, left_out = download(given, revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         where = "the hub's cache (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "the hub"
         at = f" at revision {revision}" if revision else ""
@@ -70,12 +67,7 @@ def find_source(given: str, revision: str | None = None) -> Source:
         raise ConversionError(
             f"{given}: no such file or directory, and not to be had from {where}{at}: {reason}"
         ) from None
-    if (snapshot / CONFIG_NAME).exists() and not any(snapshot.glob("*.safetensors")):
-        raise ConversionError(
-            f"{given}: has no safetensors weights on the hub, and others are never loaded here; rewrite them with: "
-            f"{rewriting_command(given, given.rpartition('/')[2])}"
-        )
-    return Source(given, snapshot, *_cached(snapshot))
+    return Source(given, snapshot, *_cached(snapshot), left_out)
 
 
 def _cached(path: Path) -> tuple[str | None, str | None]:

@@ -1,13 +1,13 @@
 """The way back: from a converted checkpoint to the bytes of its source."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
 from .architecture import read_gated_config
-from .checkpoint import WEIGHT_SUFFIXES, Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConversionError
 from .files import errors_naming, resolve, sha256, sync
 from .gates import changed_gate_layers, ranges
@@ -20,10 +20,14 @@ from .sources import find_source
 
 @dataclass(frozen=True)
 class Restoration:
-    """What `ungate_checkpoint` restored: the directory, and the names of its files."""
+    """
+    Result of `ungate_checkpoint`: the directory, the names of its files, and the sizes in bytes of files of the source
+    that conversion left out, which cannot be restored.
+    """
 
     output: Path
     files: tuple[str, ...]
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def ungate_checkpoint(
@@ -37,7 +41,8 @@ def ungate_checkpoint(
 ) -> Restoration:
     """
     Restore the files that a checkpoint was converted from, byte for byte, if its gates are still what conversion
-    wrote. Of a GGUF source that is the dequantized checkpoint.
+    wrote. Of a GGUF source that is the dequantized checkpoint. Files that conversion left out, such as weights in other
+    forms, are not restored; the manifest lists them.
 
     Each restored file is compared with the SHA-256 that conversion recorded; a shard that conversion hard-linked has
     none unless `gated-llama verify` recorded it since, and is compared by its size and time stamp.
@@ -94,7 +99,7 @@ def _restore(
             for name, found in files.items():
                 target = staging / str(found.source)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                is_weights = target.suffix in WEIGHT_SUFFIXES
+                is_weights = target.suffix == ".safetensors"
                 path = resolve(directory, name)
                 check_stamp(path, found)
                 place_file(path, target, place if is_weights else "copy", bar.update)
@@ -105,7 +110,7 @@ def _restore(
         for name, text in manifest.replaced.items():
             (staging / name).write_bytes(as_bytes(text))
             sync(staging / name)
-    return Restoration(output, tuple(sorted(str(target) for target in targets)))
+    return Restoration(output, tuple(sorted(str(target) for target in targets)), manifest.left_out)
 
 
 def _relative(directory: Path, name: str) -> PurePosixPath:

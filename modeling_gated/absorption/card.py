@@ -48,7 +48,7 @@ def absorption_card(done: "Absorption", directory: Path, made: Mapping[str, str]
         "seed": settings.seed,
     }
     return f"""---
-{card_metadata(source.name, directory)}
+{card_metadata(source, directory)}
 ---
 
 # {cell(done.output.name)}

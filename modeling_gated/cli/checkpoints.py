@@ -147,6 +147,7 @@ def ungate(
 
         done = ungate_checkpoint(gated, output, place=place, overwrite=overwrite, revision=revision, progress=True)
     print_lines({"files restored": f"{len(done.files)}", "result": done.output})
+    _print_left_out(done.left_out, "left out by conversion, so not restored")
 
 
 def refresh_code(
@@ -249,6 +250,8 @@ def _print_plan(plan: "Plan") -> None:
         typer.echo(f"  {printable(name):36} {decimal(size) if size is not None else '':>9}  {printable(origin)}")
     _print_unread(plan.architecture.unread)
     _print_tokenizer_error(plan.tokenizer_error)
+    _print_notes(plan.architecture.index_notes)
+    _print_left_out(plan.left_out, "not to be copied")
     typer.echo("nothing was written (--dry-run)")
 
 
@@ -275,11 +278,15 @@ def _print_summary(done: "Conversion") -> None:
     print_lines(lines | _written(done))
     _print_unread(done.unread)
     _print_tokenizer_error(done.tokenizer_error)
+    _print_notes(done.index_notes)
+    _print_left_out(done.left_out, "not copied")
     _print_tokenizer(done.tokenizer_length)
 
 
 def _print_extension(done: "ExtendedCheckpoint") -> None:
     print_lines({"before": done.before, "after": done.after} | _written(done))
+    _print_notes(done.index_notes)
+    _print_left_out(done.left_out, "not copied")
     _print_tokenizer(done.tokenizer_length)
 
 
@@ -312,3 +319,23 @@ def _print_unread(unread: tuple[str, ...]) -> None:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         names = printable(", ".join(unread[:3]))
         typer.echo(f"note: the model does not read {names}{more}, which the source holds", err=True)
+
+
+def _print_notes(notes: tuple[str, ...]) -> None:
+    from modeling_gated.conversion.errors import printable
+
+    for note in notes:
+        typer.echo(f"note: {printable(note)}", err=True)
+
+
+def _print_left_out(left_out: dict[str, int], what: str) -> None:
+    from rich.filesize import decimal
+
+    from modeling_gated.conversion.errors import printable
+
+    if left_out:
+        largest = sorted(left_out, key=lambda name: (-left_out[name], name))[:3]
+        names = ", ".join(f"{name} ({decimal(left_out[name])})" for name in largest)
+        more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+        total = f"{len(left_out):,} of the source's files, {decimal(sum(left_out.values()))}"
+        typer.echo(f"note: {what}: {total}: {printable(names)}{more}", err=True)

@@ -58,49 +58,6 @@ def test_the_result_is_the_source_with_one_shard_more(sharded: Path, tmp_path: P
     assert config["dtype"] == "float32"
 
 
-def test_side_files_come_along_byte_for_byte_and_weights_of_others_do_not(llama: Path, tmp_path: Path) -> None:
-    kept = {
-        "tokenizer.json": b"\x00\xff",
-        "chat_template.jinja": b"{{ messages }}",
-        "LICENSE": b"license",
-        "notes/more.txt": b"more",
-        "1_Pooling/config.json": b"{}",
-        ".gitattributes": b"*",
-    }
-    dropped = {
-        "pytorch_model.bin": b"",
-        "pytorch_model.bin.index.json": b"{}",
-        "consolidated.safetensors": b"",
-        "tf_model.h5": b"",
-        "original/consolidated.00.pth": b"",
-        "checkpoint-5/config.json": b"{}",
-        "checkpoint-5/model.safetensors": b"",
-        ".cache/huggingface/x.lock": b"",
-        ".env": b"HF_TOKEN=secret",
-        "optimizer.pkl": b"",
-        "M.GGUF": b"",
-        "A.SafeTensors": b"",
-    }
-    for name, content in (kept | dropped).items():
-        (llama / name).parent.mkdir(parents=True, exist_ok=True)
-        (llama / name).write_bytes(content)
-    convert_checkpoint(llama, tmp_path / "gated")
-    written = {
-        "README.md",
-        "config.json",
-        "configuration_gated_llama.py",
-        "gated_llama_manifest.json",
-        "modeling_gated_llama.py",
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json",
-    }
-    own = {"generation_config.json", "tokenizer_config.json"}
-    assert files(tmp_path / "gated") == written | own | kept.keys()
-    for name in own | kept.keys():
-        assert (tmp_path / "gated" / name).read_bytes() == (llama / name).read_bytes()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("said_by_config", [True, False])
 def test_gates_have_the_dtype_that_the_checkpoint_loads_in(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modeling_gated.conversion import ConversionError, convert_checkpoint, sources, verify_checkpoint
+from modeling_gated.conversion import ConversionError, convert_checkpoint, verify_checkpoint
 
 
 COMMIT, OLDER = "a" * 40, "b" * 40
@@ -103,20 +103,6 @@ def test_what_is_neither_a_path_nor_on_the_hub(
         convert_checkpoint(given.format(llama=llama), tmp_path / "gated", revision=revision)
 
 
-def test_other_forms_of_weights_are_not_downloaded(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = {}
-
-    def download(repo_id: str, **options: object) -> str:
-        asked.update(options, repo_id=repo_id)
-        return str(hub / "snapshots" / COMMIT)
-
-    monkeypatch.setattr(sources, "snapshot_download", download)
-    convert_checkpoint("owner/new", tmp_path / "gated")
-    assert asked["repo_id"] == "owner/new"
-    assert {"*.bin", "*.pth", "*.gguf"} <= set(asked["ignore_patterns"])
-    assert not {"*.safetensors", "*.json", "*"} & set(asked["ignore_patterns"])
-
-
 def outside(path: Path, name: str) -> None:
     """Replace a file by a link to a copy of it in another directory."""
     other = path.parent / "elsewhere"
@@ -172,7 +158,8 @@ def test_links_within_the_checkpoint_are_fine(llama: Path, tmp_path: Path) -> No
     (llama / "model.safetensors").rename(llama / "weights" / "1.safetensors")
     (llama / "model.safetensors").symlink_to("weights/1.safetensors")
     (tmp_path / "another name").symlink_to(llama)
-    convert_checkpoint(tmp_path / "another name", tmp_path / "gated")
+    done = convert_checkpoint(tmp_path / "another name", tmp_path / "gated")
+    assert done.left_out == {}  # weights/1.safetensors came along
     assert (tmp_path / "gated" / "model-00001-of-00002.safetensors").is_file()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "gated").config.model_type == "gated_llama"
 
@@ -181,5 +168,6 @@ def test_a_linked_folder_is_not_followed(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "diary.txt").touch()
     (llama / "notes").symlink_to(tmp_path / "private")
-    convert_checkpoint(llama, tmp_path / "gated")
+    done = convert_checkpoint(llama, tmp_path / "gated")
     assert not (tmp_path / "gated" / "notes").exists()
+    assert done.left_out.keys() == {"notes/"}
