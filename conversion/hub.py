@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -40,7 +41,10 @@ def download(repo_id: str, revision: str | None) -> tuple[Path, dict[str, int]]:
     """
     # By the user's revision, so that the cache has its commit; the rest by the commit, which does not move meanwhile.
     first = [CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, _ADAPTER_CONFIG_NAME]
-    snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=first))
+    try:
+        snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=first))
+    except OfflineModeIsEnabled:  # huggingface_hub 1 asks the hub about a commit even if the cache has it
+        snapshot = Path(snapshot_download(repo_id, revision=revision, allow_patterns=first, local_files_only=True))
     sizes, why_not = _repository_files(repo_id, snapshot.name)
     known = sizes or dict.fromkeys(_local_files(snapshot), 0)
     weights = _weights(repo_id, snapshot, known)

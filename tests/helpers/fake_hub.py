@@ -61,7 +61,11 @@ def _handler(repository: Repository) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             revisions = [repository.commit, "main"]
-            info = {"id": repository.name, "sha": repository.commit, "siblings": []}
+            info = {
+                "id": repository.name,
+                "sha": repository.commit,
+                "siblings": [{"rfilename": path} for path in repository.files],
+            }
             if path in [f"/api/models/{repository.name}/revision/{one}" for one in revisions]:
                 return self.answer_json(info)
             if path in [f"/api/models/{repository.name}/tree/{one}" for one in revisions]:
