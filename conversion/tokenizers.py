@@ -133,9 +133,9 @@ def _candidates(path: Path, original: PreTrainedTokenizerBase) -> Iterator[dict[
     yield {TOKENIZER_CONFIG_NAME: _json(without_code | named)}
     if without_code != raw:
         yield {TOKENIZER_CONFIG_NAME: _json(raw | named)}
-    if (backend := getattr(original, "backend_tokenizer", None)) is not None:
-        content = backend.to_str().encode()
-        yield {TOKENIZER_CONFIG_NAME: _json(without_code | {"tokenizer_class": _ANY_BACKEND}), TOKENIZER_NAME: content}
+    if (backend := _backend(original)) is not None:
+        tokenizer_config = _json(without_code | {"tokenizer_class": _ANY_BACKEND})
+        yield {TOKENIZER_CONFIG_NAME: tokenizer_config, TOKENIZER_NAME: backend.encode()}
 
 
 def compare_tokenizers(source: Path, result: Path, repo_id: str | None) -> TokenizerComparison:
@@ -175,12 +175,7 @@ def differences(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase)
         ours, theirs = (_rendered(tokenizer, chat) for tokenizer in (first, second))
         if ours != theirs:
             found.append(f"a chat of {len(chat)} has other ids")
-    backends = [getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (first, second)]
-    if (
-        not found
-        and all(hasattr(backend, "to_str") for backend in backends)
-        and len({b.to_str() for b in backends}) > 1
-    ):
+    if not found and _backend(first) != _backend(second):
         found.append("its normalizer, pre-tokenizer, model or decoder is another")
     return tuple(found)
 
@@ -190,6 +185,12 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     added = [*tokenizer.all_special_tokens, *getattr(tokenizer, "get_added_vocab", dict)()]
     special = list(dict.fromkeys(str(token) for token in added))[:_MAX_SPECIAL_TOKENS]
     return [*TEXTS, *(f"a {token} b{token}c  {token}" for token in special)]
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return a fast tokenizer as the text of a tokenizer.json; None if it has no such form."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if hasattr(backend, "to_str") else None
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -84,7 +84,8 @@ def check_gates(tuner: type, model: nn.Module, config: Any) -> None:
         raise ValueError(f"target_modules must not include {name!r} with {method}: {reason}. {REMEDY}")
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
-    config.target_modules = _maybe_include_all_linear_layers(config, model).target_modules - reasons.keys()
+    every_linear: Any = _maybe_include_all_linear_layers(config, model)
+    config.target_modules = every_linear.target_modules - reasons.keys()
     warnings.warn(
         f"{method} leaves {len(reasons)} gates out of target_modules='all-linear', such as {name!r}: {reason}. To "
         "train the gates in full, use modeling_gated.training.gate_peft_config(base, gates='full')",

@@ -124,7 +124,7 @@ def chat_text(
         )
     ):
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
         )
     return str(text)
 
