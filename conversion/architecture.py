@@ -88,7 +88,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     Raises:
         ConversionError: if it is of an architecture that is not supported, or damaged.
     """
-    raw = checkpoint.raw_config
+    raw = deepcopy(checkpoint.raw_config)  # Transformers' configs write into the dicts that they are given
     with naming(checkpoint.config_path):
         _check_raw(raw, checkpoint.layers())
         if raw.get("model_type") == GatedLlamaConfig.model_type:

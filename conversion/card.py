@@ -84,7 +84,7 @@ def card_metadata(source: Source, directory: Path) -> str:
     """
     metadata = _metadata(directory / "README.md")
     data = ModelCardData(
-        base_model=metadata.pop("base_model", source.repo_id),
+        base_model=metadata.pop("base_model", source.repo_id if _is_hub_id(source.repo_id or "") else None),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gated-attention", "gated_llama"],

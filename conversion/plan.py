@@ -1,5 +1,6 @@
 """What a conversion is going to write: every file of the result, where its bytes come from, and how many they are."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,12 +11,15 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from modeling_gated.configuration import GatedLlamaConfig
+
 from .architecture import Architecture, read_architecture
 from .checkpoint import Checkpoint
+from .errors import ConversionError
 from .safetensors_file import NewTensor, Shard, filled_tensor, new_tensor
 from .sources import Source
 from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_value
-from .tokenizers import tokenizer_changes
+from .tokenizers import is_tokenizer_file, load_tokenizer, tokenizer_changes
 from .trial import check_configs_run
 
 
@@ -116,7 +120,8 @@ def make_plan(
 
     def configs(changed: Checkpoint) -> Iterator[PreTrainedConfig]:
         found = read_architecture(changed, gate_options, context)
-        yield from (found.source_config, found.config)
+        yield found.source_config
+        yield GatedLlamaConfig.from_dict(json.loads(found.config.to_json_string()))  # as it will be read again
 
     check_configs_run(checkpoint, configs)
     count = len(checkpoint.shards) + 1
@@ -131,11 +136,7 @@ def make_plan(
     else:
         rewritten, gates = _take_apart(shards, architecture)
     side_files = [name for name in checkpoint.side_files() if name not in OWN_FILES]
-    changes: dict[str, bytes] = {}
-    unloaded = None
-    if checkpoint.directory.is_dir():  # not a GGUF file's header
-        config_text = architecture.config.to_json_string()
-        changes, unloaded = tokenizer_changes(checkpoint, side_files, config_text, source.repo_id)
+    changes, unloaded = _tokenizer_files(checkpoint, side_files, architecture.config.to_json_string(), source.repo_id)
     kept = tuple(name for name in side_files if name not in changes)
     left_out = source.left_out | checkpoint.left_out()
     return Plan(
@@ -152,6 +153,25 @@ def make_plan(
         context,
         left_out,
     )
+
+
+def _tokenizer_files(
+    checkpoint: Checkpoint, side_files: list[str], config: str, repo_id: str | None
+) -> tuple[dict[str, bytes], str | None]:
+    """Return the tokenizer files that must differ from the source's, or why its tokenizer cannot be loaded, if so."""
+    if not checkpoint.directory.is_dir():  # a GGUF file's header
+        return {}, None
+    try:
+        original = load_tokenizer(checkpoint.directory, repo_id)
+    except ConversionError as error:  # there is none, or it has code of its own: the result has the same files
+        return {}, str(error) if any(is_tokenizer_file(name) for name in side_files) else None
+    changes, found = tokenizer_changes(original, checkpoint.directory, side_files, config)
+    if changes is None:
+        raise ConversionError(
+            f"{checkpoint.directory}: the tokenizer of the result would differ: {'; '.join(found[:3])}; save it with "
+            "AutoTokenizer.from_pretrained(SOURCE).save_pretrained(SOURCE), then convert again"
+        )
+    return changes, None
 
 
 def _take_apart(

@@ -43,8 +43,8 @@ def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | 
             in the manifest says which tokenizer it had.
 
     Raises:
-        ConversionError: if there is no such checkpoint, it lies in the hub's cache, or nothing says what the source's
-            tokenizer is.
+        ConversionError: if there is no such checkpoint, it lies in the hub's cache, nothing says what the source's
+            tokenizer is, or the checkpoint's has other settings, which would be lost.
     """
     with errors_naming(checkpoint):
         directory = Path(checkpoint).absolute()
@@ -61,19 +61,22 @@ def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | 
             view = Path(folder)
             repo_id = _view_source(view, gated, files, manifest, source)
             try:
-                load_tokenizer(view, repo_id)
+                original = load_tokenizer(view, repo_id)
             except ConversionError as error:  # nothing can be found out
                 raise ConversionError(str(error).replace(folder, str(source or directory))) from None
-            found = Checkpoint(view, {}, (), {})
             config = read_bytes(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES).decode()
-            changes, _ = tokenizer_changes(found, [name for name in files if (view / name).exists()], config, repo_id)
-            originals = {name: (view / name).read_bytes() for name in changes if (view / name).is_file()}
+            changes, found = tokenizer_changes(original, directory, files, config)
+        if changes is None:
+            raise ConversionError(
+                f"{directory}: the tokenizer would still differ from the source's: {'; '.join(found[:3])}; copy the "
+                "source's tokenizer files into the directory, then repair it again"
+            )
         new = {name: content for name, content in changes.items() if _content(directory, name) != content}
         contents = {
             resolve(directory, name) if (directory / name).exists() else directory / name: new[name] for name in new
         }
         if new and manifest is not None:
-            contents[resolve(directory, MANIFEST_NAME)] = _updated(manifest, directory, new, originals).content()
+            contents[resolve(directory, MANIFEST_NAME)] = _updated(manifest, directory, new).content()
         replace_files(contents)
         return RepairedTokenizer(directory, tuple(new))
 
@@ -102,7 +105,7 @@ def _view_source(
     return repo_id if isinstance(repo_id, str) else None
 
 
-def _updated(manifest: Manifest, directory: Path, new: dict[str, bytes], originals: dict[str, bytes]) -> Manifest:
+def _updated(manifest: Manifest, directory: Path, new: dict[str, bytes]) -> Manifest:
     """Return the manifest with the new files, and the source's content of those that are as conversion wrote them."""
     files, replaced = dict(manifest.files), dict(manifest.replaced)
     for name, content in new.items():
@@ -110,7 +113,7 @@ def _updated(manifest: Manifest, directory: Path, new: dict[str, bytes], origina
         if known is not None and known.source is not None:
             if known.sha256 != sha256(resolve(directory, name)):
                 continue  # somebody changed the file: `ungate` says so
-            replaced[name] = as_text(originals[name])
+            replaced[name] = as_text(read_bytes(resolve(directory, name)))
         files[name] = FileRecord(len(content), sha256_of([content]))
     return replace(manifest, files=files, replaced=replaced, verification=None)
 

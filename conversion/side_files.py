@@ -66,8 +66,9 @@ def choose_side_files(sizes: Mapping[str, int], weights: Collection[str], named:
         if name in weights or name in _WRITTEN_ANEW or _is_hidden(path):
             continue
         is_named = name in named or name in TOKENIZER_FILES
-        is_small = sizes[name] <= SMALL_FILE_BYTES or is_named
-        if is_small and not _is_weights(path) and checkpoints.isdisjoint(path.parents):
+        is_small = sizes[name] <= SMALL_FILE_BYTES and not _is_weights(path)
+        is_safe = path.suffix.lower() not in PICKLE_SUFFIXES
+        if (is_small or (is_named and is_safe)) and checkpoints.isdisjoint(path.parents):
             kept.append(name)
         else:
             left_out[name] = sizes[name]
@@ -97,7 +98,7 @@ def find_side_files(directory: Path, weights: Mapping[str, Path]) -> SideFiles:
     content = set(weights.values())  # also under another name, where the weights' names are links
     same = {name for name in sizes if _is_weights(PurePosixPath(name)) and _target(directory / name) in content}
     chosen = choose_side_files(sizes, same | weights.keys())
-    if any(size > SMALL_FILE_BYTES for size in chosen.left_out.values()):
+    if chosen.left_out:
         chosen = choose_side_files(sizes, same | weights.keys(), named_files(directory))
     for name in chosen.kept:
         resolve(directory, name)
@@ -122,7 +123,7 @@ def _words(value: object) -> Iterator[str]:
         elif isinstance(value, list):
             values.extend(value)
         elif isinstance(value, str):
-            yield value
+            yield value.removeprefix("./")
 
 
 def _is_weights(path: PurePosixPath) -> bool:

@@ -10,7 +10,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME
 
 from modeling_gated.default_text import DEFAULT_TEXT_NAME, default_text
 
 from .checkpoint import Checkpoint
 from .errors import ConversionError
-from .files import MAX_CONFIG_BYTES, read_bytes, read_json, resolve
+from .files import read_bytes, resolve
+from .quiet import quiet_transformers
 from .tokenizer_texts import CHATS, TEXTS
 
 
@@ -32,6 +34,10 @@ TOKENIZER_CONFIG_NAME, TOKENIZER_NAME = "tokenizer_config.json", "tokenizer.json
 _ANY_BACKEND = "TokenizersBackend"  # Transformers' class that takes tokenizer.json as it is
 _MAX_SPECIAL_TOKENS = 64
 _TOKENIZER_FILE = re.compile(r"^(?:tokenizer|tokenization|vocab|merges|tekken|spiece|sentencepiece)[^/]*$")
+_CLASS_DEFAULTS = (
+    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *("padding_side", "truncation_side", "clean_up_tokenization_spaces", "split_special_tokens"),
+)
 _ATTRIBUTES = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
     *("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "all_special_tokens", "extra_special_tokens"),
@@ -67,75 +73,74 @@ def load_tokenizer(directory: Path, repo_id: str | None = None) -> PreTrainedTok
     # Here, as the rest of a conversion needs no model or tokenizer.
     from modeling_gated.tokenization import load_tokenizer
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with quiet_transformers():
         return load_tokenizer(directory, repo_id)
-    finally:
-        logging.set_verbosity(level)
 
 
 def tokenizer_changes(
-    checkpoint: Checkpoint, side_files: Collection[str], config: str, repo_id: str | None
-) -> tuple[dict[str, bytes], str | None]:
+    original: PreTrainedTokenizerBase, directory: Path, names: Iterable[str], config: str
+) -> tuple[dict[str, bytes] | None, tuple[str, ...]]:
     """
-    Return the tokenizer files of a result that must differ from the source's, with their content; and why the source's
-    tokenizer was not looked at, if it has files and cannot be loaded.
+    Find the tokenizer files that must change for a gated checkpoint to have the source's tokenizer.
 
-    Nothing has to differ where Transformers picks the same class for both. Otherwise tokenizer_config.json names the
+    Nothing has to change where Transformers picks the same class for both. Otherwise tokenizer_config.json names the
     class that it picks for the source; if that alone is not enough, tokenizer.json is written as that class made it.
 
     Args:
-        checkpoint: the source, or a checkpoint with its config.json and tokenizer files.
-        side_files: names of the files that come along.
-        config: the result's config.json.
-        repo_id: the source's name on the hub.
+        original: the source's tokenizer.
+        directory: where the checkpoint's files are.
+        names: names of the files that a tokenizer may read.
+        config: text of the gated checkpoint's config.json.
 
-    Raises:
-        ConversionError: if the result would tokenize otherwise, whatever its files say.
+    Returns:
+        The content of the files to change, by their names; None if the tokenizers differ whatever the files say, and
+        then how they differ.
     """
-    try:
-        original = load_tokenizer(checkpoint.directory, repo_id)
-    except ConversionError as error:  # there is none, or it has code of its own: the result has the same files
-        return {}, str(error) if any(_TOKENIZER_FILE.search(name) for name in side_files) else None
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder)
-        link_files(checkpoint.directory, directory, side_files)
-        (directory / CONFIG_NAME).write_text(config)
-        found: tuple[str, ...] = ()
-        for changes in _candidates(checkpoint.directory / TOKENIZER_CONFIG_NAME, original):
+    kept = list(names)
+    found: tuple[str, ...] = ()
+    for changes in _candidates(directory / TOKENIZER_CONFIG_NAME, original):
+        with tempfile.TemporaryDirectory() as folder:
+            trial = Path(folder)
+            link_files(directory, trial, [name for name in kept if name not in changes])
+            (trial / CONFIG_NAME).write_text(config)
             for name, content in changes.items():
-                (directory / name).unlink(missing_ok=True)
-                (directory / name).write_bytes(content)
+                (trial / name).write_bytes(content)
             try:
-                loaded = load_tokenizer(directory)
+                loaded = load_tokenizer(trial)
             except ConversionError as error:
-                found = (str(error),)
+                found = (str(error).replace(folder, str(directory)),)
                 continue
-            if not (found := differences(original, loaded)) and (
-                type(loaded) is type(original) or TOKENIZER_NAME in changes
-            ):
-                return changes, None
-    raise ConversionError(
-        f"{checkpoint.directory}: the tokenizer of the result would differ: {'; '.join(found[:3])}; save it with "
-        "AutoTokenizer.from_pretrained(SOURCE).save_pretrained(SOURCE), then convert again"
-    )
+        found = differences(original, loaded)
+        if not found and (type(loaded) is type(original) or TOKENIZER_NAME in changes):
+            return changes, ()
+    return None, found
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Return whether a file's name is one of a tokenizer's."""
+    return _TOKENIZER_FILE.search(name) is not None
 
 
 def _candidates(path: Path, original: PreTrainedTokenizerBase) -> Iterator[dict[str, bytes]]:
     """Yield changed files, from none to a tokenizer.json of our own."""
-    raw = read_json(path, MAX_CONFIG_BYTES) if path.is_file() else {}
+    raw: Any = {}
+    with suppress(ValueError, RecursionError):  # Transformers has read it; of a repeated key, it takes the last value
+        raw = json.loads(read_bytes(path)) if path.is_file() else {}
+    raw = raw if isinstance(raw, dict) else {}
     # Code in the checkpoint would run with trust_remote_code=True, which gated models need without this package.
     without_code = {name: value for name, value in raw.items() if name != "auto_map"}
     if without_code == raw:
         yield {}
     named = {"tokenizer_class": type(original).__name__}
     yield {TOKENIZER_CONFIG_NAME: _json(without_code | named)}
+    if (backend := _backend(original)) is not None:
+        # Defaults of the class, as the padding's side.
+        settings = {name: getattr(original, name, None) for name in _CLASS_DEFAULTS}
+        settings = {name: value for name, value in settings.items() if isinstance(value, str | bool)}
+        tokenizer_config = _json(without_code | settings | {"tokenizer_class": _ANY_BACKEND})
+        yield {TOKENIZER_CONFIG_NAME: tokenizer_config, TOKENIZER_NAME: backend.encode()}
     if without_code != raw:
         yield {TOKENIZER_CONFIG_NAME: _json(raw | named)}
-    if (backend := _backend(original)) is not None:
-        tokenizer_config = _json(without_code | {"tokenizer_class": _ANY_BACKEND})
-        yield {TOKENIZER_CONFIG_NAME: tokenizer_config, TOKENIZER_NAME: backend.encode()}
 
 
 def compare_tokenizers(source: Path, result: Path, repo_id: str | None) -> TokenizerComparison:
@@ -155,11 +160,15 @@ def compare_tokenizers(source: Path, result: Path, repo_id: str | None) -> Token
         loaded = load_tokenizer(result)
     except ConversionError as error:
         return TokenizerComparison(0, (str(error),))
-    return TokenizerComparison(len(_texts(original)) + len(CHATS), differences(original, loaded))
+    texts = (*TEXTS, *_chats(original))
+    found = differences(original, loaded, texts)
+    return TokenizerComparison(len(_texts(original, texts)), found)
 
 
-def differences(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Return in words how a second tokenizer differs from a first one in ids, decoded texts, chats and settings."""
+def differences(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, texts: Iterable[str] = TEXTS
+) -> tuple[str, ...]:
+    """Return in words how a second tokenizer differs from a first one in ids, decoded texts and settings."""
     found = []
     for name in _ATTRIBUTES:
         ours, theirs = (str(getattr(tokenizer, name, None)) for tokenizer in (first, second))
@@ -167,24 +176,31 @@ def differences(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase)
             found.append(f"{name} is {theirs:.80}, not {ours:.80}")
     if _vocabulary(first) != _vocabulary(second):
         found.append("its vocabulary is another")
-    for text in _texts(first):
+    for text in _texts(first, texts):
         ours, theirs = (_encoded(tokenizer, text) for tokenizer in (first, second))
         if ours != theirs:
             found.append(f"{text[:40]!r} has other ids or another decoded text")
-    for chat in CHATS:
-        ours, theirs = (_rendered(tokenizer, chat) for tokenizer in (first, second))
-        if ours != theirs:
-            found.append(f"a chat of {len(chat)} has other ids")
     if not found and _backend(first) != _backend(second):
         found.append("its normalizer, pre-tokenizer, model or decoder is another")
     return tuple(found)
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _chats(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return chats as the tokenizer's template writes them, once: a template may write the time of day."""
+    from modeling_gated.tokenization import chat_text
+
+    texts = []
+    for chat in CHATS:
+        with suppress(ConversionError):  # there is no template, or it refuses this chat
+            texts.append(chat_text(tokenizer, chat, add_generation_prompt=True))
+    return texts
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[str]:
     # Mistral's own backend has no added vocabulary.
     added = [*tokenizer.all_special_tokens, *getattr(tokenizer, "get_added_vocab", dict)()]
     special = list(dict.fromkeys(str(token) for token in added))[:_MAX_SPECIAL_TOKENS]
-    return [*TEXTS, *(f"a {token} b{token}c  {token}" for token in special)]
+    return [*texts, *(f"a {token} b{token}c  {token}" for token in special)]
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -207,13 +223,6 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # of both tokenizers, it is no difference; panics are not Exceptions
-        return type(error).__name__
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> Any:
-    try:
-        return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    except Exception as error:  # no template, or one that refuses this chat
         return type(error).__name__
 
 

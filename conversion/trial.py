@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,10 +11,17 @@ from transformers import DynamicCache, PreTrainedConfig
 from .architecture import with_default_run_settings
 from .checkpoint import Checkpoint
 from .errors import ConversionError
+from .quiet import quiet_transformers
 
 
 _PROMPT_TOKENS, _VOCABULARY = 4, 64
-_KEPT_FIELDS = ("model_type", "architectures", "transformers_version", "rope_type", "type")  # never wrong alone
+_MOST_TRIALS = 200  # for the field that is wrong: some seconds
+# Fields that are never wrong alone, or whose removal would make another model.
+_KEPT_FIELDS = (
+    *("model_type", "architectures", "transformers_version", "rope_type", "type"),
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+)
 
 
 def check_configs_run(checkpoint: Checkpoint, configs: Callable[[Checkpoint], Iterable[PreTrainedConfig]]) -> None:
@@ -33,20 +41,22 @@ def check_configs_run(checkpoint: Checkpoint, configs: Callable[[Checkpoint], It
     """
     if (error := _failure(checkpoint, configs)) is None:
         return
-    for field, value, rest in _without_a_field(checkpoint.raw_config):
-        if _failure(replace(checkpoint, raw_config=rest), configs) is None:
-            raise ConversionError(
-                f"{checkpoint.config_path}: {field}={value!r:.200}: the model cannot run with it: {error}; correct "
-                "the field"
-            )
-    raise ConversionError(f"{checkpoint.config_path}: the model cannot run: {error}")
+    culprit = None
+    for field, value, rest in islice(_without_a_field(checkpoint.raw_config), _MOST_TRIALS):
+        other = _failure(replace(checkpoint, raw_config=rest), configs)
+        if other is None or (culprit is None and other != error):  # another error: there are two wrong fields
+            culprit = f"{field}={value!r:.200}"
+        if other is None:
+            break
+    named = f"{culprit}: the model cannot run with it" if culprit else "the model cannot run"
+    raise ConversionError(f"{checkpoint.config_path}: {named}: {error}; correct the {'field' if culprit else 'config'}")
 
 
 def _without_a_field(raw: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Yield each field's name and value with a config that has it nowhere: RoPE's whole dict last, after its fields."""
     named = [(name, name, value) for name, value in raw.items() if not name.startswith("rope_")]
     for outer, fields in raw.items():
-        if isinstance(fields, dict):
+        if isinstance(fields, dict) and outer.startswith("rope_"):
             named += [(f"{outer}.{name}", name, value) for name, value in fields.items()]
     named += [(name, name, value) for name, value in raw.items() if name.startswith("rope_")]
     for label, name, value in named:
@@ -61,8 +71,9 @@ def _without_a_field(raw: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, 
 def _failure(checkpoint: Checkpoint, configs: Callable[[Checkpoint], Iterable[PreTrainedConfig]]) -> str | None:
     """Return what goes wrong with a checkpoint's configs, None if nothing does."""
     try:
-        for config in configs(checkpoint):
-            _run(config)
+        with quiet_transformers():
+            for config in configs(checkpoint):
+                _run(config)
     except MemoryError:
         raise
     except Exception as error:  # of any kind: it comes from whatever a field's value meets in a model's code

@@ -28,9 +28,37 @@ def add_default_target_modules(constants: ModuleType) -> None:
     Args:
         constants: `peft.utils.constants`, whose tables PEFT has no other way to add to.
     """
-    for name, table in vars(constants).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
-            table.setdefault(GatedLlamaConfig.model_type, table["llama"])
+    for table in _targets(constants):
+        table.setdefault(GatedLlamaConfig.model_type, table["llama"])
+
+
+def use_target_modules_of_sources(tuners_utils: ModuleType) -> None:
+    """
+    Let PEFT's methods target in a converted model what they target in its source, if all of them know its model type.
+
+    Args:
+        tuners_utils: `peft.tuners.tuners_utils`.
+    """
+    found = tuners_utils.BaseTuner.get_model_config
+
+    def get_model_config(model: Any) -> dict[str, Any]:
+        from peft.utils import constants
+
+        config = found(model)
+        source = config.get("source_model_type")
+        if config["model_type"] == GatedLlamaConfig.model_type and all(
+            source in table for table in _targets(constants)
+        ):
+            return config | {"model_type": source}
+        return config
+
+    tuners_utils.BaseTuner.get_model_config = staticmethod(get_model_config)
+
+
+def _targets(constants: ModuleType) -> list[dict[str, Any]]:
+    """Return PEFT's tables of target modules by model type, as far as they know Llama."""
+    tables = [table for name, table in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO_")]
+    return [table for table in tables if isinstance(table, dict) and "llama" in table]
 
 
 def add_adaption_prompt(config: ModuleType) -> None:

@@ -85,7 +85,10 @@ def check_gates(tuner: type, model: nn.Module, config: Any) -> None:
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 
     every_linear: Any = _maybe_include_all_linear_layers(config, model)
-    config.target_modules = every_linear.target_modules - reasons.keys()
+    # With gates in full, PEFT counts the layers in its wrapper of a gate as layers of their own.
+    inside = tuple(f"{name}." for name in reasons)
+    left_out = {name for name in every_linear.target_modules if name in reasons or name.startswith(inside)}
+    config.target_modules = every_linear.target_modules - left_out
     warnings.warn(
         f"{method} leaves {len(reasons)} gates out of target_modules='all-linear', such as {name!r}: {reason}. To "
         "train the gates in full, use modeling_gated.training.gate_peft_config(base, gates='full')",

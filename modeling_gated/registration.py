@@ -14,6 +14,7 @@ from .peft_additions import (
     refuse_hotswapping_gates,
     refuse_losing_the_cache,
     refuse_losing_the_cache_of_shadows,
+    use_target_modules_of_sources,
 )
 from .peft_gate_probe import refuse_untrainable_gates
 from .training_additions import refuse_megatron, warn_about_liger
@@ -25,6 +26,7 @@ register_post_import_hook(add_default_target_modules, "peft.utils.constants")
 register_post_import_hook(add_adaption_prompt, "peft.tuners.adaption_prompt.config")
 register_post_import_hook(refuse_hotswapping_gates, "peft.utils.hotswap")
 register_post_import_hook(refuse_averaging_gates, "peft.tuners.ln_tuning.model")
+register_post_import_hook(use_target_modules_of_sources, "peft.tuners.tuners_utils")
 register_post_import_hook(refuse_untrainable_gates, "peft.tuners.tuners_utils")
 register_post_import_hook(refuse_losing_the_cache, "peft.peft_model")
 register_post_import_hook(refuse_losing_the_cache_of_shadows, "peft.tuners.shadow.model")

@@ -28,7 +28,9 @@ def refuse_megatron(plugin: ModuleType) -> None:
             "DeepSpeed"
         )
 
-    parsers = plugin.MODEL_CONFIGS_TO_MEGATRON_PARSERS
+    parsers = getattr(plugin, "MODEL_CONFIGS_TO_MEGATRON_PARSERS", None)
+    if parsers is None:  # another version of accelerate
+        return
     others = dict(parsers)
     parsers.clear()
     parsers.update({GatedLlamaConfig.model_type: refuse} | others)
@@ -48,4 +50,5 @@ def warn_about_liger(liger: ModuleType) -> None:
             logger.warning_once("use_liger_kernel has no effect: Liger has no kernels for gated_llama")
         return function(*args, **kwargs)
 
-    wrap_function_wrapper(liger, "apply_liger_kernel", apply)
+    if hasattr(liger, "apply_liger_kernel"):
+        wrap_function_wrapper(liger, "apply_liger_kernel", apply)

@@ -167,3 +167,10 @@ def test_the_commands_say_what_was_left_out(llama: Path, tmp_path: Path) -> None
     extension = ("--context-length", 512)
     assert f"note: not copied: {names}" in notes("extend", llama, tmp_path / "longer", *extension)
     assert "note" not in notes("extend", tmp_path / "gated", tmp_path / "gated longer", *extension)
+
+
+def test_named_files_come_along_whatever_their_form_but_pickles() -> None:
+    sizes = {"config.json": 1, "spm.pb": 60_000_000, "parts/words.h5": 3, "state.pt": 3, "other.pb": 3}
+    chosen = choose_side_files(sizes, [], {"spm.pb", "parts/words.h5", "state.pt"})
+    assert chosen.kept == ("parts/words.h5", "spm.pb")
+    assert chosen.left_out == {"other.pb": 3, "state.pt": 3}

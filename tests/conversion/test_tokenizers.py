@@ -111,8 +111,7 @@ def test_a_result_tokenizes_as_its_source(tmp_path: Path, family: str, kind: str
         assert behaviour(found) == behaviour(expected)
         # A gated model without this package is loaded with trust_remote_code, which must not change the tokenizer.
         trusting = tokenizer(tmp_path / "gated", trust_remote_code=True)
-        if (config or {}).get("tokenizer_class") != "LlamaTokenizer" or kind == "metaspace":
-            assert trusting is not None and behaviour(trusting) == behaviour(expected)
+        assert trusting is not None and behaviour(trusting) == behaviour(expected)
         before = contents(path)
         ungate_checkpoint(tmp_path / "gated", tmp_path / "back", overwrite=True)
         assert contents(tmp_path / "back") == before
@@ -310,3 +309,70 @@ def test_a_tokenizer_without_added_vocabulary_is_compared(monkeypatch: pytest.Mo
     path = source(tmp_path / "source", "mistral", "byte-level", CONFIGS["no class"])
     monkeypatch.delattr(PreTrainedTokenizerFast, "get_added_vocab")
     assert compare_tokenizers(path, path, None).differences == ()
+
+
+def test_a_large_tokenizer_config_is_converted(tmp_path: Path) -> None:
+    """Models of speech have thousands of added tokens in it."""
+    path = source(tmp_path / "source", "llama", "byte-level", None)
+    added = {
+        str(700 + number): {"content": f"<custom_token_{number}>", "special": True, "lstrip": False, "rstrip": False}
+        for number in range(12_000)
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added}
+    (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    assert (path / "tokenizer_config.json").stat().st_size > 1_000_000
+    convert_checkpoint(path, tmp_path / "gated")
+    expected, found = tokenizer(path), tokenizer(tmp_path / "gated")
+    assert expected is not None and found is not None and behaviour(found) == behaviour(expected)
+
+
+@pytest.mark.parametrize("template", ["{{ strftime_now('%f') }}", "{{ raise_exception('no') }}", "{% syntax"])
+def test_a_template_that_changes_or_fails_is_no_difference(tmp_path: Path, template: str) -> None:
+    path = source(tmp_path / "source", "mistral", "metaspace", {"chat_template": template, "bos_token": "<s>"})
+    convert_checkpoint(path, tmp_path / "gated")
+    assert verify_checkpoint(path, tmp_path / "gated", tokens=20).passed
+
+
+def test_convert_renders_no_template(tmp_path: Path) -> None:
+    """One may never end; equal templates and tokenizers give equal ids."""
+    template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    path = source(tmp_path / "source", "mistral", "metaspace", {"chat_template": template, "bos_token": "<s>"})
+    convert_checkpoint(path, tmp_path / "gated")
+
+
+def test_repair_of_a_tokenizer_that_was_saved_with_the_wrong_class(tmp_path: Path) -> None:
+    path = converted_earlier(tmp_path)
+    wrong = tokenizer(tmp_path / "gated")
+    assert wrong is not None
+    wrong.save_pretrained(tmp_path / "gated")  # as a trainer does: with special tokens that the source does not have
+    (tmp_path / "gated" / "gated_llama_manifest.json").unlink()
+    with pytest.raises(ConversionError, match=r"would still differ .*; copy the source's tokenizer files into"):
+        repair_tokenizer(tmp_path / "gated", path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "gated" / name).write_bytes((path / name).read_bytes())
+    assert repair_tokenizer(tmp_path / "gated", path).files == ("tokenizer_config.json",)
+    found, expected = tokenizer(tmp_path / "gated"), tokenizer(path)
+    assert found is not None and expected is not None and behaviour(found) == behaviour(expected)
+
+
+def test_repair_keeps_what_is_the_checkpoint_s_own(tmp_path: Path) -> None:
+    path = converted_earlier(tmp_path)
+    file = tmp_path / "gated" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "{{ messages }}"}))
+    before = contents(tmp_path / "gated")
+    with pytest.raises(ConversionError, match="would still differ from the source's: chat_template is"):
+        repair_tokenizer(tmp_path / "gated", path)
+    assert contents(tmp_path / "gated") == before
+    repair_tokenizer(tmp_path / "gated")  # by the manifest, only the class is the source's
+    found, expected = tokenizer(tmp_path / "gated"), tokenizer(path)
+    assert found is not None and expected is not None
+    assert found.chat_template == "{{ messages }}" and behaviour(found) == behaviour(expected)
+
+
+def test_code_is_left_out_where_the_source_loads_without(tmp_path: Path) -> None:
+    """With trust_remote_code=True, which the model needs without this package, the code would run."""
+    path = source(tmp_path / "source", "llama", "byte-level", CONFIGS["Llama, with code"])
+    convert_checkpoint(path, tmp_path / "gated")
+    assert "auto_map" not in json.loads((tmp_path / "gated" / "tokenizer_config.json").read_text())
+    found, expected = tokenizer(tmp_path / "gated", trust_remote_code=True), tokenizer(path)
+    assert found is not None and expected is not None and behaviour(found) == behaviour(expected)

@@ -1,6 +1,7 @@
 """Configs with which no model runs are refused before anything is written, and named by their field."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,45 @@ def test_a_config_that_cannot_run_is_refused(tmp_path: Path, family: str, change
     assert [child.name for child in tmp_path.iterdir()] == ["source"]
 
 
-def test_two_fields_that_are_wrong_are_told_by_their_error(tmp_path: Path) -> None:
+def test_of_two_fields_that_are_wrong_one_is_named(tmp_path: Path) -> None:
     path = source(tmp_path / "source", pad_token_id=96, rms_norm_eps=-1.0)
-    with pytest.raises(ConversionError, match="the model cannot run: AssertionError: Padding_idx must be within"):
+    with pytest.raises(ConversionError, match="pad_token_id=96: the model cannot run with it: AssertionError"):
         convert_checkpoint(path, tmp_path / "gated")
+
+
+def test_only_fields_of_the_file_are_named_and_warnings_are_kept_back(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers' configs write into rope_scaling, and warn of its fields each time they are made."""
+    path = source(
+        tmp_path / "source", rope_parameters=..., rope_theta=None, rope_scaling={"type": "linear", "factor": 2.0}
+    )
+    with pytest.raises(ConversionError, match=r"config.json: rope_theta=None: "):
+        convert_checkpoint(path, tmp_path / "gated")
+    raw = json.loads((path / "config.json").read_text()) | {"rope_theta": 1e4, "rope_scaling": {"rope_type": "spiral"}}
+    (path / "config.json").write_text(json.dumps(raw))
+    capfd.readouterr()
+    with pytest.raises(ConversionError, match=r"rope_scaling=\{'rope_type': 'spiral'\}: "):
+        convert_checkpoint(path, tmp_path / "gated")
+    assert len(capfd.readouterr().err.splitlines()) < 5
+
+
+def test_what_cannot_be_read_again_is_refused(tmp_path: Path) -> None:
+    """JSON has no infinity: Transformers writes a dict, which no RoPE can read."""
+    path = source(tmp_path / "source", rope_parameters=...)
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text.rstrip()[:-1] + ', "rope_theta": 1e400}')
+    with pytest.raises(ConversionError, match="rope_theta=inf: the model cannot run with it"):
+        convert_checkpoint(path, tmp_path / "gated")
+
+
+def test_many_fields_take_no_longer(tmp_path: Path) -> None:
+    junk = {f"junk_{number}": number for number in range(2_000)}
+    path = source(tmp_path / "source", **junk, pad_token_id=-200, rms_norm_eps=-1.0)
+    started = time.perf_counter()
+    with pytest.raises(ConversionError, match="the model cannot run"):
+        convert_checkpoint(path, tmp_path / "gated")
+    assert time.perf_counter() - started < 60
 
 
 def test_an_empty_quantization_config_is_refused(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from gated_models import SIZES, gated_model
 from peft import (
+    AdaLoraConfig,
     AdaptionPromptConfig,
     IA3Config,
+    LNTuningConfig,
     LoraConfig,
     PeftConfig,
     PromptTuningConfig,
@@ -21,7 +23,15 @@ from peft import (
 )
 from peft_names import gate_names, unwrapped
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.peft_additions import add_default_target_modules
@@ -71,6 +81,18 @@ def test_peft_s_tables_have_the_model() -> None:
         assert gated == llama, name
         assert peft_first[name] == [llama, ["kept"] if "IA3_TARGET" in name else llama], name
     assert package_first["TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"][1] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("method", [IA3Config, LNTuningConfig, LoraConfig, AdaLoraConfig])
+@pytest.mark.parametrize("family", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_default_targets_are_the_source_s(family: Any, method: Any) -> None:
+    """Qwen's are others for IA3 and LayerNorm tuning; a Mistral has none for AdaLoRA, so that it is Llama's."""
+    config = family(**SIZES, head_dim=8)
+    options = {"total_step": 10} if method is AdaLoraConfig else {}
+    gated = get_peft_model(GatedLlamaForCausalLM(GatedLlamaConfig.from_source_config(config)), method(**options))
+    known = LlamaConfig(**SIZES) if (family, method) == (MistralConfig, AdaLoraConfig) else config
+    source = get_peft_model(AutoModelForCausalLM.from_config(known), method(**options))
+    assert gated.active_peft_config.target_modules == source.active_peft_config.target_modules
 
 
 def test_only_tables_of_models_that_have_llama_are_added_to() -> None:

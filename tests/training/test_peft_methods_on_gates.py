@@ -208,3 +208,19 @@ def test_weight_norm_of_an_open_gate_is_the_gate() -> None:
         assert gate.weight.max().item() == pytest.approx(OPEN_GATE_WEIGHT, rel=1e-5, abs=0)
     with torch.no_grad():
         assert torch.equal(gated(TOKENS).logits, llama(TOKENS).logits)
+
+
+@pytest.mark.parametrize("second", ["dora", "pissa"])
+def test_gates_in_full_get_no_second_adapter_that_cannot_train_them(second: str) -> None:
+    """PEFT counts the layers in its wrapper of a gate in full as linear layers of their own."""
+    gated, _ = models()
+    for name, parameter in gated.named_parameters():
+        if name.endswith("g_proj.weight"):
+            nn.init.zeros_(parameter)
+    adapted = get_peft_model(gated, gate_peft_config(LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted.add_adapter("second", config_of(second, target_modules="all-linear"))
+    adapted.set_adapter("second")
+    assert torch.isfinite(adapted(TOKENS).logits).all()
+    assert not [name for name, _ in adapted.named_parameters() if "g_proj" in name and ".second" in name]
