@@ -16,6 +16,7 @@ from modeling_gated.conversion import (
     side_files,
     ungate_checkpoint,
 )
+from modeling_gated.conversion.side_files import choose_side_files
 
 
 KEPT = {
