@@ -20,8 +20,6 @@ from typer.testing import CliRunner
 
 from modeling_gated import absorption
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint, work
-from modeling_gated.absorption.distilling import _validation_windows
-from modeling_gated.absorption.texts import Text
 from modeling_gated.cli import app
 from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
 from modeling_gated.conversion import ConversionError, convert_checkpoint
@@ -272,19 +270,6 @@ def test_another_setup_of_accelerate_is_told_at_once(source: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AbsorptionError, match=r"dtype torch\.float16: is neither bfloat16 nor float32"):
         absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS, dtype=torch.float16)
-
-
-def test_training_ends_by_text_of_its_own() -> None:
-    """Neither what is trained on nor what is measured on."""
-    texts = [Text("a", [1] * 900, [9] * 900, [5] * 300), Text("b", [1] * 90, [9] * 90, [6] * 20), Text("c", [1], [9])]
-    found = _validation_windows(texts, 64)
-    assert [(tuple(one.shape), one.unique().tolist()) for one in found] == [
-        ((1, 64), [5]),
-        ((1, 64), [5]),
-        ((1, 20), [6]),
-    ]
-    with pytest.raises(AbsorptionError, match="no text is long enough to say when training is enough"):
-        _validation_windows(texts[2:], 64)
 
 
 def test_gates_that_were_trained_are_refused(source: Path, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from sink_model import converted, sink_model, windows
 
-from modeling_gated.absorption import AbsorptionSettings
+from modeling_gated.absorption import AbsorptionError, AbsorptionSettings
 from modeling_gated.absorption.distillation import SinkDistillation
-from modeling_gated.absorption.distilling import distil
+from modeling_gated.absorption.distilling import _validation_windows, distil
 from modeling_gated.absorption.layer_states import LayerStates
 from modeling_gated.absorption.sinks import layer_sinks
 from modeling_gated.absorption.texts import Text
@@ -113,3 +113,16 @@ def test_gates_are_trained_where_there_are_sinks(sinks: list[Any], has_sinks: bo
         assert (f"{block}.g_proj.weight" in changed) == (has_sinks and layer > 0)
     assert not any("mlp" in name or "embed" in name for name in changed)
     assert not any(parameter.requires_grad for parameter in edited.parameters())
+
+
+def test_training_ends_by_text_of_its_own() -> None:
+    """Neither what is trained on nor what is measured on."""
+    texts = [Text("a", [1] * 900, [9] * 900, [5] * 300), Text("b", [1] * 90, [9] * 90, [6] * 20), Text("c", [1], [9])]
+    found = _validation_windows(texts, 64)
+    assert [(tuple(one.shape), one.unique().tolist()) for one in found] == [
+        ((1, 64), [5]),
+        ((1, 64), [5]),
+        ((1, 20), [6]),
+    ]
+    with pytest.raises(AbsorptionError, match="no text is long enough to say when training is enough"):
+        _validation_windows(texts[2:], 64)

@@ -18,7 +18,7 @@ from modeling_gated.training import gate_peft_config
 
 
 TOKENS = torch.arange(1, 41)[None]
-# What a method needs on layers as small as these.
+# Options that a method needs on layers as small as these.
 OPTIONS: dict[str, dict[str, Any]] = {
     "ADALORA": {"total_step": 100},
     "C3A": {"block_size": 2},
@@ -180,7 +180,7 @@ def test_gates_in_full_and_frozen_are_no_targets() -> None:
 
 
 def test_a_trained_adapter_loads_for_inference(tmp_path: Path) -> None:
-    """Of a method that could not train these gates, on weights of 0, too."""
+    """A method that could not train these gates is loaded, on weights of 0, too."""
     gated, _ = models()
     for gate in gate_layers(gated):
         nn.init.normal_(gate.weight)
