@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
 
@@ -57,7 +57,7 @@ class Architecture:
     model; the dtype that it loads in, which is the gates'; and, if the source has gates, how they lie in its `q_proj`.
 
     `unread` names the tensors of the source that the model does not read, and `index_notes` are sentences on harmless
-    disagreements between the index and the shards.
+    disagreements between the index and the shards, `config_notes` on fields that only the source's KV cache reads.
     """
 
     source_config: PreTrainedConfig
@@ -66,6 +66,7 @@ class Architecture:
     fused: FusedGates | None
     unread: tuple[str, ...]
     index_notes: tuple[str, ...] = ()
+    config_notes: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -159,7 +160,21 @@ def read_architecture(
         raise ConversionError(f"{tensors[gates[0]][0].path}: {gates[0]} is a gate, so the checkpoint is already gated")
     config.architectures = ["GatedLlamaForCausalLM"]
     config.dtype = dtype = stored_dtype(checkpoint)
-    return Architecture(source_config, config, dtype, fused, unread, index_notes)
+    notes = tuple(_config_notes(source_config))
+    return Architecture(source_config, config, dtype, fused, unread, index_notes, notes)
+
+
+def _config_notes(config: PreTrainedConfig) -> Iterator[str]:
+    """Name the fields that a source's model ignores and Transformers' KV cache applies."""
+    known = {field.name for field in fields(config)}
+    for name in ("sliding_window", "attention_chunk_size"):
+        value = getattr(config, name, None)
+        if value is not None and name not in known:
+            yield (
+                f"config.json: {name}={value} is not read by a {config.model_type} model, but by Transformers' KV "
+                f"cache: the source generates from the last {value} tokens alone, and the result from all; remove the "
+                "field to make them agree"
+            )
 
 
 def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
@@ -199,7 +214,7 @@ def _check_raw(raw: dict[str, Any], layers: int) -> None:
             not isinstance(value, str) or value.removeprefix("torch.") not in DTYPES
         ):
             raise ValueError(f"{name}={value!r} is not among {', '.join(DTYPES)}")
-    if not isinstance(raw.get("quantization_config") or {}, dict):
+    if not isinstance(raw.get("quantization_config"), dict | None):
         raise ValueError(f"quantization_config={raw['quantization_config']!r} is not an object")
     for name in ("per_layer_config", "configuration_files"):
         if raw.get(name):

@@ -37,8 +37,8 @@ class Conversion:
     of weights that were written and those shared with the source (by reflink or link), the tensors of the source that
     the model does not read, why the source's tokenizer could not be compared (None if it was, or there is none), the
     `model_max_length` of the tokenizer if that is less than an extended context, the seconds it took, notes on
-    harmless disagreements between the source's index and its shards, and the sizes in bytes of the source's files that
-    did not come along.
+    harmless disagreements between the source's index and its shards, notes on fields that only the source's KV cache
+    reads, and the sizes in bytes of the source's files that did not come along.
     """
 
     output: Path
@@ -52,6 +52,7 @@ class Conversion:
     tokenizer_length: int | None
     seconds: float
     index_notes: tuple[str, ...] = ()
+    config_notes: tuple[str, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
 
 
@@ -134,6 +135,7 @@ def convert_checkpoint(
         else None,
         seconds=time.perf_counter() - started,
         index_notes=plan.architecture.index_notes,
+        config_notes=plan.architecture.config_notes,
         left_out=plan.left_out,
     )
 

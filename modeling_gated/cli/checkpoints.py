@@ -250,7 +250,7 @@ def _print_plan(plan: "Plan") -> None:
         typer.echo(f"  {printable(name):36} {decimal(size) if size is not None else '':>9}  {printable(origin)}")
     _print_unread(plan.architecture.unread)
     _print_tokenizer_error(plan.tokenizer_error)
-    _print_notes(plan.architecture.index_notes)
+    _print_notes(plan.architecture.index_notes + plan.architecture.config_notes)
     _print_left_out(plan.left_out, "not to be copied")
     typer.echo("nothing was written (--dry-run)")
 
@@ -278,7 +278,7 @@ def _print_summary(done: "Conversion") -> None:
     print_lines(lines | _written(done))
     _print_unread(done.unread)
     _print_tokenizer_error(done.tokenizer_error)
-    _print_notes(done.index_notes)
+    _print_notes(done.index_notes + done.config_notes)
     _print_left_out(done.left_out, "not copied")
     _print_tokenizer(done.tokenizer_length)
 

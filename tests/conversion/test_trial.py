@@ -1,6 +1,7 @@
 """Configs with which no model runs are refused before anything is written, and named by their field."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import pytest
 import torch
 from source_models import SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+from typer.testing import CliRunner
 
+from modeling_gated.cli import app
 from modeling_gated.conversion import (
     ConversionError,
     convert_checkpoint,
@@ -143,6 +146,29 @@ def test_an_empty_quantization_config_is_refused(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(path)
     with pytest.raises(ConversionError, match="quantization_config: quant_method=None"):
         convert_checkpoint(path, tmp_path / "gated")
+
+
+@pytest.mark.parametrize("value", [[], "", 0, "int8"], ids=repr)
+def test_a_quantization_config_that_is_no_object_is_refused(tmp_path: Path, value: Any) -> None:
+    path = source(tmp_path / "source", quantization_config=value)
+    with pytest.raises(ConversionError, match=re.escape(f"quantization_config={value!r} is not an object")):
+        convert_checkpoint(path, tmp_path / "gated")
+
+
+def test_a_window_that_only_the_source_s_cache_applies_is_noted(tmp_path: Path) -> None:
+    """The result generates what the source generates without the field, and without a cache."""
+    path = source(tmp_path / "source", sliding_window=4)
+    done = CliRunner().invoke(app, ["convert", str(path), str(tmp_path / "gated")])
+    assert done.exit_code == 0
+    assert "note: config.json: sliding_window=4 is not read by a llama model" in done.stderr
+    ids = torch.arange(1, 20)[None]
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "gated").generate(ids, **options)
+    expected = AutoModelForCausalLM.from_pretrained(path).generate(ids, **options, use_cache=False)
+    assert torch.equal(found, expected)
+    assert convert_checkpoint(source(tmp_path / "plain"), tmp_path / "other").config_notes == ()
+    mistral = source(tmp_path / "mistral", "mistral", sliding_window=4)
+    assert convert_checkpoint(mistral, tmp_path / "windowed").config_notes == ()
 
 
 HARMLESS: dict[str, dict[str, Any]] = {
