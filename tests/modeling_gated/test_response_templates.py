@@ -60,7 +60,8 @@ def test_serve_loads_a_gated_checkpoint(tmp_path: Path, is_package: bool) -> Non
         + "import sys; from transformers.cli.serving.model_manager import ModelManager\n"
         f"manager = ModelManager(trust_remote_code={not is_package}, device='cpu')\n"
         "model, tokenizer = manager.load_model_and_processor(sys.argv[1] + '@main')\n"
-        "print(type(model).__name__, model.model.layers[0].self_attn.g_proj.weight.shape[0])"
+        "print(type(model).__name__, model.model.layers[0].self_attn.g_proj.weight.shape[0])\n"
+        "manager.shutdown()"  # its timer would keep the process for five minutes
     )
     done = isolated(code, tmp_path / "gated")
     assert done.returncode == 0, done.stderr
