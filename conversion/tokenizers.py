@@ -33,7 +33,9 @@ from .tokenizer_texts import CHATS, TEXTS
 TOKENIZER_CONFIG_NAME, TOKENIZER_NAME = "tokenizer_config.json", "tokenizer.json"
 _ANY_BACKEND = "TokenizersBackend"  # Transformers' class that takes tokenizer.json as it is
 _MAX_SPECIAL_TOKENS = 64
-_TOKENIZER_FILE = re.compile(r"^(?:tokenizer|tokenization|vocab|merges|tekken|spiece|sentencepiece)[^/]*$")
+_TOKENIZER_FILE = re.compile(
+    r"^(?:tokenizer(?!_config\.json)|tokenization|vocab|merges|tekken|spiece|sentencepiece)[^/]*$"
+)
 _CLASS_DEFAULTS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
     *("padding_side", "truncation_side", "clean_up_tokenization_spaces", "split_special_tokens"),

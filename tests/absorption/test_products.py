@@ -14,6 +14,7 @@ from modeling_gated.absorption.distillation import SinkDistillation
 from modeling_gated.absorption.layer_states import LayerStates
 from modeling_gated.absorption.products import bfloat16_products, has_bfloat16_products
 from modeling_gated.absorption.sinks import SinkDirection, layer_sinks
+from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.training import ungated
 
 
@@ -113,9 +114,10 @@ def test_the_report_says_what_was_multiplied_in(
 
     for name in ("absorb_sinks", "distil", "prove"):
         begins(name)
-    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
     sink_model().to(torch.bfloat16).save_pretrained(tmp_path / "source")
     byte_tokenizer().save_pretrained(tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "gated")  # before: it tries its config in float32
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched)
     settings = AbsorptionSettings(
         distill_tokens=256,
         sample_tokens=64,
@@ -124,7 +126,7 @@ def test_the_report_says_what_was_multiplied_in(
         refinement_epochs=1,
         measured_windows=1,
     )
-    absorb_checkpoint(tmp_path / "source", tmp_path / "out", settings=settings, dtype=dtype)
+    absorb_checkpoint(tmp_path / "gated", tmp_path / "out", settings=settings, dtype=dtype)
     report = json.loads((tmp_path / "out" / "absorption.json").read_text(encoding="utf-8"))
     assert (report["dtype"], report["products"]) == ("float32", products)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
