@@ -209,18 +209,23 @@ def _nearly_zero_gates(
             if gate not in GATE_NAMES or not check_target_module_exists(matched, name):
                 continue
             layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-            value = _smallest_row(layer.weight)
+            value = _smallest_row(layer)
             if value < NEARLY_ZERO:
                 groups[(layer.out_features, layer.in_features), value].append(name)
     return [(shape, value, names) for (shape, value), names in groups.items()]
 
 
 @torch.no_grad()
-def _smallest_row(weight: torch.Tensor) -> float:
+def _smallest_row(layer: nn.Module) -> float:
     """Return the largest |number| of the row that has the smallest one; of weights without values, a new gate's."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    if getattr(layer, "weight", None) is None and not hasattr(layer, "W_q"):  # GPTQ and others: no new gate
+        return float("inf")
+    weight = dequantize_module_weight(layer)
     if weight.is_meta or not weight.numel():  # sharded by ZeRO-3
         return OPEN_GATE_WEIGHT
-    if not weight.is_floating_point():  # quantized
+    if not weight.is_floating_point():  # quantized in a way that PEFT does not know
         return float("inf")
     return weight.float().abs().amax(dim=1).min().item()
 
