@@ -122,9 +122,10 @@ def _halved(size: int) -> int:
 
 
 def _try(tuner: type, config: Any, name: str, rows: int, columns: int, value: float) -> str | None:
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    # The CPU whatever torch's default device is.
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed the generators of GPUs, too
         try:
             return _trained(tuner, _for_gate(config, name), _OneGate(name, rows, columns, value), value)
         except Exception as error:  # any: the config may not fit the layer's shape, or need data of its own
@@ -133,7 +134,9 @@ def _try(tuner: type, config: Any, name: str, rows: int, columns: int, value: fl
 
 def _trained(tuner: type, config: Any, model: "_OneGate", value: float) -> str | None:
     adapted = tuner(model, config, "default").train()
-    inputs, slopes = torch.randn(4, 4, model.columns), torch.randn(4, 4, model.rows)
+    # float32 whatever torch's default dtype is
+    inputs = torch.randn(4, 4, model.columns, dtype=torch.float32)
+    slopes = torch.randn(4, 4, model.rows, dtype=torch.float32)
     keywords = {"task_ids": torch.zeros(4, dtype=torch.long)} if config.peft_type.value == "POLY" else {}
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from gated_models import SIZES
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, LoraModel, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.configuration import OPEN_GATE_WEIGHT
+from modeling_gated.peft_gate_probe import probe
 from modeling_gated.training import gate_peft_config
 
 
@@ -199,6 +200,25 @@ def test_a_probe_leaves_the_random_numbers_alone() -> None:
     with pytest.raises(ValueError):
         get_peft_model(gated, config_of("OFT", target_modules=["g_proj"]))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_probe_does_not_seed_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    gated, _ = models()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    with pytest.raises(ValueError):
+        get_peft_model(gated, config_of("OFT", target_modules=["g_proj"]))
+
+
+def test_a_probe_does_not_depend_on_defaults() -> None:
+    config, name = config_of("LORA", target_modules=["g_proj"]), "model.layers.0.self_attn.g_proj"
+    with torch.device("meta"):
+        assert probe(LoraModel, config, name, (6, 48), OPEN_GATE_WEIGHT) is None
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert probe(LoraModel, config, name, (6, 48), OPEN_GATE_WEIGHT) is None
+    finally:
+        torch.set_default_dtype(default)
 
 
 def test_weight_norm_of_an_open_gate_is_the_gate() -> None:
