@@ -9,9 +9,10 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import wraps
 from types import MappingProxyType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,8 @@ _TRAINED_ELSEWHERE = ("SHADOW", "TRAINABLE_TOKENS", "XLORA")  # methods whose ta
 _FAILED = "trying it on a gate of shape"
 
 
-class GateLayer(NamedTuple):
+@dataclass(frozen=True)
+class GateLayer:
     """The parts of a gate that decide whether a config can train it, and the config's field that targets it."""
 
     rows: int
@@ -128,7 +130,7 @@ def probe(
     """
     reason = None
     for rows, columns in dict.fromkeys([(_halved(gate.rows), _halved(gate.columns)), (gate.rows, gate.columns)]):
-        reason = _try(tuner, config, name, gate._replace(rows=rows, columns=columns), attributes)
+        reason = _try(tuner, config, name, replace(gate, rows=rows, columns=columns), attributes)
         if reason is None or not reason.startswith(_FAILED):  # a smaller layer may not fit the config's block sizes
             break
     return reason
