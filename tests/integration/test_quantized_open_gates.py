@@ -1,11 +1,17 @@
 """Quantization of an open gate's weight where nobody leaves the gates out: rows of 2**-60, and rows of 0."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import peft
 import pytest
 import torch
+from gated_models import SIZES
 from torch import nn
+from transformers.integrations import finegrained_fp8
 
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.configuration import OPEN_GATE_WEIGHT
 
 
@@ -16,10 +22,27 @@ def open_weight(value: float) -> torch.Tensor:
     return torch.full((ROWS, COLUMNS), value)
 
 
-def per_row_float8(weight: torch.Tensor) -> torch.Tensor:
-    """One scale a row without a lower bound, as torchao's float8 has it."""
-    scale = weight.abs().amax(dim=1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
-    return (weight / scale).to(torch.float8_e4m3fn).float() * scale
+def per_row_float8(least: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One scale a row. torchao has no lower bound for the row's largest number, FBGEMM has 1e-12."""
+
+    def quantized(weight: torch.Tensor) -> torch.Tensor:
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=least) / torch.finfo(torch.float8_e4m3fn).max
+        return (weight / scale).to(torch.float8_e4m3fn).float() * scale
+
+    return quantized
+
+
+def float8_in_blocks(scale_format: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Transformers' fine-grained fp8."""
+
+    def quantized(weight: torch.Tensor) -> torch.Tensor:
+        config = SimpleNamespace(weight_block_size=(8, 64), scale_fmt=scale_format)
+        operation = finegrained_fp8.Fp8Quantize(SimpleNamespace(quantization_config=config))
+        found = operation.convert({"g_proj.weight": weight})
+        scale = found["g_proj.weight_scale_inv"].float().repeat_interleave(8, 0).repeat_interleave(64, 1)
+        return found["g_proj.weight"].float() * scale
+
+    return quantized
 
 
 def compressed_tensors(kind: str, bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -69,7 +92,10 @@ SCHEMES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "compressed-tensors int8": compressed_tensors("int", 8),
     "compressed-tensors float8": compressed_tensors("float", 8),
     "compressed-tensors int4": compressed_tensors("int", 4),
-    "per-row float8": per_row_float8,
+    "per-row float8": per_row_float8(0.0),
+    "fbgemm float8": per_row_float8(1e-12),
+    "fine-grained float8": float8_in_blocks("float"),
+    "fine-grained float8, scales that are powers of 2": float8_in_blocks("ue8m0"),
     "torchao int8 weights": torchao("Int8WeightOnlyConfig"),
     "torchao int8 weights and activations": torchao("Int8DynamicActivationInt8WeightConfig"),
     "torchao float8 weights": torchao("Float8WeightOnlyConfig"),
@@ -88,3 +114,54 @@ def test_an_open_gate_stays_open(scheme: str) -> None:
 def test_where_a_row_of_zero_gives_nan(scheme: str) -> None:
     """Float8 alone, which is why open gates are not 0."""
     assert SCHEMES[scheme](open_weight(0.0)).isnan().any() == (scheme in NAN_AT_ZERO)
+
+
+def torchao_gates(name: str) -> Callable[[nn.Module], None]:
+    def quantize(attention: nn.Module) -> None:
+        quantization = pytest.importorskip("torchao.quantization")
+        only_gates = lambda module, path: path.endswith("g_proj")  # noqa: E731
+        quantization.quantize_(attention, getattr(quantization, name)(), filter_fn=only_gates)
+
+    return quantize
+
+
+def bitsandbytes_gates(attention: nn.Module) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    gate = attention.g_proj
+    quantized = bitsandbytes.nn.Linear4bit(gate.in_features, gate.out_features, compute_dtype=torch.float32)
+    quantized.load_state_dict(gate.state_dict())
+    attention.g_proj = quantized.to("cpu")
+
+
+# The second entry says whether the scheme rounds 2**-60 to 0, which DoRA cannot train.
+QUANTIZED_GATES: dict[str, tuple[Callable[[nn.Module], None], bool]] = {
+    "bitsandbytes nf4": (bitsandbytes_gates, False),
+    "torchao int8 weights": (torchao_gates("Int8WeightOnlyConfig"), True),
+    "torchao float8 weights": (torchao_gates("Float8WeightOnlyConfig"), False),
+}
+
+
+@pytest.mark.parametrize("scheme", list(QUANTIZED_GATES))
+def test_adapters_on_quantized_gates(scheme: str) -> None:
+    quantize, is_rounded_to_0 = QUANTIZED_GATES[scheme]
+
+    def adapted(**fields: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = GatedLlamaForCausalLM(GatedLlamaConfig(**SIZES | {"hidden_size": 96}))
+        for layer in model.model.layers:
+            quantize(layer.self_attn)
+        return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "g_proj"], **fields))
+
+    tokens = torch.arange(1, 41)[None]
+    for fields in ({}, {"use_dora": True}):
+        if fields and is_rounded_to_0:
+            with pytest.raises(ValueError, match="a weight that is 0, which gives NaN"):
+                adapted(**fields)
+            continue
+        model = adapted(**fields)
+        model(tokens, labels=tokens).loss.backward()
+        found = [part.grad for name, part in model.named_parameters() if "g_proj.lora_B" in name]
+        assert len(found) == SIZES["num_hidden_layers"]
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in found)
+    with pytest.raises(ValueError, match="late or never"):
+        adapted(init_lora_weights="pissa")

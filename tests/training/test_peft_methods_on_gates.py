@@ -1,5 +1,7 @@
 """Every method of PEFT on gates that are still open: no NaN, and no gate that is counted as trained but never moves."""
 
+import re
+import typing
 import warnings
 from pathlib import Path
 from typing import Any
@@ -7,13 +9,25 @@ from typing import Any
 import pytest
 import torch
 from gated_models import SIZES
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    LoraGAConfig,
+    LoraModel,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+    preprocess_loraga,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import config as lora
+from peft.tuners.lora.corda import preprocess_corda
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.configuration import OPEN_GATE_WEIGHT
+from modeling_gated.peft_gate_probe import GateLayer, probe
 from modeling_gated.training import gate_peft_config
 
 
@@ -32,22 +46,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "WAVEFT": {"n_frequency": 20},
 }
 CANNOT_TRAIN_GATES = {
-    **dict.fromkeys(("BOFT", "DELORA", "FROD", "HIRA", "HRA", "OFT"), "would never move the gates"),
-    **dict.fromkeys(("PEANUT", "PSOFT", "TINYLORA", "pissa", "pissa_niter_4"), "would never move the gates"),
+    **dict.fromkeys(("BOFT", "DELORA", "FROD", "HIRA", "HRA", "OFT"), "late or never"),
+    **dict.fromkeys(("PEANUT", "PSOFT", "TINYLORA", "pissa", "pissa_niter_4"), "late or never"),
     "GLORA": "not a plain torch.nn.Linear",
 }
 # Methods that start at random, in a Llama, too, or add a penalty to the loss.
-NOT_THE_SOURCE_AT_FIRST = {"ADALORA", "C3A", "FOURIERFT", "UNILORA", "VBLORA"}
+NOT_THE_SOURCE_AT_FIRST = {"kasa", "ADALORA", "C3A", "FOURIERFT", "UNILORA", "VBLORA"}
 # Methods that put no adapter into linear layers.
 ELSEWHERE = {
     *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
     *("SHADOW", "TRAINABLE_TOKENS", "XLORA"),
 }
 METHODS = sorted({method.value for method in PEFT_TYPE_TO_CONFIG_MAPPING} - ELSEWHERE)
+INITIALIZATIONS = ("pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian", "mica", "eva")
 LORA: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
-    **{name: {"init_lora_weights": name} for name in ("pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian")},
+    "lora_bias": {"lora_bias": True},
+    "qalora": {"use_qalora": True},
+    "kasa": {"kasa_config": lora.KasaConfig(), "r": 4},
+    "velora": {"velora_config": lora.VeloraConfig()},
+    "monteclora": {"monteclora_config": lora.MontecloraConfig()},
+    "bdlora": {"use_bdlora": lora.BdLoraConfig(match_strict=False)},
+    **{name: {"init_lora_weights": name, "r": 4} for name in INITIALIZATIONS},
 }
 
 
@@ -120,6 +141,71 @@ def test_gates_that_peft_counts_as_trained_move(method: str) -> None:
     keep(adapted)
     for before, after in logits.values():
         assert (after - before).abs().max() > 1e-7
+
+
+def test_every_initialization_of_lora_is_known() -> None:
+    """LoftQ asks for a GPU, for a Llama, too; CorDA and LoRA-GA need data, and have tests of their own."""
+    names = re.findall(r"'([a-z]\w*)[_']", str(typing.get_type_hints(LoraConfig)["init_lora_weights"]))
+    assert {name.removesuffix("_niter") for name in names} == {*INITIALIZATIONS, "corda", "loftq"} - {"pissa_niter_4"}
+
+
+@pytest.mark.parametrize("rank", [1, 8, 32])
+@pytest.mark.parametrize(("rows", "columns"), [(6, 48), (9, 576), (512, 512)])
+def test_a_verdict_does_not_depend_on_rank_and_shape(rank: int, rows: int, columns: int) -> None:
+    """Adam moves PiSSA's gates after some steps, the sooner the lower the rank."""
+    name, gate = "model.layers.0.self_attn.g_proj", GateLayer(rows, columns, OPEN_GATE_WEIGHT, 1.0)
+    for method, is_refused in [("pissa", True), ("LORA", False), ("dora", False)]:
+        reason = probe(LoraModel, config_of(method, r=rank, lora_alpha=1, target_modules=[name]), name, gate)
+        assert (reason is not None and "late or never" in reason) if is_refused else reason is None
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+@pytest.mark.parametrize("weight", [OPEN_GATE_WEIGHT, 0.0])
+def test_corda_is_tried_with_the_statistics_that_it_has(method: str, weight: float) -> None:
+    gated, _ = models()
+    for gate in gate_layers(gated):
+        nn.init.constant_(gate.weight, weight)
+    config = config_of("LORA", init_lora_weights="corda", r=2, target_modules=["q_proj", "g_proj"])
+    config.corda_config = lora.CordaConfig(corda_method=method)
+    preprocess_corda(gated, config, run_model=lambda: [gated(torch.randint(1, 90, (1, 40))) for _ in range(32)])
+    with pytest.raises(ValueError, match=r"self_attn\.g_proj.*late or never"):
+        get_peft_model(gated, config)
+    assert hasattr(gate_layers(gated)[0], "eigens")  # for another try without gates
+
+
+def test_lora_ga_trains_gates() -> None:
+    gated, _ = models()
+    config = config_of("LORA", init_lora_weights="lora_ga", r=2, target_modules=["g_proj"])
+    config.lora_ga_config = LoraGAConfig()
+    preprocess_loraga(gated, config, lambda: gated(TOKENS, labels=TOKENS).loss.backward())
+    model = get_peft_model(gated, config)
+    assert all(any(part.requires_grad for part in gate.parameters()) for gate in gate_layers(model))
+
+
+def test_alora_trains_gates() -> None:
+    """Its layers do nothing without its tokens, which a gate alone never sees."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = get_peft_model(models()[0], config_of("LORA", alora_invocation_tokens=[5], target_modules="all-linear"))
+    model.train()(**keywords("LORA")).loss.backward()
+    moved = {name: part.grad.abs().max() for name, part in model.named_parameters() if "g_proj.lora_B" in name}
+    assert len(moved) == SIZES["num_hidden_layers"] and all(moved.values())
+
+
+def test_gates_without_a_bias_to_rescale() -> None:
+    """Bias and weight are both nearly 0, so that IA3 and RoAd have nothing to rescale."""
+    for method in ("IA3", "ROAD"):
+        with pytest.raises(ValueError, match=f"g_proj' with {method}: .* late or never"):
+            get_peft_model(models(gate_init=0.5)[0], config_of(method, target_modules=["q_proj", "g_proj"]))
+        get_peft_model(models()[0], config_of(method, target_modules=["q_proj", "g_proj"]))
+
+
+def test_a_gate_targeted_as_a_parameter() -> None:
+    fields = {"target_modules": ["q_proj"], "target_parameters": ["self_attn.g_proj.weight"]}
+    with pytest.raises(ValueError, match=r"^target_parameters must not include .*out of target_parameters"):
+        get_peft_model(models()[0], config_of("pissa", **fields))
+    model = get_peft_model(models()[0], config_of("LORA", **fields))
+    assert all(any(part.requires_grad for part in gate.parameters()) for gate in gate_layers(model))
 
 
 @pytest.mark.parametrize("target", [["q_proj", "g_proj"], r".*\.self_attn\..*_proj"], ids=["list", "expression"])
@@ -199,6 +285,34 @@ def test_a_probe_leaves_the_random_numbers_alone() -> None:
     with pytest.raises(ValueError):
         get_peft_model(gated, config_of("OFT", target_modules=["g_proj"]))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_probe_does_not_seed_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    gated, _ = models()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded"))
+    with pytest.raises(ValueError):
+        get_peft_model(gated, config_of("OFT", target_modules=["g_proj"]))
+
+
+def test_a_probe_does_not_depend_on_defaults() -> None:
+    config, name = config_of("LORA", target_modules=["g_proj"]), "model.layers.0.self_attn.g_proj"
+    gate = GateLayer(6, 48, OPEN_GATE_WEIGHT, 1.0)
+    with torch.device("meta"):
+        assert probe(LoraModel, config, name, gate) is None
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert probe(LoraModel, config, name, gate) is None
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_a_function_on_a_gate_is_not_called() -> None:
+    """As accelerate's hooks set `forward`."""
+    gated, _ = models()
+    for gate in gate_layers(gated):
+        gate.forward = lambda *_: pytest.fail("called")
+    get_peft_model(gated, config_of("LORA", target_modules=["g_proj"]))
 
 
 def test_weight_norm_of_an_open_gate_is_the_gate() -> None:
