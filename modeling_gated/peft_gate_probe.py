@@ -284,7 +284,7 @@ def _smallest_row(layer: nn.Module) -> float:
 @torch.no_grad()
 def _bias(layer: nn.Module) -> float | None:
     """Return None without a bias, 0 for a bias with an element that is nearly 0, otherwise 1."""
-    bias = layer.bias
+    bias: Any = layer.bias
     if bias is None or bias.is_meta or not bias.numel():
         return None if bias is None else 1.0
     return 0.0 if bias.abs().min() < NEARLY_ZERO else 1.0
