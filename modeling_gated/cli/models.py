@@ -34,8 +34,11 @@ def find_device(given: str | None) -> "torch.device":
     try:
         device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there
-        raise EvaluationError(f"--device {given}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for a device that is not there
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise EvaluationError(
+            f"--device {given}: {reason}; give a device that torch can use here, such as cpu"
+        ) from None
     return device
 
 
