@@ -6,14 +6,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 import modeling_gated.registration  # noqa: F401 - makes AutoTokenizer know gated_llama
 from modeling_gated.conversion.errors import ConversionError
+from modeling_gated.loading import read_model_config
 
 
-_CONFIG, _TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-_JSON_FILES = ("tokenizer.json", _CONFIG, "special_tokens_map.json", "added_tokens.json")
+_TOKENIZER, _CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_MORE_TEMPLATES = "additional_chat_templates/*.jinja"
+_JSON_FILES = (_TOKENIZER, _CONFIG, "special_tokens_map.json", "added_tokens.json")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _WHAT_TO_DO = "copy the tokenizer files again from the model that the checkpoint was made from"
 
 
@@ -38,7 +43,31 @@ def load_tokenizer(directory: Path, repo_id: str | None = None) -> PreTrainedTok
             options["config"] = AutoConfig.from_pretrained(directory, **options)
             options["config"].name_or_path = repo_id
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+        if not isinstance(tokenizer.model_max_length, int | float):  # loads, and fails for the first text
+            raise TypeError("model_max_length is no number")
     return tokenizer
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, text_name: str, *, add_special_tokens: bool = False
+) -> list[int]:
+    """
+    Return the token ids of a text, never truncated.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text.
+        text_name: name of the text in errors.
+        add_special_tokens: whether the ids begin and end as the tokenizer begins and ends an input.
+
+    Raises:
+        TokenizerError: if the tokenizer fails.
+    """
+    with _errors(
+        lambda error: f"{tokenizer_name(tokenizer)}: its tokenizer cannot tokenize {text_name}: {_reason(error)}"
+    ):
+        found = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
+    return found["input_ids"]
 
 
 def text_token_ids(
@@ -56,10 +85,7 @@ def text_token_ids(
     Raises:
         TokenizerError: if the tokenizer fails or gives no ids, or the model has no embedding for one of them.
     """
-    with _errors(
-        lambda error: f"{tokenizer_name(tokenizer)}: its tokenizer cannot tokenize {text_name}: {_reason(error)}"
-    ):
-        ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    ids = encode(tokenizer, text, text_name)
     if not ids and text.strip():
         raise TokenizerError(
             f"{tokenizer_name(tokenizer)}: its tokenizer must give tokens for {text_name}, got none; {_WHAT_TO_DO}"
@@ -163,12 +189,13 @@ def _why_not_loaded(directory: Path, error: BaseException) -> str:
         if not isinstance(contents[name], dict):
             found = type(contents[name]).__name__
             return f"{path}: must hold a JSON object, got a {found}; {_WHAT_TO_DO}"
-    try:
-        (directory / _TEMPLATE).read_text(encoding="utf-8")
-    except UnicodeDecodeError as damage:
-        return f"{directory / _TEMPLATE}: must be UTF-8, got {damage.reason} at byte {damage.start}; {_WHAT_TO_DO}"
-    except OSError:  # there is none
-        pass
+    for path in (directory / _TEMPLATE, *sorted(directory.glob(_MORE_TEMPLATES))):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as damage:
+            return f"{path}: must be UTF-8, got {damage.reason} at byte {damage.start}; {_WHAT_TO_DO}"
+        except OSError:  # there is none
+            pass
     config = contents.get(_CONFIG, {})
     if (field := _wrong_field(config)) is not None:
         return f"{directory / _CONFIG}: {field}; {_WHAT_TO_DO}"
@@ -177,24 +204,65 @@ def _why_not_loaded(directory: Path, error: BaseException) -> str:
             f"{directory / _CONFIG}: auto_map={config['auto_map']!r} needs code of the checkpoint's, which is never "
             "run; save the tokenizer as a tokenizer.json without auto_map"
         )
-    if "tokenizer.json" in contents:
+    if (damage_elsewhere := _damaged_file(directory)) is not None:
+        return damage_elsewhere
+    if _TOKENIZER in contents:
         return f"{directory}: Transformers cannot load its tokenizer: {_reason(error)}; {_WHAT_TO_DO}"
     if any(directory.glob("*.model")) or any(directory.glob("vocab*")):
         return f"{directory}: has no tokenizer.json, and its tokenizer cannot be made one: {_reason(error)}"
-    return f"{directory / 'tokenizer.json'}: no such file, so text cannot be tokenized; {_WHAT_TO_DO}"
+    return f"{directory / _TOKENIZER}: no such file, so text cannot be tokenized; {_WHAT_TO_DO}"
+
+
+def _damaged_file(directory: Path) -> str | None:
+    """Return how config.json, which Transformers reads for a tokenizer too, or tokenizer.json is damaged."""
+    if (directory / CONFIG_NAME).exists():
+        try:
+            read_model_config(directory)
+        except ConversionError as error:
+            return str(error)
+    path = directory / _TOKENIZER
+    if path.exists():
+        try:
+            with _errors(lambda error: f"{path}: must be a complete tokenizer, got {_reason(error)}; {_WHAT_TO_DO}"):
+                Tokenizer.from_file(str(path))
+        except TokenizerError as error:
+            return str(error)
+    return None
 
 
 def _wrong_field(config: dict[str, Any]) -> str | None:
-    """Return how the first field of a tokenizer_config.json that has a wrong type is wrong."""
-    name = config.get("tokenizer_class")
-    if not isinstance(name, str | None):
-        return f"tokenizer_class must be a name, got {name!r}"
-    auto_map = config.get("auto_map")
-    entry = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
-    if not isinstance(entry, str | list | None) or (entry is auto_map and isinstance(entry, str)):
-        return f"auto_map must give AutoTokenizer a class or a list of classes, got {auto_map!r}"
-    template = config.get("chat_template")
-    templates = template if isinstance(template, list) else []
-    if any(not (isinstance(one, dict) and {"name", "template"} <= one.keys()) for one in templates):
-        return f"chat_template must be a template, or a list of objects with name and template, got {template!r}"
+    """Return how the first field of a tokenizer_config.json that Transformers cannot take is wrong."""
+    for names, is_right, requirement in _FIELD_RULES:
+        for name in names:
+            if (value := config.get(name)) is not None and not is_right(value):
+                return f"{name} must {requirement}, got {value!r:.200}"
     return None
+
+
+def _names_a_class(auto_map: Any) -> bool:
+    entry = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
+    return isinstance(entry, str | list | None) and not isinstance(auto_map, str)
+
+
+def _has_templates(template: Any) -> bool:
+    templates = template if isinstance(template, list) else []
+    return all(isinstance(item, dict) and {"name", "template"} <= item.keys() for item in templates)
+
+
+def _has_added_tokens(tokens: Any) -> bool:
+    return isinstance(tokens, dict) and all(
+        number.isdecimal() and isinstance(token, dict) for number, token in tokens.items()
+    )
+
+
+# Names of fields, a test of their values, and the words for values that pass.
+_FIELD_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("tokenizer_class",), lambda value: isinstance(value, str), "be a name"),
+    (("auto_map",), _names_a_class, "give AutoTokenizer a class or a list of classes"),
+    (("chat_template",), _has_templates, "be a template, or a list of objects with name and template"),
+    (_SPECIAL_TOKENS, lambda value: isinstance(value, str | dict), "be a token"),
+    (("padding_side", "truncation_side"), lambda value: value in ("left", "right"), "be 'left' or 'right'"),
+    (("extra_special_tokens",), lambda value: isinstance(value, list | dict), "be a list or an object of tokens"),
+    (("added_tokens_decoder",), _has_added_tokens, "be an object of token ids and their tokens"),
+    (("model_max_length",), lambda value: isinstance(value, int | float), "be a number of tokens"),
+)

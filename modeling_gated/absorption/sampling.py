@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gated.inspection.inspecting import input_device
-from modeling_gated.tokenization import TokenizerError, chat_text, check_token_ids, tokenizer_name
+from modeling_gated.tokenization import TokenizerError, chat_text, check_token_ids, encode, tokenizer_name
 
 
 # Sequences at a time.
@@ -130,7 +130,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int],
             f"once and with something before the question, got {whole!r}"
         )
     before, between, after = whole.split(_MARK)
-    ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, between, after)]
+    ids = [encode(tokenizer, part, "the chat template") for part in (before, between, after)]
     return ids[0], ids[1], ids[2]
 
 

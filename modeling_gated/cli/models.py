@@ -34,8 +34,11 @@ def find_device(given: str | None) -> "torch.device":
     try:
         device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there
-        raise EvaluationError(f"--device {given}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for a device that is not there
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise EvaluationError(
+            f"--device {given}: {reason}; give a device that torch can use here, such as cpu"
+        ) from None
     return device
 
 
@@ -52,11 +55,15 @@ def load_model(path: Path, dtype: str, device: "torch.device") -> "tuple[PreTrai
     import torch
     from transformers import AutoModelForCausalLM
 
-    import modeling_gated.registration  # noqa: F401 - makes the Auto classes know gated_llama
-    from modeling_gated.conversion.architecture import naming
     from modeling_gated.conversion.gguf import load_gguf
     from modeling_gated.evaluation import EvaluationError
-    from modeling_gated.loading import check_weights, read_generation_config
+    from modeling_gated.loading import (
+        check_shapes,
+        check_weights,
+        model_errors,
+        read_generation_config,
+        read_model_config,
+    )
     from modeling_gated.tokenization import load_tokenizer
 
     if path.is_file():
@@ -64,19 +71,22 @@ def load_model(path: Path, dtype: str, device: "torch.device") -> "tuple[PreTrai
         tokenizer.name_or_path = str(path)  # in errors, instead of a temporary directory
         check_weights(model, path)
         return model.eval().to(device), tokenizer
+    config = read_model_config(path)  # first: Transformers reads it for the tokenizer, too
     tokenizer, generation_config = load_tokenizer(path), read_generation_config(path)
-    with naming(path):
+    with model_errors(path, config):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
             generation_config=generation_config,
+            ignore_mismatched_sizes=True,  # check_shapes refuses them, and names one
             output_loading_info=True,
         )
     model, info = loaded
+    check_shapes(info["mismatched_keys"], path)
     if info["missing_keys"]:
-        raise EvaluationError(f"{path}: has no {min(info['missing_keys'])}")
+        raise EvaluationError(f"{path}: has no {min(info['missing_keys'])}; get the checkpoint again")
     check_weights(model, path)
     model.config.return_dict, model.config.output_hidden_states = True, False  # whatever config.json says
     return model.eval().to(device), tokenizer

@@ -127,6 +127,7 @@ def evaluate_context(
     if chat and not has_template:
         raise EvaluationError(f"{name}: its tokenizer has no chat template")
     chat = has_template if chat is None else chat
+    chunk_size = min(chunk_size, lengths[-1])  # torch takes no number of more than 64 bits
     content, text_name = read_text(text)
     input_ids = text_token_ids(tokenizer, content, text_name, model)
     longest = getattr(model.config, "max_position_embeddings", None)

@@ -6,7 +6,7 @@ from textwrap import wrap
 
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gated.tokenization import TokenizerError, chat_text
+from modeling_gated.tokenization import TokenizerError, chat_text, encode, tokenizer_name
 
 from .errors import EvaluationError
 from .tasks import Task
@@ -36,7 +36,7 @@ def build_prompt(
     Raises:
         EvaluationError: if not even the question fits, or the tokenizer or the chat template drops the text or changes
             what is hidden.
-        TokenizerError: if the chat template fails.
+        TokenizerError: if the tokenizer or the chat template fails.
     """
     budget = length - task.max_new_tokens
 
@@ -50,8 +50,11 @@ def build_prompt(
     while len(tokens_of(most)) <= budget:
         most *= 2
         if most > budget:  # no line is blank, so each should give a token
-            place = "chat template" if chat else "tokenizer"
-            raise EvaluationError(f"the {place} must keep the text of a prompt, got {question} tokens for any text")
+            place, advice = ("chat template", ", or ask with --no-chat") if chat else ("tokenizer", "")
+            raise EvaluationError(
+                f"{tokenizer_name(tokenizer)}: its {place} must keep the text of a prompt, got {question} tokens for "
+                f"any text; correct the {place}{advice}"
+            )
     count = bisect_right(range(most), budget, key=lambda count: len(tokens_of(count))) - 1
     input_ids = tokens_of(count)
     decoded = tokenizer.decode(input_ids)
@@ -84,5 +87,5 @@ def _tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool, answe
             raise TokenizerError(f"{error}, or ask in plain text: chat=False, or --no-chat") from None
     else:
         prompt = f"{prompt}\n"
-    ids = tokenizer(f"{prompt}{answer_prefix}", add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    ids = encode(tokenizer, f"{prompt}{answer_prefix}", "a prompt")
     return ids if chat else beginning(tokenizer) + ids

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from modeling_gated.default_text import DEFAULT_TEXT_NAME, default_text
+from modeling_gated.tokenization import encode
 
 from .errors import EvaluationError
 
@@ -27,7 +28,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-sequence token, if the tokenizer puts it before an input. (Some also put an end after it.)"""
-    ids = tokenizer("")["input_ids"]
+    ids = encode(tokenizer, "", "the beginning of an input", add_special_tokens=True)
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 

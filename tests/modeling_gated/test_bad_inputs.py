@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_checkpoints import CASES, LOADING, TOKENIZING, in_tokenizer
+from bad_checkpoints import CASES, LINE, LOADING, TEXT, TOKENIZING, in_tokenizer
 from byte_tokenizer import byte_tokenizer
 from sink_model import sink_model
 from transformers import AutoModelForCausalLM
@@ -17,18 +17,22 @@ from modeling_gated import absorption
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint, sampling, texts
 from modeling_gated.cli import app
 from modeling_gated.conversion import ConversionError, convert_checkpoint
-from modeling_gated.evaluation import evaluate_context
+from modeling_gated.evaluation import evaluate_context, plot
 from modeling_gated.evaluation.prompts import build_prompt
 from modeling_gated.evaluation.tasks import draw
-from modeling_gated.inspection import inspect_model
+from modeling_gated.inspection import inspect_model, page
 from modeling_gated.tokenization import TokenizerError, check_token_ids, load_tokenizer
 
 
-# Spoiled in what verify compares, or refuses by messages of its own.
-DIFFERENT = ("all ids beyond", "the first id beyond", "fewer embeddings", "NaN", "NaN in the head")
-LINE = "It is a truth universally acknowledged, that a single man must be in want of a wife. "
-# A letter that comes once at the beginning and once at the end.
-TEXT = f"{LINE * 4}Quixote {LINE * 35}Q."
+# Exit codes of verify, and words of its own.
+VERIFIED = {
+    "all ids beyond": (1, "tokenizer.json: text.txt gives no tokens within the vocabulary of 258"),
+    "the first id beyond": (1, "tokenizer.json: text.txt gives no tokens within the vocabulary of 258"),
+    "fewer embeddings": (1, "tokenizer.json: text.txt gives no tokens within the vocabulary of 200"),
+    "return_dict false": (0, "identical: the same function, bit for bit"),
+    "NaN": (1, "max difference    nan"),
+    "NaN in the head": (1, "max difference    nan"),
+}
 SMALL = {
     "calibration_tokens": 128,
     "window_tokens": 64,
@@ -59,12 +63,21 @@ def small_absorption(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(texts, name, lambda: TEXT)
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which take longer than the models."""
+    monkeypatch.setattr(plot, "plot_context", lambda evaluations, path: None)
+    monkeypatch.setattr(page, "as_page", lambda reports: "")
+
+
 @pytest.fixture
 def checkpoint(origin: Path, tmp_path: Path) -> Path:
     return shutil.copytree(origin / "checkpoint", tmp_path / "checkpoint")
 
 
-def arguments(command: str, checkpoint: Path, origin: Path, text: Path | None = None) -> list[str]:
+def arguments(
+    command: str, checkpoint: Path, origin: Path, text: Path | None = None, gated: Path | None = None
+) -> list[str]:
     """A quick call of a command, whose output is `out` next to the checkpoint."""
     out, text = checkpoint.parent / "out", text or origin / "text.txt"
     calls = {
@@ -72,7 +85,7 @@ def arguments(command: str, checkpoint: Path, origin: Path, text: Path | None = 
         "evaluate-context": f"{checkpoint} --text {text} --lengths 300,400 --samples 1 --output {out} "
         "--tasks loss,passkey",
         "absorb": f"{checkpoint} {out} --text {text} --distill-tokens 0 --sample-tokens 8",
-        "verify": f"{checkpoint} {origin / 'gated'} --text {text} --tokens 40",
+        "verify": f"{checkpoint} {gated or origin / 'gated'} --text {text} --tokens 40",
         "convert": f"{checkpoint} {out}",
         "extend": f"{checkpoint} {out} --context-length 512",
     }
@@ -96,17 +109,16 @@ def assert_one_line(result: Result, words: tuple[str, ...]) -> None:
         assert word in lines[-1], lines
 
 
-@pytest.mark.parametrize("command", TOKENIZING)
+@pytest.mark.parametrize("command", LOADING)
 @pytest.mark.parametrize("case", list(CASES))
 def test_a_checkpoint_is_used_or_refused_in_one_line(case: str, command: str, checkpoint: Path, origin: Path) -> None:
     expected = CASES[case]
-    if command == "verify" and case in DIFFERENT:
-        pytest.skip("the source is another one than the gated checkpoint's")
     expected.spoil(checkpoint)
     before = set(checkpoint.parent.rglob("*"))
     result = run(arguments(command, checkpoint, origin))
-    if command in expected.fails:
-        assert_one_line(result, expected.words)
+    converts = expected.converts if command == "absorb" else ()
+    if converts or command in expected.fails:
+        assert_one_line(result, converts or expected.words)
         assert set(checkpoint.parent.rglob("*")) == before
         return
     if command == "verify" and result.exit_code:  # the gated checkpoint has the tokenizer from before it was spoiled
@@ -118,6 +130,29 @@ def test_a_checkpoint_is_used_or_refused_in_one_line(case: str, command: str, ch
         assert len(notes) == bool(expected.note)
         assert all(note.startswith("note: no chats were sampled: ") and expected.note in note for note in notes)
     assert not (checkpoint.parent / "out.partial").exists()
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_what_can_be_converted_is_verified_or_refused_in_one_line(case: str, checkpoint: Path, origin: Path) -> None:
+    """The gated checkpoint is the spoiled one's own conversion, so that both have the same tokenizer."""
+    expected = CASES[case]
+    expected.spoil(checkpoint)
+    before = set(checkpoint.parent.rglob("*"))
+    for command in ("convert", "extend"):
+        if expected.converts or command in expected.fails:
+            assert_one_line(run(arguments(command, checkpoint, origin)), expected.converts or expected.words)
+            assert set(checkpoint.parent.rglob("*")) == before
+    gated = origin / "gated"
+    if not (expected.converts or "convert" in expected.fails):
+        assert run(arguments("convert", checkpoint, origin)).exit_code == 0
+        gated = checkpoint.parent / "out"
+    result = run(arguments("verify", checkpoint, origin, gated=gated))
+    if case in VERIFIED:
+        assert (result.exit_code, VERIFIED[case][1] in result.output) == (VERIFIED[case][0], True), result.output
+    elif expected.converts or "verify" in expected.fails:
+        assert_one_line(result, expected.converts or expected.words)
+    else:
+        assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("command", ["convert", "extend"])
@@ -170,6 +205,7 @@ def test_a_text_that_is_too_short_is_named(command: str, message: str, checkpoin
 
 OPTIONS = {
     "a GPU that is not there": (LOADING, ["--device", "cuda:99"], "--device cuda:99: "),
+    "a device of another torch": (LOADING, ["--device", "hpu"], "--device hpu: "),
     "no device": (LOADING, ["--device", "gpu"], "--device gpu: "),
     "a device without numbers": (LOADING, ["--device", "meta"], "--device meta: "),
     "dtype of absorb": (("absorb",), ["--dtype", "int8"], "--dtype int8: "),
@@ -215,6 +251,11 @@ def test_a_wrong_choice_is_bad_usage(command: str, option: list[str], checkpoint
     assert result.exit_code == 2
     assert f"Invalid value for '{option[0]}'" in result.stderr
     assert set(checkpoint.parent.rglob("*")) == before
+
+
+def test_a_chunk_larger_than_every_input_is_one_pass(checkpoint: Path, origin: Path) -> None:
+    words = arguments("evaluate-context", checkpoint, origin)
+    assert run([*words, "--chunk-size", "9" * 30]).exit_code == 0
 
 
 @pytest.mark.parametrize("case", ["one id beyond", "the first id beyond", "no tokens"])

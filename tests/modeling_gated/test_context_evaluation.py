@@ -259,7 +259,7 @@ def test_models_that_would_be_random_are_refused(checkpoints: tuple[Path, Path],
     byte_tokenizer().save_pretrained(tmp_path / "headless")
     code, _, err = run(tmp_path / "headless", "--lengths", "800")
     assert code == 1
-    assert err.splitlines()[-1] == f"error: {tmp_path / 'headless'}: has no lm_head.weight"
+    assert err.splitlines()[-1] == f"error: {tmp_path / 'headless'}: has no lm_head.weight; get the checkpoint again"
     code, _, err = run(tmp_path / "nowhere" / "at" / "all", "--lengths", "800")
     assert code == 1
     assert "no such file or directory" in err
@@ -275,7 +275,8 @@ def test_models_that_would_be_random_are_refused(checkpoints: tuple[Path, Path],
     byte_tokenizer().save_pretrained(tmp_path / "lost")
     code, _, err = run(tmp_path / "lost", "--lengths", "800", "--chat")
     assert code == 1
-    assert err.splitlines()[-1] == f"error: {tmp_path / 'lost'}: has no model.layers.0.self_attn.g_proj.bias"
+    lost_bias = "has no model.layers.0.self_attn.g_proj.bias; get the checkpoint again"
+    assert err.splitlines()[-1] == f"error: {tmp_path / 'lost'}: {lost_bias}"
 
 
 def test_a_template_that_is_not_there_cannot_be_used(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
