@@ -121,9 +121,6 @@ def test_a_checkpoint_is_used_or_refused_in_one_line(case: str, command: str, ch
         assert_one_line(result, converts or expected.words)
         assert set(checkpoint.parent.rglob("*")) == before
         return
-    if command == "verify" and result.exit_code:  # the gated checkpoint has the tokenizer from before it was spoiled
-        assert "differs: " in result.stdout and "error" not in result.stderr
-        return
     assert result.exit_code == 0, result.output
     if command == "absorb":
         notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
