@@ -16,7 +16,7 @@ from .plan import MANIFEST_NAME
 from .sources import find_source
 
 
-DOWNLOAD = "download a copy of a model on the hub: hf download MODEL --local-dir DIRECTORY"
+_DOWNLOAD = "download a copy of a model on the hub: hf download MODEL --local-dir DIRECTORY"
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,19 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
         ConversionError: if there is no such checkpoint, or it lies in the hub's cache.
     """
     with errors_naming(checkpoint):
-        directory = Path(checkpoint).absolute()
-        if not directory.is_dir():
-            raise ConversionError(f"{checkpoint}: no such directory; {DOWNLOAD}")
-        if find_source(os.fspath(directory)).repo_id is not None:
-            raise ConversionError(f"{directory}: lies in the hub's cache, which is shared; {DOWNLOAD}")
+        directory = directory_to_change(checkpoint)
         _check_carries_code(directory)
         manifest = read_manifest(directory)
         # The configuration first: the old model file runs with the new one, but not the other way round.
         new = {name: source.encode() for name, source in carried_source_files()}
-        changed = tuple(name for name in new if new[name] != _content(directory, name))
-        contents = {_target(directory, name): new[name] for name in changed}
+        changed = tuple(name for name in new if new[name] != file_content(directory, name))
+        contents = {file_to_replace(directory, name): new[name] for name in changed}
         had_verification = bool(changed) and manifest is not None and manifest.verification is not None
         if manifest is not None:
             files = manifest.files | {name: FileRecord(len(new[name]), sha256_of([new[name]])) for name in new}
             if files != manifest.files:  # also where somebody else has replaced the code
                 updated = replace(manifest, files=files, verification=None)
-                contents[_target(directory, MANIFEST_NAME)] = updated.content()
+                contents[file_to_replace(directory, MANIFEST_NAME)] = updated.content()
         replace_files(contents)
         return RefreshedCode(directory, changed, had_verification)
 
@@ -71,14 +67,30 @@ def outdated_code(directory: Path) -> tuple[str, ...]:
     """Return the source files that a checkpoint's config names and that are not this version's, or missing."""
     if not _names_carried_code(read_json(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES)):
         return ()
-    return tuple(name for name, source in carried_source_files() if _content(directory, name) != source.encode())
+    return tuple(name for name, source in carried_source_files() if file_content(directory, name) != source.encode())
 
 
-def _content(directory: Path, name: str) -> bytes | None:
+def directory_to_change(checkpoint: str | os.PathLike) -> Path:
+    """
+    Return the directory of a checkpoint whose files may be replaced.
+
+    Raises:
+        ConversionError: if there is no such directory, or it lies in the hub's cache, which other programs share.
+    """
+    directory = Path(checkpoint).absolute()
+    if not directory.is_dir():
+        raise ConversionError(f"{checkpoint}: no such directory; {_DOWNLOAD}")
+    if find_source(os.fspath(directory)).repo_id is not None:
+        raise ConversionError(f"{directory}: lies in the hub's cache, which is shared; {_DOWNLOAD}")
+    return directory
+
+
+def file_content(directory: Path, name: str) -> bytes | None:
+    """Return the content of a checkpoint's file, None if there is no such file."""
     return read_bytes(resolve(directory, name)) if os.path.lexists(directory / name) else None
 
 
-def _target(directory: Path, name: str) -> Path:
+def file_to_replace(directory: Path, name: str) -> Path:
     """Return the file to replace: where a link leads to, so that it stays a link."""
     return resolve(directory, name) if os.path.lexists(directory / name) else directory / name
 

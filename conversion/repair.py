@@ -14,7 +14,7 @@ from .errors import ConversionError
 from .files import MAX_CONFIG_BYTES, errors_naming, parse_json, read_bytes, resolve, sha256, sha256_of
 from .manifest import FileRecord, Manifest, as_bytes, as_text, read_manifest, replace_files
 from .plan import MANIFEST_NAME, OWN_FILES
-from .refresh import DOWNLOAD
+from .refresh import directory_to_change, file_content, file_to_replace
 from .sources import find_source
 from .tokenizers import link_files, load_tokenizer, tokenizer_changes
 
@@ -47,11 +47,7 @@ def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | 
             tokenizer is, or the checkpoint's has other settings, which would be lost.
     """
     with errors_naming(checkpoint):
-        directory = Path(checkpoint).absolute()
-        if not directory.is_dir():
-            raise ConversionError(f"{checkpoint}: no such directory; {DOWNLOAD}")
-        if find_source(os.fspath(directory)).repo_id is not None:
-            raise ConversionError(f"{directory}: lies in the hub's cache, which is shared; {DOWNLOAD}")
+        directory = directory_to_change(checkpoint)
         gated = open_checkpoint(directory)
         if (model_type := gated.raw_config.get("model_type")) != GatedLlamaConfig.model_type:
             raise ConversionError(f"{gated.config_path}: model_type={model_type!r} is not gated_llama")
@@ -71,12 +67,10 @@ def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | 
                 f"{directory}: the tokenizer would still differ from the source's: {'; '.join(found[:3])}; copy the "
                 "source's tokenizer files into the directory, then repair it again"
             )
-        new = {name: content for name, content in changes.items() if _content(directory, name) != content}
-        contents = {
-            resolve(directory, name) if (directory / name).exists() else directory / name: new[name] for name in new
-        }
+        new = {name: content for name, content in changes.items() if file_content(directory, name) != content}
+        contents = {file_to_replace(directory, name): content for name, content in new.items()}
         if new and manifest is not None:
-            contents[resolve(directory, MANIFEST_NAME)] = _updated(manifest, directory, new).content()
+            contents[file_to_replace(directory, MANIFEST_NAME)] = _updated(manifest, directory, new).content()
         replace_files(contents)
         return RepairedTokenizer(directory, tuple(new))
 
@@ -116,7 +110,3 @@ def _updated(manifest: Manifest, directory: Path, new: dict[str, bytes]) -> Mani
             replaced[name] = as_text(read_bytes(resolve(directory, name)))
         files[name] = FileRecord(len(content), sha256_of([content]))
     return replace(manifest, files=files, replaced=replaced, verification=None)
-
-
-def _content(directory: Path, name: str) -> bytes | None:
-    return read_bytes(resolve(directory, name)) if os.path.lexists(directory / name) else None

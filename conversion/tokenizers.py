@@ -176,7 +176,7 @@ def differences(
         ours, theirs = (str(getattr(tokenizer, name, None)) for tokenizer in (first, second))
         if ours != theirs:
             found.append(f"{name} is {theirs:.80}, not {ours:.80}")
-    if _vocabulary(first) != _vocabulary(second):
+    if first.get_vocab() != second.get_vocab():
         found.append("its vocabulary is another")
     for text in _texts(first, texts):
         ours, theirs = (_encoded(tokenizer, text) for tokenizer in (first, second))
@@ -209,13 +209,6 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return a fast tokenizer as the text of a tokenizer.json; None if it has no such form."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if hasattr(backend, "to_str") else None
-
-
-def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> Any:
-    try:
-        return tokenizer.get_vocab()
-    except NotImplementedError:
-        return None
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:

@@ -25,8 +25,8 @@ from .modeling_gated_llama import GatedLlamaGate
 NEARLY_ZERO = 2.0**-30
 _STEPS = 4
 _LEAST_MOVE = 1e-6  # of a gate's logit: methods that train gates move it by 1e-4 and more
-# Of an adapter's parameters per gradient of a logit. Methods that train gates have 0.04 and more, PiSSA 1e-6 and less:
-# Adam moves PiSSA's gates, but late: after 4 to more than 16 steps.
+# Gradient of an adapter's parameters per gradient of a logit. Methods that train gates have 0.04 and more. PiSSA has
+# 1e-6 and less: Adam moves its gates only after 4 to more than 16 steps.
 _LEAST_GRADIENT = 1e-4
 _MOST_ROWS = 512  # of the layer that is probed, and columns: orthogonal methods take minutes with 4,096
 _TRAINED_ELSEWHERE = ("SHADOW", "TRAINABLE_TOKENS", "XLORA")  # methods whose targets are not linear layers

@@ -120,12 +120,8 @@ def check_token_ids(
 
 
 def embedding_rows(model: PreTrainedModel | None) -> int | None:
-    """Return the number of token ids that a model has embeddings for; None if that is not known."""
-    try:
-        embeddings: Any = None if model is None else model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # a model whose embeddings Transformers does not find
-        return None
-    return getattr(embeddings, "num_embeddings", None)
+    """Return the number of token ids that a model has embeddings for; None without a model."""
+    return None if model is None else model.get_input_embeddings().num_embeddings
 
 
 def chat_text(

@@ -149,6 +149,9 @@ class Reader:
         self.tokenizer, self.answer = tokenizer, answer
         self.generation_config = GenerationConfig(repetition_penalty=2.0, num_beams=3, eos_token_id=257)
 
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return torch.nn.Embedding(258, 1)
+
     def generate(self, input_ids: torch.Tensor, *, max_new_tokens: int, **_: object) -> torch.Tensor:
         assert not self.generation_config.repetition_penalty and not self.generation_config.num_beams
         assert self.generation_config.eos_token_id == 257
