@@ -36,12 +36,13 @@ _MAX_SPECIAL_TOKENS = 64
 _TOKENIZER_FILE = re.compile(
     r"^(?:tokenizer(?!_config\.json)|tokenization|vocab|merges|tekken|spiece|sentencepiece)[^/]*$"
 )
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _CLASS_DEFAULTS = (
-    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *_SPECIAL_TOKENS,
     *("padding_side", "truncation_side", "clean_up_tokenization_spaces", "split_special_tokens"),
 )
 _ATTRIBUTES = (
-    *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+    *_SPECIAL_TOKENS,
     *("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "all_special_tokens", "extra_special_tokens"),
     *("padding_side", "truncation_side", "model_max_length", "model_input_names", "clean_up_tokenization_spaces"),
     *("split_special_tokens", "chat_template", "response_template"),
