@@ -121,7 +121,10 @@ def check_token_ids(
 
 def embedding_rows(model: PreTrainedModel | None) -> int | None:
     """Return the number of token ids that a model has embeddings for; None without a model."""
-    return None if model is None else model.get_input_embeddings().num_embeddings
+    if model is None:
+        return None
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.num_embeddings
 
 
 def chat_text(
