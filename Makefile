@@ -58,12 +58,13 @@ style: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-## What ruff says of format and code.
+## Format, code and types, as ruff and mypy see them.
 quality: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy -p modeling_gated
 
-## Build the wheel, install it into an environment of its own, and there run it and check its types.
+## Build the source distribution and the wheel from it, install the wheel into an environment of its own, and run it.
 wheel-check: .venv/ready
 	bash tests/check_wheel.sh
 

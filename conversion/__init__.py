@@ -1,7 +1,8 @@
 """Checkpoints in, gated checkpoints out."""
 
+from modeling_gated.errors import ConversionError
+
 from .convert import Conversion, convert_checkpoint, plan_conversion
-from .errors import ConversionError
 from .extend import ExtendedCheckpoint, extend_checkpoint
 from .gguf import dequantize_gguf
 from .plan import Plan

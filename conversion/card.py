@@ -8,11 +8,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from modeling_gated.checkpoints.files import opened
+from modeling_gated.checkpoints.sources import Source
 from modeling_gated.configuration import describe_context
 
-from .files import opened
 from .plan import Plan
-from .sources import Source
 
 
 _BEGIN, _END = "<!-- gated-llama verify: begin -->", "<!-- gated-llama verify: end -->"

@@ -11,20 +11,22 @@ from typing import Any, Literal
 import torch
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from modeling_gated.checkpoints.checkpoint import open_checkpoint, shorter_tokenizer
+from modeling_gated.checkpoints.file_names import CARD_NAME, OWN_FILES
+from modeling_gated.checkpoints.files import errors_naming, read_bytes, sha256
+from modeling_gated.checkpoints.output import check_output, clear_leftovers, replacing, scratch_directory
+from modeling_gated.checkpoints.placement import Place, Placement, check_space
+from modeling_gated.checkpoints.records import FileRecord
+from modeling_gated.checkpoints.shards import NewShard, copy_side_files, record_others, write_shards
+from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
+from modeling_gated.errors import ConversionError
 
 from .card import model_card
-from .checkpoint import open_checkpoint, shorter_tokenizer
 from .command_line import command_line, context_flags
-from .errors import ConversionError
-from .files import errors_naming, read_bytes, sha256
 from .gguf import dequantize_gguf, gguf_headers
-from .manifest import FileRecord, Manifest, as_text
-from .output import check_output, clear_leftovers, replacing, scratch_directory
-from .placement import Place, Placement, check_space
-from .plan import CARD_NAME, OWN_FILES, Plan, make_plan
-from .shards import NewShard, copy_side_files, record_others, write_shards
-from .sources import find_source
+from .manifest import Manifest, as_text
+from .plan import Plan, make_plan
 
 
 Granularity = Literal["headwise", "elementwise"]
@@ -164,14 +166,14 @@ def plan_conversion(
         found = find_source(os.fspath(source), revision)
         check_output(found.path, Path(output).resolve(), overwrite)
         if found.is_gguf and place in ("reflink", "link"):
-            raise ConversionError(f"--place {place}: {found.path} is dequantized, so there is nothing to share")
+            raise ConversionError(f"place={place!r}: {found.path} is dequantized, so there is nothing to share")
         if dtype is not None and not found.is_gguf:
-            raise ConversionError(f"--dtype {dtype}: {found.path} is not a GGUF file, so its tensors keep their dtype")
+            raise ConversionError(f"dtype={dtype}: {found.path} is not a GGUF file, so its tensors keep their dtype")
         if gate_init is not None:
             try:
                 open_gate(gate_init)
             except ValueError as error:
-                raise ConversionError(f"--gate-init: {error}") from None
+                raise ConversionError(error) from None
         checkpoint = gguf_headers(found.path, dtype or torch.bfloat16) if found.is_gguf else open_checkpoint(found.path)
         extensions = (context,) if context is not None else ()
         return make_plan(found, checkpoint, _gate_options(granularity, gate_init), extensions)

@@ -12,20 +12,22 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from modeling_gated.checkpoints.checkpoint import Checkpoint, open_checkpoint, shorter_tokenizer
+from modeling_gated.checkpoints.config import naming, read_config
+from modeling_gated.checkpoints.file_names import CARD_NAME, MANIFEST_NAME
+from modeling_gated.checkpoints.files import errors_naming
+from modeling_gated.checkpoints.output import check_output, clear_leftovers, replacing
+from modeling_gated.checkpoints.placement import Place, check_space
+from modeling_gated.checkpoints.records import FileRecord, check_stamp
+from modeling_gated.checkpoints.shards import copy_side_files, record_others, write_shards
+from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.configuration import ContextExtension, describe_context, extend_context
+from modeling_gated.errors import ConversionError
 
-from .architecture import check_index_of_any, naming, read_config
+from .architecture import check_index_of_any
 from .card import with_context
-from .checkpoint import Checkpoint, open_checkpoint, shorter_tokenizer
 from .command_line import command_line, context_flags
-from .errors import ConversionError
-from .files import errors_naming
-from .manifest import FileRecord, Manifest, as_bytes, as_text, check_stamp, read_manifest
-from .output import check_output, clear_leftovers, replacing
-from .placement import Place, check_space
-from .plan import CARD_NAME, MANIFEST_NAME
-from .shards import copy_side_files, record_others, write_shards
-from .sources import find_source
+from .manifest import Manifest, as_bytes, as_text, read_manifest
 from .trial import check_configs_run
 
 

@@ -12,7 +12,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from .safetensors_file import NewTensor, Shard
+from modeling_gated.checkpoints.config import is_qwen3_next
+from modeling_gated.checkpoints.safetensors_file import NewTensor, Shard
 
 
 AUTHORS_FLAGS = {"headwise": "headwise_attn_output_gate", "elementwise": "elementwise_attn_output_gate"}
@@ -88,11 +89,6 @@ class FusedGates:
 def is_fused(raw: dict[str, Any]) -> bool:
     """Whether a config.json says that `q_proj` holds gates."""
     return any(raw.get(flag) for flag in (*AUTHORS_FLAGS.values(), QWEN3_NEXT_FLAG)) or is_qwen3_next(raw)
-
-
-def is_qwen3_next(raw: dict[str, Any]) -> bool:
-    """Whether a config.json is a Qwen3-Next's, whose norm weights count from zero."""
-    return raw.get("model_type") == "qwen3_next"
 
 
 def fused_gates(raw: dict[str, Any], config: PreTrainedConfig) -> FusedGates:

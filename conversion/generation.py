@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from modeling_gated.errors import ConversionError
 from modeling_gated.kv_cache import cache_argument
 
-from .errors import ConversionError
 from .streaming import StreamedModel
 
 

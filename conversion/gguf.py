@@ -15,12 +15,12 @@ import transformers
 from rich.console import Console
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_gated.checkpoints.checkpoint import Checkpoint
+from modeling_gated.checkpoints.files import opened
+from modeling_gated.checkpoints.safetensors_file import FLOATING_DTYPES, Shard, Tensor
 from modeling_gated.configuration import GatedLlamaConfig, check_source_family
+from modeling_gated.errors import ConversionError
 
-from .checkpoint import Checkpoint
-from .errors import ConversionError
-from .files import opened
-from .safetensors_file import FLOATING_DTYPES, Shard, Tensor
 from .tensors import base_tensor_shapes
 
 

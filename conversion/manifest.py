@@ -5,40 +5,22 @@ source its own files took the place of, so that the source can be given back.
 
 import json
 import os
-import shutil
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
-from .errors import ConversionError
-from .files import read_json, resolve, sha256, sync
-from .plan import MANIFEST_NAME
+from modeling_gated.checkpoints.file_names import MANIFEST_NAME
+from modeling_gated.checkpoints.files import read_json, resolve
+from modeling_gated.checkpoints.records import FileRecord
+from modeling_gated.checkpoints.replacement import replace_file
+from modeling_gated.errors import ConversionError
 
 
 _FORMAT = 1
-
-
-@strict
-@dataclass
-class FileRecord:
-    """
-    A file of a converted checkpoint.
-
-    `sha256` is None for a hard-linked shard, which conversion does not read; then `mtime_ns`, the file's time stamp,
-    says whether it was written to since. `source` is the source's name of the file, if it came from there.
-    """
-
-    size: int
-    sha256: str | None
-    mtime_ns: int | None = None
-    source: str | None = None
 
 
 @strict
@@ -109,69 +91,3 @@ def as_text(content: bytes) -> str:
 def as_bytes(text: str) -> bytes:
     """The bytes from which `as_text` made a string."""
     return text.encode("utf-8", "surrogateescape")
-
-
-def record(path: Path, source: str | None = None) -> FileRecord:
-    """The record of a file, which is read for its hash."""
-    return FileRecord(path.stat().st_size, sha256(path), source=source)
-
-
-def check_stamp(path: Path, found: FileRecord) -> None:
-    """Raise ConversionError if a file's size, or a hard-linked one's time stamp, is not the recorded one."""
-    status = path.stat()
-    if status.st_size != found.size:
-        raise ConversionError(f"{path}: is not what conversion wrote ({status.st_size} bytes, not {found.size})")
-    if found.sha256 is None and status.st_mtime_ns != found.mtime_ns:
-        raise ConversionError(
-            f"{path}: was hard-linked, not hashed, and has another time stamp since; gated-llama verify, with the "
-            "source, tells whether its content is the same"
-        )
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Give a file new content in one step: whoever opens it finds the old or the new."""
-    replace_files({path: content})
-
-
-def replace_files(contents: Mapping[Path, bytes]) -> None:
-    """
-    Give files new content, each in one step, in the order of `contents`; if that fails, the old content is put back.
-
-    All that takes room on the disk is done before the first file changes. Old content that cannot be put back stays
-    beside its file under a hidden name.
-    """
-    new, old, replaced = {}, {}, []
-    try:
-        for path, content in contents.items():
-            new[path] = _hidden(path)
-            new[path].write_bytes(content)
-            if path.exists():
-                shutil.copymode(path, new[path])
-                if len(contents) > 1:
-                    old[path] = _hidden(path)
-                    shutil.copy2(path, old[path])
-            sync(new[path])
-        for path in contents:
-            replaced.append(path)  # first: an interrupt may come right after the replacement
-            os.replace(new[path], path)
-    except BaseException:
-        for path in reversed(replaced):
-            with suppress(OSError):
-                if path in old:
-                    os.replace(old[path], path)
-                elif len(contents) > 1:
-                    path.unlink(missing_ok=True)
-        for path in old.keys() - set(replaced):
-            old[path].unlink(missing_ok=True)
-        raise
-    else:
-        for path in old.values():
-            path.unlink(missing_ok=True)
-    finally:
-        for path in new.values():
-            path.unlink(missing_ok=True)
-
-
-def _hidden(path: Path) -> Path:
-    """Return a new hidden name beside a file."""
-    return path.with_name(f".{path.name}.{uuid4().hex}")

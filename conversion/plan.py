@@ -9,31 +9,19 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from modeling_gated.checkpoints.checkpoint import Checkpoint
+from modeling_gated.checkpoints.file_names import OWN_FILES
+from modeling_gated.checkpoints.safetensors_file import NewTensor, Shard, filled_tensor, new_tensor
+from modeling_gated.checkpoints.sources import Source
 from modeling_gated.configuration import GatedLlamaConfig
+from modeling_gated.errors import ConversionError
 
 from .architecture import Architecture, read_architecture
-from .checkpoint import Checkpoint
-from .errors import ConversionError
-from .safetensors_file import NewTensor, Shard, filled_tensor, new_tensor
-from .sources import Source
-from .tensors import base_tensor_shapes, gate_tensor_shapes, open_gate_value
+from .gates import gate_tensor_shapes, open_gate_value
+from .tensors import base_tensor_shapes
 from .tokenizers import is_tokenizer_file, load_tokenizer, tokenizer_changes
 from .trial import check_configs_run
-
-
-CARD_NAME = "README.md"
-MANIFEST_NAME = "gated_llama_manifest.json"
-# Files that conversion writes itself; the source's of the same name are kept, as text, in the manifest.
-OWN_FILES = (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    CARD_NAME,
-    MANIFEST_NAME,
-    "configuration_gated_llama.py",
-    "modeling_gated_llama.py",
-)
 
 
 @dataclass(frozen=True)

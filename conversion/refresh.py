@@ -7,13 +7,15 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
+from modeling_gated.checkpoints.file_names import MANIFEST_NAME
+from modeling_gated.checkpoints.files import MAX_CONFIG_BYTES, errors_naming, read_bytes, read_json, resolve, sha256_of
+from modeling_gated.checkpoints.records import FileRecord
+from modeling_gated.checkpoints.replacement import replace_files
+from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.configuration import GatedLlamaConfig, carried_source_files
+from modeling_gated.errors import ConversionError
 
-from .errors import ConversionError
-from .files import MAX_CONFIG_BYTES, errors_naming, read_bytes, read_json, resolve, sha256_of
-from .manifest import FileRecord, read_manifest, replace_files
-from .plan import MANIFEST_NAME
-from .sources import find_source
+from .manifest import read_manifest
 
 
 _DOWNLOAD = "download a copy of a model on the hub: hf download MODEL --local-dir DIRECTORY"

@@ -7,15 +7,25 @@ from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
 
+from modeling_gated.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from modeling_gated.checkpoints.file_names import MANIFEST_NAME, OWN_FILES
+from modeling_gated.checkpoints.files import (
+    MAX_CONFIG_BYTES,
+    errors_naming,
+    parse_json,
+    read_bytes,
+    resolve,
+    sha256,
+    sha256_of,
+)
+from modeling_gated.checkpoints.records import FileRecord
+from modeling_gated.checkpoints.replacement import replace_files
+from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.configuration import GatedLlamaConfig
+from modeling_gated.errors import ConversionError
 
-from .checkpoint import Checkpoint, open_checkpoint
-from .errors import ConversionError
-from .files import MAX_CONFIG_BYTES, errors_naming, parse_json, read_bytes, resolve, sha256, sha256_of
-from .manifest import FileRecord, Manifest, as_bytes, as_text, read_manifest, replace_files
-from .plan import MANIFEST_NAME, OWN_FILES
+from .manifest import Manifest, as_bytes, as_text, read_manifest
 from .refresh import directory_to_change, file_content, file_to_replace
-from .sources import find_source
 from .tokenizers import link_files, load_tokenizer, tokenizer_changes
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .checkpoint import Checkpoint
-from .errors import ConversionError
-from .tensors import open_gate_tensor
+from modeling_gated.checkpoints.checkpoint import Checkpoint
+from modeling_gated.errors import ConversionError
+
+from .gates import open_gate_tensor
 
 
 if TYPE_CHECKING:

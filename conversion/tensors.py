@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 
-import torch
-
-from modeling_gated.configuration import OPEN_GATE_WEIGHT, GatedLlamaConfig, open_gate
+from modeling_gated.configuration import GatedLlamaConfig
 
 
 # The modules that quantization may replace, by the ends of their names.
@@ -50,29 +48,3 @@ def base_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[in
     yield "model.norm.weight", (hidden,)
     if not config.tie_word_embeddings:
         yield "lm_head.weight", (config.vocab_size, hidden)
-
-
-def gate_tensor_shapes(config: GatedLlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """
-    Name and shape of every gate tensor: per layer a weight [gates, hidden_size] and, with `gate_bias`, a bias
-    [gates], where gates is `num_attention_heads`, elementwise times `head_dim`.
-    """
-    gates = config.num_attention_heads
-    if config.gate_granularity == "elementwise":
-        assert config.head_dim
-        gates *= config.head_dim
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}.self_attn.g_proj"
-        yield f"{prefix}.weight", (gates, config.hidden_size)
-        if config.gate_bias:
-            yield f"{prefix}.bias", (gates,)
-
-
-def open_gate_value(name: str, gate_init: float) -> float:
-    """Return the number that fills an open gate's tensor: OPEN_GATE_WEIGHT or, for a bias, logit(`gate_init`)."""
-    return open_gate(gate_init)[0] if name.endswith(".bias") else OPEN_GATE_WEIGHT
-
-
-def open_gate_tensor(name: str, shape: tuple[int, ...], gate_init: float, dtype: torch.dtype) -> torch.Tensor:
-    """Return the tensor of an open gate, filled with `open_gate_value`; a float16 weight rounds to 0."""
-    return torch.full(shape, open_gate_value(name, gate_init), dtype=dtype)

@@ -21,11 +21,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
+from modeling_gated.checkpoints.checkpoint import Checkpoint
+from modeling_gated.checkpoints.files import read_bytes, resolve
 from modeling_gated.default_text import DEFAULT_TEXT_NAME, default_text
+from modeling_gated.errors import ConversionError
 
-from .checkpoint import Checkpoint
-from .errors import ConversionError
-from .files import read_bytes, resolve
 from .quiet import quiet_transformers
 from .tokenizer_texts import CHATS, TEXTS
 
@@ -72,9 +72,9 @@ class TokenizerComparison:
 
 
 def load_tokenizer(directory: Path, repo_id: str | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer as `modeling_gated.tokenization` does, without warnings, which loading again would repeat."""
+    """Load a tokenizer as `checkpoints.tokenization` does, without warnings, which loading again would repeat."""
     # Here, as the rest of a conversion needs no model or tokenizer.
-    from modeling_gated.tokenization import load_tokenizer
+    from modeling_gated.checkpoints.tokenization import load_tokenizer
 
     with quiet_transformers():
         return load_tokenizer(directory, repo_id)
@@ -190,7 +190,7 @@ def differences(
 
 def _chats(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return chats as the tokenizer's template writes them, once: a template may write the time of day."""
-    from modeling_gated.tokenization import chat_text
+    from modeling_gated.checkpoints.tokenization import chat_text
 
     texts = []
     for chat in CHATS:

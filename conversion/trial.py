@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig
 
-from .architecture import with_default_run_settings
-from .checkpoint import Checkpoint
-from .errors import ConversionError
+from modeling_gated.checkpoints.checkpoint import Checkpoint
+from modeling_gated.checkpoints.config import with_default_run_settings
+from modeling_gated.errors import ConversionError
+
 from .quiet import quiet_transformers
 
 

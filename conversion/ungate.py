@@ -6,16 +6,18 @@ from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
+from modeling_gated.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from modeling_gated.checkpoints.file_names import MANIFEST_NAME
+from modeling_gated.checkpoints.files import errors_naming, resolve, sha256, sync
+from modeling_gated.checkpoints.output import check_output, clear_leftovers, replacing
+from modeling_gated.checkpoints.placement import Place, check_space, place_file
+from modeling_gated.checkpoints.records import check_stamp
+from modeling_gated.checkpoints.sources import find_source
+from modeling_gated.errors import ConversionError
+
 from .architecture import read_gated_config
-from .checkpoint import Checkpoint, open_checkpoint
-from .errors import ConversionError
-from .files import errors_naming, resolve, sha256, sync
 from .gates import changed_gate_layers, ranges
-from .manifest import Manifest, as_bytes, check_stamp, read_manifest
-from .output import check_output, clear_leftovers, replacing
-from .placement import Place, check_space, place_file
-from .plan import MANIFEST_NAME
-from .sources import find_source
+from .manifest import Manifest, as_bytes, read_manifest
 
 
 @dataclass(frozen=True)

@@ -12,33 +12,29 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from modeling_gated.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from modeling_gated.checkpoints.config import is_qwen3_next, naming, stored_dtype, with_default_run_settings
+from modeling_gated.checkpoints.file_names import CARD_NAME, OWN_FILES
+from modeling_gated.checkpoints.files import errors_naming, read_bytes, resolve, sha256, sha256_of
+from modeling_gated.checkpoints.placement import check_space
+from modeling_gated.checkpoints.records import record
+from modeling_gated.checkpoints.replacement import replace_file
+from modeling_gated.checkpoints.safetensors_file import Shard, Tensor
+from modeling_gated.checkpoints.sources import Source, find_source
 from modeling_gated.configuration import GatedLlamaConfig, describe_context
+from modeling_gated.errors import ConversionError
 
-from .architecture import (
-    UNREAD,
-    Architecture,
-    naming,
-    read_architecture,
-    read_gated_config,
-    stored_dtype,
-    with_default_run_settings,
-)
+from .architecture import UNREAD, Architecture, read_architecture, read_gated_config
 from .card import with_verification
-from .checkpoint import Checkpoint, open_checkpoint
-from .errors import ConversionError
-from .files import errors_naming, read_bytes, resolve, sha256, sha256_of
-from .fused import FusedGates, is_fused, is_qwen3_next
-from .gates import changed_gate_layers, ranges
+from .fused import FusedGates, is_fused
+from .gates import changed_gate_layers, gate_tensor_shapes, ranges
 from .generation import GenerationComparison, compare_generation
 from .gguf import dequantize_gguf, gguf_headers
-from .manifest import as_bytes, as_text, read_manifest, record, replace_file
-from .placement import check_space
-from .plan import CARD_NAME, OWN_FILES, norm_from_one
+from .manifest import as_bytes, as_text, read_manifest
+from .plan import norm_from_one
 from .refresh import outdated_code
-from .safetensors_file import Shard, Tensor
-from .sources import Source, find_source
 from .streaming import Comparison, StreamedModel
-from .tensors import base_tensor_shapes, gate_tensor_shapes
+from .tensors import base_tensor_shapes
 from .tokenizers import TokenizerComparison, compare_tokenizers, token_ids
 
 
@@ -164,7 +160,7 @@ def verify_checkpoint(
     """
     with errors_naming(output):
         if tokens < 1:
-            raise ConversionError(f"--tokens {tokens}: at least 1 is needed")
+            raise ConversionError(f"tokens={tokens}: must be at least 1")
         directory = Path(output).absolute()
         if not directory.is_dir():
             raise ConversionError(f"{directory}: no such directory")

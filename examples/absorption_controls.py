@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint
+from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.conversion import ConversionError
-from modeling_gated.conversion.sources import find_source
 
 
 # What is left out. Without keys edited, writers stay, too, as sinks need what they write. The last two have no edit and

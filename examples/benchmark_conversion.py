@@ -47,7 +47,7 @@ def write_checkpoint(directory: Path, layers: int) -> None:
     from transformers import LlamaConfig
 
     from modeling_gated import GatedLlamaConfig
-    from modeling_gated.conversion.safetensors_file import new_tensor, write_safetensors
+    from modeling_gated.checkpoints.safetensors_file import new_tensor, write_safetensors
     from modeling_gated.conversion.tensors import base_tensor_shapes
 
     config = LlamaConfig(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 
-# In a clone, configuration/ and conversion/ lie beside this folder; installed, they lie inside it.
+# Links to ../configuration and ../conversion in a clone; a clone on Windows may have text files instead of links.
 if not (Path(__path__[0]) / "configuration").is_dir():
     __path__.append(str(Path(__path__[0]).parent))
 

@@ -1,9 +1,10 @@
 """Moving what attention sinks do into gates: a checkpoint in, one without sinks and massive activations out."""
 
+from modeling_gated.errors import AbsorptionError
+
 from .absorb import Absorption, absorb_checkpoint
 from .closed_form import AbsorbedLayer
 from .editing import Edit, absorb_sinks
-from .errors import AbsorptionError
 from .proof import Comparison, Measured, Windows, compare, prove
 from .settings import AbsorptionSettings
 from .sinks import SinkDirection

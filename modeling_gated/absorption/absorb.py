@@ -11,24 +11,24 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from modeling_gated.conversion.architecture import read_gated_config, stored_dtype
-from modeling_gated.conversion.checkpoint import open_checkpoint
+from modeling_gated.checkpoints.checkpoint import open_checkpoint
+from modeling_gated.checkpoints.config import stored_dtype
+from modeling_gated.checkpoints.file_names import CARD_NAME, OWN_FILES
+from modeling_gated.checkpoints.files import sha256, sync
+from modeling_gated.checkpoints.loading import read_generation_config
+from modeling_gated.checkpoints.output import check_output, clear_leftovers, replacing, scratch_directory
+from modeling_gated.checkpoints.shards import copy_side_files
+from modeling_gated.checkpoints.sources import find_source
+from modeling_gated.checkpoints.tokenization import load_tokenizer
+from modeling_gated.conversion.architecture import read_gated_config
 from modeling_gated.conversion.command_line import command_line
-from modeling_gated.conversion.errors import ConversionError
-from modeling_gated.conversion.files import sha256, sync
-from modeling_gated.conversion.output import check_output, clear_leftovers, replacing, scratch_directory
-from modeling_gated.conversion.plan import CARD_NAME, OWN_FILES
-from modeling_gated.conversion.shards import copy_side_files
-from modeling_gated.conversion.sources import find_source
+from modeling_gated.errors import AbsorptionError, ConversionError
 from modeling_gated.evaluation import EvaluationError
-from modeling_gated.loading import read_generation_config
-from modeling_gated.tokenization import load_tokenizer
 from modeling_gated.training.loop import read_losses
 
 from .card import absorption_card
 from .closed_form import AbsorbedLayer
 from .distilling import STAGE, accelerator_for
-from .errors import AbsorptionError
 from .inputs import Inputs
 from .models import gated_original
 from .products import has_bfloat16_products

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_gated.errors import AbsorptionError
 from modeling_gated.gate_names import is_gate
 from modeling_gated.training import gate_param_groups
 from modeling_gated.training.loop import Evaluation, Run, Stage, train
 
 from .distillation import SinkDistillation
-from .errors import AbsorptionError
 from .settings import AbsorptionSettings
 from .sinks import SinkDirection
 from .texts import Text, TrainingWindows, spread_windows

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modeling_gated.conversion.sources import Source
+from modeling_gated.checkpoints.sources import Source
 
 from .settings import AbsorptionSettings
 

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from modeling_gated.checkpoints.checkpoint import open_checkpoint
+from modeling_gated.checkpoints.config import naming, with_default_run_settings
+from modeling_gated.checkpoints.loading import check_weights
+from modeling_gated.checkpoints.sources import Source
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
 from modeling_gated.conversion import convert_checkpoint
-from modeling_gated.conversion.architecture import naming, read_gated_config, with_default_run_settings
-from modeling_gated.conversion.checkpoint import open_checkpoint
+from modeling_gated.conversion.architecture import read_gated_config
 from modeling_gated.conversion.gates import changed_gate_layers, ranges
-from modeling_gated.conversion.sources import Source
-from modeling_gated.loading import check_weights
+from modeling_gated.errors import AbsorptionError
 from modeling_gated.modeling_gated_llama import GatedLlamaForCausalLM
 from modeling_gated.training import ungated
-
-from .errors import AbsorptionError
 
 
 def gated_original(source: Source, folder: Path, progress: bool) -> Path:

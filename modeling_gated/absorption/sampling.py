@@ -10,8 +10,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_gated.checkpoints.tokenization import chat_text, check_token_ids, encode, tokenizer_name
+from modeling_gated.errors import TokenizerError
 from modeling_gated.inspection.inspecting import input_device
-from modeling_gated.tokenization import TokenizerError, chat_text, check_token_ids, encode, tokenizer_name
 
 
 # Sequences at a time.

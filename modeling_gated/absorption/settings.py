@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .errors import AbsorptionError
+from modeling_gated.errors import AbsorptionError
 
 
 @dataclass(frozen=True)

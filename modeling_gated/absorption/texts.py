@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from modeling_gated.checkpoints.tokenization import text_token_ids
 from modeling_gated.default_text import default_text
+from modeling_gated.errors import AbsorptionError
 from modeling_gated.evaluation.text import beginning, read_text
-from modeling_gated.tokenization import text_token_ids
-
-from .errors import AbsorptionError
 
 
 # Of each text the last part is held out, and what is before it says when training is enough.

@@ -14,18 +14,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gated.conversion.architecture import read_gated_config, stored_dtype
-from modeling_gated.conversion.checkpoint import open_checkpoint
-from modeling_gated.conversion.files import sync
-from modeling_gated.conversion.manifest import replace_file
+from modeling_gated.checkpoints.checkpoint import open_checkpoint
+from modeling_gated.checkpoints.config import stored_dtype
+from modeling_gated.checkpoints.files import sync
+from modeling_gated.checkpoints.replacement import replace_file
+from modeling_gated.checkpoints.tokenization import check_token_ids
+from modeling_gated.conversion.architecture import read_gated_config
+from modeling_gated.errors import AbsorptionError
 from modeling_gated.gate_names import is_gate
-from modeling_gated.tokenization import check_token_ids
 from modeling_gated.training.loop import check_output
 
 from .closed_form import AbsorbedLayer
 from .distilling import distil
 from .editing import Edit, absorb_sinks
-from .errors import AbsorptionError
 from .models import load_editable, load_original
 from .proof import Comparison, prove
 from .sampling import sample_chats, sample_text, why_no_chats

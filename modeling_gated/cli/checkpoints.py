@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from modeling_gated.errors import printable
+
 from .options import (
     ContextLength,
     Factor,
@@ -22,9 +24,9 @@ from .output import one_clear_line, print_lines
 
 
 if TYPE_CHECKING:
+    from modeling_gated.checkpoints.safetensors_file import NewTensor
     from modeling_gated.configuration import GatedLlamaConfig
     from modeling_gated.conversion import Conversion, ExtendedCheckpoint, Plan
-    from modeling_gated.conversion.safetensors_file import NewTensor
 
 
 def _context(
@@ -231,7 +233,6 @@ def _print_plan(plan: "Plan") -> None:
     from rich.filesize import decimal
 
     from modeling_gated.configuration import describe_context
-    from modeling_gated.conversion.errors import printable
 
     config = plan.architecture.config
     print_lines(
@@ -313,8 +314,6 @@ def _print_tokenizer_error(error: str | None) -> None:
 
 
 def _print_unread(unread: tuple[str, ...]) -> None:
-    from modeling_gated.conversion.errors import printable
-
     if unread:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         names = printable(", ".join(unread[:3]))
@@ -322,16 +321,12 @@ def _print_unread(unread: tuple[str, ...]) -> None:
 
 
 def _print_notes(notes: tuple[str, ...]) -> None:
-    from modeling_gated.conversion.errors import printable
-
     for note in notes:
         typer.echo(f"note: {printable(note)}", err=True)
 
 
 def _print_left_out(left_out: dict[str, int], what: str) -> None:
     from rich.filesize import decimal
-
-    from modeling_gated.conversion.errors import printable
 
     if left_out:
         largest = sorted(left_out, key=lambda name: (-left_out[name], name))[:3]

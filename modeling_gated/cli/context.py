@@ -11,7 +11,7 @@ import typer
 
 from .models import find_device, find_models, load_model, names_of
 from .options import Device, Dtype, TextFile
-from .output import check_output, one_clear_line
+from .output import check_report_files, one_clear_line
 
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def evaluate_context(
         read_text(text)
         if output is not None:
             check_plots()
-            check_output(output, (_JSON, _PLOT), overwrite)
+            check_report_files(output, (_JSON, _PLOT), overwrite)
         paths, target = find_models(checkpoints), find_device(device)
         found: list[ContextEvaluation] = []
         for path, name in zip(paths, names_of(checkpoints), strict=True):
@@ -98,7 +98,7 @@ def evaluate_context(
 
 
 def _write(found: list["ContextEvaluation"], output: Path) -> None:
-    from modeling_gated.conversion.manifest import replace_file
+    from modeling_gated.checkpoints.replacement import replace_file
 
     packages = {name: version(name) for name in ("modeling-gated", "torch", "transformers")}
     evaluations = [asdict(evaluation) for evaluation in found]

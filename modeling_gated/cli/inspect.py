@@ -7,7 +7,7 @@ import typer
 
 from .models import find_device, find_models, load_model, names_of
 from .options import Device, Dtype, TextFile
-from .output import check_output, one_clear_line
+from .output import check_report_files, one_clear_line
 
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def inspect(
         words, text_name = read_text(text)
         if report is not None:
             check_plots()
-            check_output(report, (JSON, PAGE), overwrite, folders=(PICTURE_FOLDER,) if png else ())
+            check_report_files(report, (JSON, PAGE), overwrite, folders=(PICTURE_FOLDER,) if png else ())
         paths, target = find_models(models), find_device(device)
         options: dict[str, Any] = {
             "text_name": text_name,
@@ -84,7 +84,7 @@ def inspect(
             del model  # before the next one is loaded
         _print_summary(found)
         if report is not None:
-            from modeling_gated.conversion.manifest import replace_file
+            from modeling_gated.checkpoints.replacement import replace_file
 
             contents = {JSON: as_json(found).encode(), PAGE: as_page(found).encode()}
             report.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def find_models(given: list[str]) -> list[Path]:
     """Where they lie: directories with a checkpoint in safetensors, or GGUF files."""
-    from modeling_gated.conversion.sources import find_source
+    from modeling_gated.checkpoints.sources import find_source
     from modeling_gated.evaluation import EvaluationError
 
     sources = [find_source(name) for name in given]
@@ -55,16 +55,16 @@ def load_model(path: Path, dtype: str, device: "torch.device") -> "tuple[PreTrai
     import torch
     from transformers import AutoModelForCausalLM
 
-    from modeling_gated.conversion.gguf import load_gguf
-    from modeling_gated.evaluation import EvaluationError
-    from modeling_gated.loading import (
+    from modeling_gated.checkpoints.loading import (
         check_shapes,
         check_weights,
         model_errors,
         read_generation_config,
         read_model_config,
     )
-    from modeling_gated.tokenization import load_tokenizer
+    from modeling_gated.checkpoints.tokenization import load_tokenizer
+    from modeling_gated.conversion.gguf import load_gguf
+    from modeling_gated.evaluation import EvaluationError
 
     if path.is_file():
         model, tokenizer = load_gguf(path, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))

@@ -1,14 +1,20 @@
 """What every subcommand says, and how it ends."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
+from modeling_gated.errors import EvaluationError, ModelingGatedError, printable
 
-_MENDABLE = ("ConversionError", "EvaluationError", "InspectionError", "AbsorptionError")
+
+# Arguments of the library with which its errors begin, as flags here.
+_ARGUMENTS = re.compile(r"(dtype|gate_init|place|revision|tokens)=('[^']*'|[^\s:,]+)")
+# Arguments that its errors advise.
+_ADVISED = {"overwrite=True": "--overwrite", "replace_scaling=True": "--replace-scaling", "chat=False": "--no-chat"}
 
 
 @contextmanager
@@ -16,12 +22,8 @@ def one_clear_line(kept: Path | None = None, kept_as: str = "goes on from {}") -
     """End with one line where the user can mend something, and where the user ends it; what is `kept` then, and how."""
     try:
         yield
-    except (ImportError, ValueError) as error:
-        # ImportError: of a Transformers that is too old, for one. By name, as importing the errors takes seconds.
-        names = {base.__name__ for base in type(error).__mro__}
-        if isinstance(error, ValueError) and names.isdisjoint(_MENDABLE):
-            raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    except (ImportError, ModelingGatedError) as error:  # ImportError: a Transformers that is too old, for example
+        typer.echo(f"error: {_with_flags(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         left = kept_as.format(kept) if kept and kept.exists() else "nothing was left behind"
@@ -29,18 +31,24 @@ def one_clear_line(kept: Path | None = None, kept_as: str = "goes on from {}") -
         raise typer.Exit(130) from None
 
 
+def _with_flags(message: str) -> str:
+    """Return a library's error with flags for its arguments: `place='link': ...` as `--place link: ...`."""
+    if match := _ARGUMENTS.match(message):
+        name, value = match.groups()
+        message = f"--{name.replace('_', '-')} {value.strip(chr(39))}{message[match.end() :]}"
+    for argument, flag in _ADVISED.items():
+        message = message.replace(argument, flag)
+    return message
+
+
 def print_lines(lines: Mapping[str, object]) -> None:
     """Labels and values, aligned."""
-    from modeling_gated.conversion.errors import printable
-
     for label, value in lines.items():
         typer.echo(f"{label:18}{printable(value)}")
 
 
-def check_output(folder: Path, files: Sequence[str], overwrite: bool, folders: Sequence[str] = ()) -> None:
+def check_report_files(folder: Path, files: Sequence[str], overwrite: bool, folders: Sequence[str] = ()) -> None:
     """Check, before anything takes long, that files and folders of these names can be written into a folder."""
-    from modeling_gated.evaluation import EvaluationError
-
     existing = [folder / name for name in (*files, *folders) if (folder / name).exists()]
     if existing and not overwrite:
         raise EvaluationError(f"{existing[0]}: already exists; --overwrite replaces it")

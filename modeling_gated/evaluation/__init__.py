@@ -1,7 +1,8 @@
 """How well a model uses a long context."""
 
+from modeling_gated.errors import EvaluationError
+
 from .context import ContextEvaluation, PositionLoss, TaskScore, evaluate_context
-from .errors import EvaluationError
 from .position_loss import loss_by_position
 from .tasks import TASKS
 

@@ -14,10 +14,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modeling_gated.loading import checked_end
-from modeling_gated.tokenization import check_token_ids, text_token_ids
+from modeling_gated.checkpoints.loading import checked_end
+from modeling_gated.checkpoints.tokenization import check_token_ids, text_token_ids
+from modeling_gated.errors import EvaluationError
 
-from .errors import EvaluationError
 from .position_loss import loss_by_position
 from .prompts import build_prompt, lines_of
 from .tasks import TASKS, draw

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from modeling_gated.errors import EvaluationError
+
 from .context import LOSS, ContextEvaluation
-from .errors import EvaluationError
 
 
 _TITLES = {LOSS: "Loss by position", "passkey": "Pass key", "multi_key_needle": "Needle, one of four keys"}

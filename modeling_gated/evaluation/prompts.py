@@ -6,9 +6,9 @@ from textwrap import wrap
 
 from transformers import PreTrainedTokenizerBase
 
-from modeling_gated.tokenization import TokenizerError, chat_text, encode, tokenizer_name
+from modeling_gated.checkpoints.tokenization import chat_text, encode, tokenizer_name
+from modeling_gated.errors import EvaluationError, TokenizerError
 
-from .errors import EvaluationError
 from .tasks import Task
 from .text import beginning
 
@@ -50,7 +50,7 @@ def build_prompt(
     while len(tokens_of(most)) <= budget:
         most *= 2
         if most > budget:  # no line is blank, so each should give a token
-            place, advice = ("chat template", ", or ask with --no-chat") if chat else ("tokenizer", "")
+            place, advice = ("chat template", ", or ask in plain text: chat=False") if chat else ("tokenizer", "")
             raise EvaluationError(
                 f"{tokenizer_name(tokenizer)}: its {place} must keep the text of a prompt, got {question} tokens for "
                 f"any text; correct the {place}{advice}"
@@ -84,7 +84,7 @@ def _tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool, answe
         try:
             prompt = chat_text(tokenizer, messages, add_generation_prompt=True)
         except TokenizerError as error:
-            raise TokenizerError(f"{error}, or ask in plain text: chat=False, or --no-chat") from None
+            raise TokenizerError(f"{error}, or ask in plain text: chat=False") from None
     else:
         prompt = f"{prompt}\n"
     ids = encode(tokenizer, f"{prompt}{answer_prefix}", "a prompt")

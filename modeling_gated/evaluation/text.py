@@ -5,10 +5,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from modeling_gated.checkpoints.tokenization import encode
 from modeling_gated.default_text import DEFAULT_TEXT_NAME, default_text
-from modeling_gated.tokenization import encode
-
-from .errors import EvaluationError
+from modeling_gated.errors import EvaluationError
 
 
 def read_text(path: Path | None) -> tuple[str, str]:

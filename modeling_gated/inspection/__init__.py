@@ -1,5 +1,7 @@
 """Attention sinks, massive activations and gates of any causal language model: meters, interventions and a report."""
 
+from modeling_gated.errors import InspectionError, UnknownAttention
+
 from .activation_meters import (
     Activation,
     HiddenMaxima,
@@ -19,7 +21,6 @@ from .attention_meters import (
 )
 from .attention_rows import AttentionRows
 from .callback import InspectionCallback
-from .errors import InspectionError, UnknownAttention
 from .gate_meters import GateDrift, GateScores, GateStatistics
 from .inspecting import inspecting
 from .interventions import closed_gates, forced_gates, open_gates, shuffled_gates

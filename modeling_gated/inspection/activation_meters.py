@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import InspectionError
+from modeling_gated.errors import InspectionError
+
 from .meter import LayerMeans, Meter
 from .tokens import Tokens
 

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from modeling_gated.errors import InspectionError
+
 from .attention_rows import AttentionRows
-from .errors import InspectionError
 from .meter import LayerMeans, Meter, by_layer
 from .tokens import Tokens
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers.utils import TransformersKwargs
 
+from modeling_gated.errors import InspectionError, UnknownAttention
 from modeling_gated.kv_cache import CACHE_ARGUMENT
 from modeling_gated.training.chunks import at_least_float32
 
-from .errors import InspectionError, UnknownAttention
 from .masks import MASKED, Mask, MaskedBlock
 from .tokens import Tokens
 

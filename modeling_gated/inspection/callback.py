@@ -9,11 +9,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerContr
 from transformers.utils import logging
 
 from modeling_gated.configuration import GatedLlamaConfig, initial_gate_bias
+from modeling_gated.errors import InspectionError
 from modeling_gated.modeling_gated_llama import GATE_ACTIVATIONS
 
 from .activation_meters import MassiveActivations
 from .attention_meters import FirstTokenAttention
-from .errors import InspectionError
 from .gate_meters import GateDrift, GateScores
 from .inspecting import evaluation_mode, input_device, inspecting
 from .meter import Meter

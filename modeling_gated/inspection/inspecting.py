@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from modeling_gated.errors import InspectionError, UnknownAttention
+
 from .attention_rows import attention_rows
-from .errors import InspectionError, UnknownAttention
 from .gate_hooks import gated_attentions, gates_of_a_head, hooked
 from .masks import MaskOfOneModel, MaskRecords, RecordedMask
 from .meter import Meter

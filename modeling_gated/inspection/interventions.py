@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from modeling_gated.configuration.configuration_gated_llama import GATE_PROJECTIONS
+from modeling_gated.errors import InspectionError
 
-from .errors import InspectionError
 from .gate_hooks import Change, gate_positions, gated_attentions, gates_of_a_head, hooked
 from .inspecting import decoder_layers
 from .masking import masked_first_token, windowed_attention

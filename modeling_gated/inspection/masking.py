@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import and_masks
 
-from .errors import UnknownAttention
+from modeling_gated.errors import UnknownAttention
+
 from .inspecting import attention_replaced
 from .masks import ChangedMask
 from .tokens import watched_tokens

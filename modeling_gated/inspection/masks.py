@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import sdpa_mask
 
-from .errors import UnknownAttention
+from modeling_gated.errors import UnknownAttention
 
 
 # Lower than any score, while what comes of subtracting one from it is still no infinity.

@@ -12,12 +12,12 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_gated.checkpoints.tokenization import check_token_ids, text_token_ids
+from modeling_gated.errors import InspectionError, UnknownAttention
 from modeling_gated.evaluation.text import beginning, windows_of
-from modeling_gated.tokenization import check_token_ids, text_token_ids
 
 from .activation_meters import LayerActivations, MassiveActivations, QuantizationError
 from .attention_meters import AttentionEntropy, EffectiveRank, FirstTokenAttention, KeyValueNorms, SinkRate
-from .errors import InspectionError, UnknownAttention
 from .gate_hooks import gated_attentions
 from .gate_meters import GateScores, GateStatistics
 from .inspecting import decoder_layers, evaluation_mode, input_device, inspecting

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .errors import InspectionError
+from modeling_gated.errors import InspectionError
+
 from .inspecting import decoder_layers
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import find_packed_sequence_indices
 
+from modeling_gated.errors import InspectionError, UnknownAttention
 from modeling_gated.kv_cache import given_cache
 
-from .errors import InspectionError, UnknownAttention
 from .masks import MASKED
 
 

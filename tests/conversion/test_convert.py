@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from word_tokenizer import save_word_tokenizer
 
+from modeling_gated.checkpoints import shards
 from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
-from modeling_gated.conversion import ConversionError, convert, convert_checkpoint, shards
+from modeling_gated.conversion import ConversionError, convert, convert_checkpoint
 
 
 def files(directory: Path) -> set[str]:
@@ -115,7 +116,7 @@ def test_places(llama: Path, tmp_path: Path) -> None:
     try:
         convert_checkpoint(llama, tmp_path / "reflinked", place="reflink")
     except ConversionError as error:
-        assert "--place reflink" in str(error)
+        assert "place='reflink'" in str(error)
         assert not (tmp_path / "reflinked").exists()
     else:
         assert (tmp_path / "reflinked" / shard).read_bytes() == source.read_bytes()

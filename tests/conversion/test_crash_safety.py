@@ -20,9 +20,9 @@ from checkpoints import contents
 from source_models import SOURCES, randomize
 from transformers import AutoModelForCausalLM
 
+from modeling_gated.checkpoints import files as files_module
+from modeling_gated.checkpoints.output import clear_leftovers, scratch_directory
 from modeling_gated.conversion import ConversionError, convert_checkpoint, plan_conversion, ungate_checkpoint
-from modeling_gated.conversion import files as files_module
-from modeling_gated.conversion.output import clear_leftovers, scratch_directory
 
 
 # Converts in a process of its own for each line it reads, and says which and how that ended. Every step of writing
@@ -30,7 +30,7 @@ from modeling_gated.conversion.output import clear_leftovers, scratch_directory
 SLOW = """
 import json, os, shutil, sys, time
 from pathlib import Path
-import modeling_gated.conversion.placement as placement
+import modeling_gated.checkpoints.placement as placement
 from modeling_gated.conversion import convert_checkpoint
 
 def slowly(function):
@@ -277,7 +277,7 @@ def test_the_room_on_the_disk_is_checked_before_anything_is_copied(
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9 - weights, weights))
-        patch.setattr("modeling_gated.conversion.shards.place_file", nothing)
+        patch.setattr("modeling_gated.checkpoints.shards.place_file", nothing)
         with pytest.raises(ConversionError, match=r"gated: [\d.]+ kB are needed, [\d.]+ kB are free"):
             convert_checkpoint(checkpoint, tmp_path / "gated", place="copy")
         assert not any(tmp_path.iterdir())
@@ -324,7 +324,7 @@ def test_a_read_only_target(checkpoint: Path, unprivileged: Path) -> None:
 
 def test_a_copy_ends_soon_after_an_interrupt(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads that copy stop at their next part; the run does not wait for the rest of their shards."""
-    monkeypatch.setattr("modeling_gated.conversion.placement._CHUNK", 1000)
+    monkeypatch.setattr("modeling_gated.checkpoints.placement._CHUNK", 1000)
     copy_file_range, parts, counter = os.copy_file_range, [], itertools.count(1)
 
     def slow(*arguments: int) -> int:
@@ -350,7 +350,7 @@ def test_another_filesystem(checkpoint: Path, tmp_path: Path) -> None:
         done = convert_checkpoint(checkpoint, Path(directory) / "gated")
         assert done.shared_bytes == 0
         for place in ("link", "reflink"):
-            with pytest.raises(ConversionError, match=f"--place {place}: .* cannot be"):
+            with pytest.raises(ConversionError, match=f"place='{place}': .* cannot be"):
                 convert_checkpoint(checkpoint, Path(directory) / place, place=place)
         assert {path.name for path in Path(directory).iterdir()} == {"gated"}
         ungate_checkpoint(Path(directory) / "gated", tmp_path / "back")

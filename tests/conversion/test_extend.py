@@ -155,13 +155,13 @@ def test_other_failures_leave_nothing_either(llama: Path, tmp_path: Path, monkey
         extend_checkpoint(tmp_path / "model.gguf", tmp_path / "longer", context=YARN)
     with pytest.raises(ConversionError, match="nowhere: no such file or directory"):
         extend_checkpoint(tmp_path / "nowhere", tmp_path / "longer", context=YARN)
-    with pytest.raises(ConversionError, match=f"--revision main: {llama} is a path"):
+    with pytest.raises(ConversionError, match=f"revision='main': {llama} is a path"):
         extend_checkpoint(llama, tmp_path / "longer", context=YARN, revision="main")
 
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modeling_gated.conversion.shards.place_file", fail)
+    monkeypatch.setattr("modeling_gated.checkpoints.shards.place_file", fail)
     with pytest.raises(KeyboardInterrupt):
         extend_checkpoint(llama, tmp_path / "new" / "longer", context=YARN)
     assert contents(tmp_path) == before
@@ -172,7 +172,7 @@ def test_what_may_be_overwritten(llama: Path, tmp_path: Path) -> None:
     before = contents(llama)
     extend_checkpoint(llama, tmp_path / "longer", context=LONGER)
     first = contents(tmp_path / "longer")
-    with pytest.raises(ConversionError, match="longer: already exists; --overwrite replaces it"):
+    with pytest.raises(ConversionError, match="longer: already exists; overwrite=True replaces it"):
         extend_checkpoint(llama, tmp_path / "longer", context=YARN)
     with pytest.raises(ConversionError, match="length=12"):
         extend_checkpoint(llama, tmp_path / "longer", context={"length": 12}, overwrite=True)

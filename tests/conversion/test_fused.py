@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from modeling_gated import GatedLlamaForCausalLM
+from modeling_gated.checkpoints.safetensors_file import Shard
 from modeling_gated.conversion import (
     ConversionError,
     convert_checkpoint,
@@ -19,7 +20,6 @@ from modeling_gated.conversion import (
     ungate_checkpoint,
     verify_checkpoint,
 )
-from modeling_gated.conversion.safetensors_file import Shard
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 
 
@@ -276,7 +276,7 @@ def test_rows_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             yield part
 
     monkeypatch.setattr(Shard, "chunks", spy)
-    monkeypatch.setattr("modeling_gated.conversion.files.CHUNK", 1000)
+    monkeypatch.setattr("modeling_gated.checkpoints.files.CHUNK", 1000)
     write_fused(tmp_path / "source", {"headwise_attn_output_gate": True}, 102)
     convert_checkpoint(tmp_path / "source", tmp_path / "gated")
     assert {tensor for tensor, _ in sizes} == load_all(tmp_path / "source").keys()

@@ -12,9 +12,10 @@ from checkpoints import contents
 from fake_hub import Repository, serving
 from transformers import AutoModelForCausalLM
 
-from modeling_gated.conversion import ConversionError, convert_checkpoint, plan_conversion, side_files
+from modeling_gated.checkpoints import side_files
+from modeling_gated.checkpoints.sources import find_source
+from modeling_gated.conversion import ConversionError, convert_checkpoint, plan_conversion
 from modeling_gated.conversion.manifest import read_manifest
-from modeling_gated.conversion.sources import find_source
 
 
 COMMIT = "a" * 40

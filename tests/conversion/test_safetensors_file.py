@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_gated.conversion.safetensors_file import (
+from modeling_gated.checkpoints.safetensors_file import (
     FLOATING_DTYPES,
     filled_tensor,
     new_tensor,

@@ -8,15 +8,10 @@ from checkpoints import contents
 from extended_checkpoints import LONGER, MANIFEST, edit_json, in_json
 from typer.testing import CliRunner
 
+from modeling_gated.checkpoints import side_files
+from modeling_gated.checkpoints.side_files import choose_side_files
 from modeling_gated.cli import app
-from modeling_gated.conversion import (
-    convert_checkpoint,
-    extend_checkpoint,
-    plan_conversion,
-    side_files,
-    ungate_checkpoint,
-)
-from modeling_gated.conversion.side_files import choose_side_files
+from modeling_gated.conversion import convert_checkpoint, extend_checkpoint, plan_conversion, ungate_checkpoint
 
 
 KEPT = {

@@ -93,7 +93,7 @@ def test_a_verification_leaves_the_cache_alone(hub: Path, llama: Path, tmp_path:
         ("a/b/c", None, "a/b/c: no such file or directory, and 'a/b/c' is no hub id"),
         ("/nowhere/at all", None, "/nowhere/at all: no such file or directory"),
         ("../up", None, "up: no such file or directory"),
-        ("{llama}", "main", "--revision main: {llama} is a path"),
+        ("{llama}", "main", "revision='main': {llama} is a path"),
     ],
 )
 def test_what_is_neither_a_path_nor_on_the_hub(

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, PreT
 from word_tokenizer import save_word_tokenizer
 
 from modeling_gated import GatedLlamaForCausalLM
+from modeling_gated.checkpoints.checkpoint import open_checkpoint
 from modeling_gated.conversion import ConversionError, convert_checkpoint, generation, verify, verify_checkpoint
-from modeling_gated.conversion.checkpoint import open_checkpoint
 from modeling_gated.conversion.generation import NEW_TOKENS, compare_generation
 from modeling_gated.conversion.streaming import Comparison, StreamedModel
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention

@@ -31,11 +31,11 @@ from typer.testing import CliRunner, Result
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.cli import app
+from modeling_gated.errors import TokenizerError
 from modeling_gated.inspection import FirstTokenAttention, InspectionError, ModelReport, inspect_model, inspecting
 from modeling_gated.inspection.page import as_json, as_page
 from modeling_gated.inspection.pictures import PICTURES
 from modeling_gated.inspection.report import mean_of
-from modeling_gated.tokenization import TokenizerError
 
 
 TEXT = "Attention sinks are tokens that get attention for nothing. " * 12

@@ -15,13 +15,14 @@ from typer.testing import CliRunner, Result
 
 from modeling_gated import absorption
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint, sampling, texts
+from modeling_gated.checkpoints.tokenization import check_token_ids, load_tokenizer
 from modeling_gated.cli import app
 from modeling_gated.conversion import ConversionError, convert_checkpoint
+from modeling_gated.errors import TokenizerError
 from modeling_gated.evaluation import evaluate_context, plot
 from modeling_gated.evaluation.prompts import build_prompt
 from modeling_gated.evaluation.tasks import draw
 from modeling_gated.inspection import inspect_model, page
-from modeling_gated.tokenization import TokenizerError, check_token_ids, load_tokenizer
 
 
 # Exit codes of verify, and words of its own.
@@ -213,7 +214,7 @@ OPTIONS = {
     "endless lengths": (("evaluate-context",), ["--lengths", "9" * 30], "text.txt: 1 windows of 9999"),
     "no samples": (("evaluate-context",), ["--samples", "0"], "samples 0: at least 1 is needed"),
     "no chunk": (("evaluate-context",), ["--chunk-size", "-1"], "chunk_size -1: at least 1 is needed"),
-    "no tokens": (("verify",), ["--tokens", "0"], "--tokens 0: at least 1 is needed"),
+    "no tokens": (("verify",), ["--tokens", "0"], "--tokens 0: must be at least 1"),
     "negative distillation": (("absorb",), ["--distill-tokens", "-1"], "distill_tokens -1: at least 0 is needed"),
     "negative samples": (("absorb",), ["--sample-tokens", "-1"], "sample_tokens -1: at least 0 is needed"),
     "a seed too large": (

@@ -175,12 +175,12 @@ def test_a_bad_source_gets_one_clear_line(sharded: Path, tmp_path: Path, case: s
     ("arguments", "words"),
     [
         (["{tmp}/nowhere", "{tmp}/out"], ["{tmp}/nowhere", "no such file or directory"]),
-        (["{llama}", "{tmp}/out", "--gate-init", "1.5"], ["gate_init=1.5"]),
-        (["{llama}", "{tmp}/out", "--gate-init", "nan"], ["gate_init=nan"]),
+        (["{llama}", "{tmp}/out", "--gate-init", "1.5"], ["--gate-init 1.5 must be"]),
+        (["{llama}", "{tmp}/out", "--gate-init", "nan"], ["--gate-init nan must be"]),
         (["{llama}", "{tmp}/out", "--dtype", "float16"], ["--dtype", "not a GGUF file"]),
         (["{llama}", "{llama}/tokenizer_config.json/out"], ["{llama}/tokenizer_config.json"]),
         (["{tmp}", "{tmp}/../out"], ["give its path: {tmp}/bad.gguf"]),
-        (["{tmp}/cut.gguf", "{tmp}/out", "--gate-init", "2"], ["--gate-init: gate_init=2.0"]),
+        (["{tmp}/cut.gguf", "{tmp}/out", "--gate-init", "2"], ["--gate-init 2.0 must be"]),
         (["{tmp}/bad.gguf", "{tmp}/out"], ["{tmp}/bad.gguf", "not a GGUF file"]),
         (["{tmp}/cut.gguf", "{tmp}/out"], ["{tmp}/cut.gguf", "not a complete GGUF file"]),
         (["{tmp}/cut.gguf", "{tmp}/new/folder/out"], ["{tmp}/cut.gguf", "not a complete GGUF file"]),
@@ -269,6 +269,6 @@ def test_an_interrupt_ends_in_a_line(llama: Path, tmp_path: Path, monkeypatch: p
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("modeling_gated.conversion.shards.place_file", interrupt)
+    monkeypatch.setattr("modeling_gated.checkpoints.shards.place_file", interrupt)
     assert run("convert", llama, tmp_path / "gated") == (130, "", "error: interrupted; nothing was left behind\n")
     assert {path.name for path in tmp_path.iterdir()} == {"llama"}

@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from .errors import ConversionError
+from modeling_gated.errors import ConversionError
+
 from .files import read_json, resolve
 
 

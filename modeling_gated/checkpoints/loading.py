@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 import modeling_gated.registration  # noqa: F401 - makes the Auto classes know gated_llama
-from modeling_gated.conversion.architecture import naming
-from modeling_gated.conversion.checkpoint import open_checkpoint
-from modeling_gated.conversion.errors import ConversionError
-from modeling_gated.conversion.files import MAX_CONFIG_BYTES, read_json, resolve
+from modeling_gated.errors import ConversionError
+
+from .checkpoint import open_checkpoint
+from .config import naming
+from .files import MAX_CONFIG_BYTES, read_json, resolve
 
 
 _ADAPTER_CONFIG = "adapter_config.json"

@@ -7,7 +7,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from .errors import ConversionError
+from modeling_gated.errors import ConversionError
+
 from .hub import download
 
 
@@ -52,7 +53,7 @@ def find_source(given: str, revision: str | None = None) -> Source:
     path = Path(given).absolute()
     if path.exists():
         if revision is not None:
-            raise ConversionError(f"--revision {revision}: {path} is a path, not a model on the hub")
+            raise ConversionError(f"revision={revision!r}: {path} is a path, not a model on the hub")
         return Source(given, path, *_cached(path.resolve() if path.is_dir() else path))
     try:
         validate_repo_id(given)

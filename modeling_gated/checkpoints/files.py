@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from .errors import ConversionError
+from modeling_gated.errors import ConversionError
 
 
 CHUNK = 2**20

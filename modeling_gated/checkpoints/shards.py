@@ -10,11 +10,12 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from modeling_gated.errors import ConversionError
+
 from .checkpoint import Checkpoint
-from .errors import ConversionError
 from .files import sha256, sync
-from .manifest import FileRecord, record
 from .placement import Placement, place_file
+from .records import FileRecord, record
 from .safetensors_file import NewTensor, Shard, write_safetensors
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from modeling_gated.configuration import SOURCE_FAMILIES, GatedLlamaConfig
+from modeling_gated.errors import ConversionError
 
-from .errors import ConversionError
 from .files import MAX_CONFIG_BYTES, read_json, resolve, sync
 
 
@@ -29,7 +29,7 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     if not os.path.lexists(output):
         return
     if not overwrite:
-        raise ConversionError(f"{output}: already exists; --overwrite replaces it")
+        raise ConversionError(f"{output}: already exists; overwrite=True replaces it")
     if os.path.ismount(output):
         raise ConversionError(f"{output}: is a mount point, which cannot be replaced; name a directory in it")
     if not output.is_dir() or (any(output.iterdir()) and not _is_checkpoint(output)):

@@ -10,7 +10,8 @@ from typing import Literal
 
 from rich.filesize import decimal
 
-from .errors import ConversionError
+from modeling_gated.errors import ConversionError
+
 from .safetensors_file import Shard
 
 
@@ -64,12 +65,12 @@ def place_file(source: Path, target: Path, place: Placement, advance: Callable[[
             if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                 raise
             raise ConversionError(
-                f"--place link: {source} cannot be hard-linked to where the output lies: {error.strerror}"
+                f"place='link': {source} cannot be hard-linked to where the output lies: {error.strerror}"
             ) from None
     else:
         is_shared = place != "copy" and _reflink(source, target)
         if place == "reflink" and not is_shared:
-            raise ConversionError(f"--place reflink: {source} cannot be reflinked to where the output lies")
+            raise ConversionError(f"place='reflink': {source} cannot be reflinked to where the output lies")
         if not is_shared:
             _copy(source, target, advance)
         shutil.copymode(source, target)  # what others may not read, they may not read in the result

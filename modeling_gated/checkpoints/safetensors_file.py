@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import ConversionError
+from modeling_gated.errors import ConversionError
+
 from .files import chunks, opened, parse_json
 
 

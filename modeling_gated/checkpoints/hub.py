@@ -10,8 +10,9 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from modeling_gated.errors import ConversionError
+
 from .checkpoint import read_weight_map, rewriting_command
-from .errors import ConversionError
 from .files import resolve
 from .side_files import TOKENIZER_FILES, SideFiles, choose_side_files, named_files
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+from modeling_gated.errors import ConversionError
+
 from .checkpoint import Checkpoint, rewriting_command
-from .errors import ConversionError
 from .safetensors_file import Shard
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .errors import ConversionError
+from modeling_gated.errors import ConversionError
+
 from .files import MAX_CONFIG_BYTES, read_json, resolve
 from .safetensors_file import Shard, Tensor, read_shard
 from .side_files import PICKLE_SUFFIXES, find_side_files

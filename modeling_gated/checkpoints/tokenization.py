@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.utils import CONFIG_NAME
 
 import modeling_gated.registration  # noqa: F401 - makes AutoTokenizer know gated_llama
-from modeling_gated.conversion.errors import ConversionError
-from modeling_gated.loading import read_model_config
+from modeling_gated.errors import ConversionError, TokenizerError
+
+from .loading import read_model_config
 
 
 _TOKENIZER, _CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -20,10 +21,6 @@ _MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 _JSON_FILES = (_TOKENIZER, _CONFIG, "special_tokens_map.json", "added_tokens.json")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _WHAT_TO_DO = "copy the tokenizer files again from the model that the checkpoint was made from"
-
-
-class TokenizerError(ConversionError):
-    """A tokenizer or a chat template that cannot be used with its model. The message is one line."""
 
 
 def load_tokenizer(directory: Path, repo_id: str | None = None) -> PreTrainedTokenizerBase:

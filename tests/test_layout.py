@@ -1,0 +1,31 @@
+"""configuration/ and conversion/ lie at the top of a clone and are imported as parts of modeling_gated."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "text files, as on Windows"])
+def test_import_from_a_clone(tmp_path: Path, links: bool) -> None:
+    names = ("configuration", "conversion")
+    for name in ("modeling_gated", *names):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True)
+    if not links:
+        for name in names:
+            link = tmp_path / "modeling_gated" / name
+            target = os.readlink(link)
+            link.unlink()
+            link.write_text(target)
+    code = "import modeling_gated.conversion as c; print(c.__file__, c.ConversionError.__module__)"
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    file, module = done.stdout.split()
+    assert Path(file).resolve() == tmp_path.resolve() / "conversion" / "__init__.py"
+    assert module == "modeling_gated.errors"
