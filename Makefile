@@ -11,7 +11,7 @@ demo: .venv/ready
 test: .venv/ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
-CORE := tests/configuration tests/modeling_gated tests/conversion/test_identity.py tests/conversion/test_verify.py \
+CORE := tests/configuration tests/model tests/cli tests/evaluation tests/conversion/test_identity.py tests/conversion/test_verify.py \
 	tests/conversion/test_refresh.py tests/integration/test_remote_code.py tests/integration/test_trainer.py tests/training \
 	tests/absorption tests/inspection/test_attention_meters.py tests/inspection/test_kinds_of_attention.py \
 	tests/inspection/test_callback.py tests/inspection/test_interventions.py

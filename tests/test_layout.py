@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,16 @@ def test_import_from_a_clone(tmp_path: Path, links: bool) -> None:
     file, module = done.stdout.split()
     assert Path(file).resolve() == tmp_path.resolve() / "conversion" / "__init__.py"
     assert module == "modeling_gated.errors"
+
+
+def test_all_folders_are_in_the_wheel() -> None:
+    folders = {
+        path.parent.relative_to(ROOT) for name in names_of_rooms() for path in (ROOT / name).rglob("__init__.py")
+    }
+    packages = {".".join(folder.parts).removeprefix("modeling_gated.") for folder in folders}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {name.removeprefix("modeling_gated.") for name in declared} == packages
+
+
+def names_of_rooms() -> tuple[str, ...]:
+    return ("modeling_gated", "configuration", "conversion")

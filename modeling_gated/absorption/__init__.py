@@ -2,13 +2,14 @@
 
 from modeling_gated.errors import AbsorptionError
 
-from .absorb import Absorption, absorb_checkpoint
-from .closed_form import AbsorbedLayer
-from .editing import Edit, absorb_sinks
-from .proof import Comparison, Measured, Windows, compare, prove
+from .absorb import absorb_checkpoint
+from .comparison import Comparison, Measured, Windows, compare, prove
+from .edit.closed_form import AbsorbedLayer
+from .edit.model import Edit, absorb_sinks
+from .edit.sinks import SinkDirection
+from .edit.writers import Writer, find_writers, remove_writers
+from .result import Absorption
 from .settings import AbsorptionSettings
-from .sinks import SinkDirection
-from .writers import Writer, find_writers, remove_writers
 
 
 __all__ = [

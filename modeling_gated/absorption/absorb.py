@@ -1,10 +1,9 @@
 """A checkpoint with attention sinks in, one without them out; its steps are kept until the result is complete."""
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -26,64 +25,15 @@ from modeling_gated.errors import AbsorptionError, ConversionError
 from modeling_gated.evaluation import EvaluationError
 from modeling_gated.training.loop import read_losses
 
+from .bfloat16_matmuls import has_bfloat16_matmuls
 from .card import absorption_card
-from .closed_form import AbsorbedLayer
-from .distilling import STAGE, accelerator_for
-from .inputs import Inputs
+from .distillation.training import STAGE, accelerator_for
 from .models import gated_original
-from .products import has_bfloat16_products
-from .proof import Comparison
+from .result import REPORT_NAME, Absorption
+from .run_identity import RunIdentity
 from .settings import AbsorptionSettings
 from .texts import Text, check_texts
 from .work import Work, begin
-from .writers import Writer
-
-
-REPORT_NAME = "absorption.json"
-_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Absorption:
-    """
-    What was done to a checkpoint, and what came of it: the `inputs` with the settings as they were, `writers` and
-    `layers` as of `Edit`, the `losses` of the distillation's steps, which had so many `distilled_tokens`, and its
-    `validation_losses`, every `settings.evaluate_every` steps, and how the model in `output` compares with the
-    original. `notes` are for the user, such as why no chats were sampled.
-    """
-
-    output: Path
-    inputs: Inputs
-    writers: list[Writer]
-    layers: list[AbsorbedLayer]
-    losses: list[float]
-    distilled_tokens: int
-    validation_losses: list[float]
-    comparisons: list[Comparison]
-    seconds: dict[str, float]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def settings(self) -> AbsorptionSettings:
-        return self.inputs.settings
-
-    def as_json(self) -> str:
-        """The content of `absorption.json`."""
-        content = {
-            "format": _FORMAT,
-            "output": self.output.name,
-            **self.inputs.record(),
-            "settings": asdict(self.settings),
-            "writers": [asdict(writer) for writer in self.writers],
-            "layers": [asdict(layer) for layer in self.layers],
-            "losses": self.losses,
-            "distilled_tokens": self.distilled_tokens,
-            "validation_losses": self.validation_losses,
-            "comparisons": [comparison.as_dict() for comparison in self.comparisons],
-            "seconds": self.seconds,
-            "notes": list(self.notes),
-        }
-        return json.dumps(content, indent=2) + "\n"
 
 
 def absorb_checkpoint(
@@ -148,13 +98,13 @@ def absorb_checkpoint(
     accelerator_for(device)  # refuses at once what would end the run at its distillation
     folder = output.with_name(f"{output.name}.partial")
     try:
-        # Part of the run's identity: what a GPU, or a CPU with products of bfloat16, began, others do not finish.
+        # Part of the run's identity: what a GPU, or a CPU with matmuls in bfloat16, began, others do not finish.
         on_cpu = dtype is None and device.type == "cpu"
-        dtype, mixed = torch.float32 if on_cpu else dtype, on_cpu and has_bfloat16_products()
-        inputs = Inputs(source, {path: sha256(path) for path in paths}, settings, dtype, mixed)
-        begin(folder, inputs.identity())
-        work, texts = _prepared(inputs, folder, device, progress)
-        done, distilled = _absorbed(work, texts, inputs, output)
+        dtype, bfloat16_matmuls = torch.float32 if on_cpu else dtype, on_cpu and has_bfloat16_matmuls()
+        identity = RunIdentity(source, {path: sha256(path) for path in paths}, settings, dtype, bfloat16_matmuls)
+        begin(folder, identity.as_settings())
+        work, texts = _prepared(identity, folder, device, progress)
+        done, distilled = _absorbed(work, texts, identity, output)
         with replacing(output, overwrite) as staging:
             _write(done, work.original, distilled, staging, made)
         with scratch_directory(output) as scratch:  # under its name it is whole or not there
@@ -166,41 +116,43 @@ def absorb_checkpoint(
     return done
 
 
-def _prepared(inputs: Inputs, folder: Path, device: torch.device, progress: bool) -> tuple[Work, list[Text]]:
+def _prepared(identity: RunIdentity, folder: Path, device: torch.device, progress: bool) -> tuple[Work, list[Text]]:
     """The steps, of the original with gates that are 1, and their texts."""
-    source = inputs.source.path
+    source = identity.source.path
     try:
         tokenizer = None
-        if not inputs.source.is_gguf:  # before anything is written
+        if not identity.source.is_gguf:  # before anything is written
             directory = source if source.is_dir() else source.parent
             tokenizer, _ = load_tokenizer(directory), read_generation_config(directory)
-        path = gated_original(inputs.source, folder / "original", progress)
+        path = gated_original(identity.source, folder / "original", progress)
         if tokenizer is None:
             tokenizer = load_tokenizer(path)
             tokenizer.name_or_path = str(source)  # in errors
         original = open_checkpoint(path)
         limit = read_gated_config(original).max_position_embeddings
-        lengths = {name: min(getattr(inputs.settings, name), limit) for name in ("window_tokens", "long_window_tokens")}
-        settings = replace(inputs.settings, **lengths)
+        lengths = {
+            name: min(getattr(identity.settings, name), limit) for name in ("window_tokens", "long_window_tokens")
+        }
+        settings = replace(identity.settings, **lengths)
         # Gradients of float16 would vanish.
         is_bfloat16 = stored_dtype(original) == torch.bfloat16
-        dtype = inputs.dtype or (torch.bfloat16 if is_bfloat16 else torch.float32)
-        work = Work(folder, path, tokenizer, settings, dtype, device, progress, inputs.mixed, source)
-        return work, work.texts(list(inputs.texts))
+        dtype = identity.dtype or (torch.bfloat16 if is_bfloat16 else torch.float32)
+        work = Work(folder, path, tokenizer, settings, dtype, device, progress, identity.bfloat16_matmuls, source)
+        return work, work.texts(list(identity.texts))
     except (AbsorptionError, ConversionError, EvaluationError):
         if not (folder / "sampled.json").is_file():  # what is refused leaves nothing behind
             shutil.rmtree(folder)
         raise
 
 
-def _absorbed(work: Work, texts: list[Text], inputs: Inputs, output: Path) -> tuple[Absorption, Path]:
+def _absorbed(work: Work, texts: list[Text], identity: RunIdentity, output: Path) -> tuple[Absorption, Path]:
     """What was done, and the folder with the result's model."""
     edit = work.edit(texts)
     distilled = work.distil(texts, edit)
     comparisons, losses = work.prove(distilled, texts), read_losses(work.folder, STAGE)
     done = Absorption(
         output=output,
-        inputs=replace(inputs, settings=work.settings, dtype=work.dtype),
+        identity=replace(identity, settings=work.settings, dtype=work.dtype),
         writers=edit.writers,
         layers=edit.layers,
         losses=losses,

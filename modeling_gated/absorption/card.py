@@ -3,15 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from modeling_gated.conversion.card import card_metadata, cell
 
-from .proof import Comparison, Measured
-
-
-if TYPE_CHECKING:
-    from .absorb import Absorption
+from .comparison import Comparison, Measured
+from .result import Absorption
 
 
 _PROMISE = (
@@ -26,13 +22,13 @@ _COMPARISON = ", made to be compared with a model whose attention sinks were abs
 _STEPS = ("removes_writers", "edits_keys", "edits_gates", "trains_gates")
 
 
-def absorption_card(done: "Absorption", directory: Path, made: Mapping[str, str]) -> str:
+def absorption_card(done: Absorption, directory: Path, made: Mapping[str, str]) -> str:
     """
     The text of README.md, with the metadata that the hub reads, some of it from the card in `directory`, and what says
     how the checkpoint was `made`.
     """
     layers, gated = done.layers, sum(any(layer.gated) for layer in done.layers)
-    source, settings = done.inputs.source, done.inputs.settings
+    source, settings = done.identity.source, done.identity.settings
     is_whole = all(getattr(settings, step) for step in _STEPS)
     rows = {
         "base model": source.name,
@@ -44,7 +40,7 @@ def absorption_card(done: "Absorption", directory: Path, made: Mapping[str, str]
         )
         or "none",
         "distilled on": f"{done.distilled_tokens:,} tokens",
-        "computed in": f"{str(done.inputs.dtype).removeprefix('torch.')}, products in {done.inputs.products}",
+        "computed in": f"{str(done.identity.dtype).removeprefix('torch.')}, matmuls in {done.identity.matmul_dtype}",
         "seed": settings.seed,
     }
     return f"""---

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gated.checkpoints.tokenization import chat_text, check_token_ids, encode, tokenizer_name
 from modeling_gated.errors import TokenizerError
-from modeling_gated.inspection.inspecting import input_device
+from modeling_gated.inspection.watching.inspecting import input_device
 
 
 # Sequences at a time.

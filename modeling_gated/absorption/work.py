@@ -1,4 +1,4 @@
-"""The steps of absorbing a checkpoint's sinks; all but the proof are kept in a folder, and not done again."""
+"""The steps of absorbing a checkpoint's sinks; all but the comparison are kept in a folder, and not done again."""
 
 import json
 import shutil
@@ -24,16 +24,16 @@ from modeling_gated.errors import AbsorptionError
 from modeling_gated.gate_names import is_gate
 from modeling_gated.training.loop import check_output
 
-from .closed_form import AbsorbedLayer
-from .distilling import distil
-from .editing import Edit, absorb_sinks
+from .comparison import Comparison, prove
+from .distillation.training import distil
+from .edit.closed_form import AbsorbedLayer
+from .edit.model import Edit, absorb_sinks
+from .edit.sinks import SinkDirection
+from .edit.writers import Writer
 from .models import load_editable, load_original
-from .proof import Comparison, prove
 from .sampling import sample_chats, sample_text, why_no_chats
 from .settings import AbsorptionSettings
-from .sinks import SinkDirection
 from .texts import Text, TrainingWindows, default_texts, given_texts, sampled_text, special_start
-from .writers import Writer
 
 
 _EDIT, _DIRECTIONS = "edit.json", "directions.safetensors"
@@ -42,10 +42,12 @@ _EDIT, _DIRECTIONS = "edit.json", "directions.safetensors"
 @dataclass(frozen=True)
 class Work:
     """
-    What is needed for every step: where the original is, with gates that are 1, its tokenizer, the settings, and what
-    to compute in and on. If it is `mixed`, text is sampled from a bfloat16 model, and the edit and the distillation
-    multiply in bfloat16, though their models are float32; the search for writers and the proof do not. Errors name
-    `source`, the checkpoint as the user knows it.
+    Everything that a step needs: where the original is, with gates that are 1, its tokenizer, the settings, and the
+    dtype and device to compute in.
+
+    With `bfloat16_matmuls`, text is sampled from a bfloat16 model, and the edit and the distillation multiply in
+    bfloat16, though their models are float32; the search for writers and the comparison do not. Errors name `source`,
+    the checkpoint as the user knows it.
     """
 
     folder: Path
@@ -55,7 +57,7 @@ class Work:
     dtype: torch.dtype
     device: torch.device
     progress: bool
-    mixed: bool = False
+    bfloat16_matmuls: bool = False
     source: Path | None = None
 
     def texts(self, given: Sequence[Path]) -> list[Text]:
@@ -87,7 +89,7 @@ class Work:
             with self._timed("edit"), self._making(path) as staging:
                 edited = load_editable(self.original, self.dtype, self.device)
                 windows = self._calibration_windows(texts)
-                options = {"mixed": self.mixed, "progress": self.progress}
+                options = {"bfloat16_matmuls": self.bfloat16_matmuls, "progress": self.progress}
                 edit = absorb_sinks(self._load_original(), edited, windows, self.settings, **options)
                 edited.save_pretrained(staging)
                 _write_edit(edit, staging)
@@ -108,7 +110,7 @@ class Work:
                         self.tokenizer,
                         self.folder,
                         self.settings,
-                        mixed=self.mixed,
+                        bfloat16_matmuls=self.bfloat16_matmuls,
                         progress=self.progress,
                     )
                 _round(edited, self.stored_dtype)
@@ -148,7 +150,7 @@ class Work:
     def _sampled(self) -> dict[str, list[list[int]]]:
         """What the original writes, by kind."""
         tokens = self.settings.sample_tokens
-        dtype = torch.bfloat16 if self.mixed else self.dtype
+        dtype = torch.bfloat16 if self.bfloat16_matmuls else self.dtype
         # Also if nothing is sampled: what is wrong with the weights is found before anything is kept.
         model, seed = load_original(self.original, dtype, self.device, self.source), self.settings.seed
         if tokens < 2:

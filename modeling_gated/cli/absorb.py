@@ -33,7 +33,7 @@ def absorb(
         str | None,
         typer.Option(
             help="What to compute in: bfloat16 or float32.",
-            show_default="float32 on a CPU, with products of bfloat16 if it has instructions for them; else "
+            show_default="float32 on a CPU, with matmuls in bfloat16 if it has instructions for them; else "
             "bfloat16, if SOURCE is, or float32",
         ),
     ] = None,

@@ -51,7 +51,7 @@ def inspect(
         from modeling_gated.evaluation.plot import check_plots
         from modeling_gated.evaluation.text import read_text
         from modeling_gated.inspection import InspectionError, inspect_model
-        from modeling_gated.inspection.page import (
+        from modeling_gated.inspection.report.page import (
             JSON,
             PAGE,
             PICTURE_FOLDER,
@@ -60,7 +60,7 @@ def inspect(
             remove_pictures,
             write_pictures,
         )
-        from modeling_gated.inspection.report import check_settings
+        from modeling_gated.inspection.report.report import check_settings
 
         if png and report is None:
             raise InspectionError("--png needs --report, a directory to write to")
@@ -101,7 +101,7 @@ def _print_summary(found: "list[ModelReport]") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from modeling_gated.inspection.page import rows_of
+    from modeling_gated.inspection.report.page import rows_of
 
     table = Table(box=None, pad_edge=False)
     table.add_column("")

@@ -2,7 +2,11 @@
 
 from modeling_gated.errors import InspectionError, UnknownAttention
 
-from .activation_meters import (
+from .callback import InspectionCallback
+from .interventions.gates import closed_gates, forced_gates, open_gates, shuffled_gates
+from .interventions.masking import masked_first_token, windowed_attention
+from .interventions.rounding import int8_activations, int8_weights
+from .meters.activation_meters import (
     Activation,
     HiddenMaxima,
     Int8Errors,
@@ -10,7 +14,7 @@ from .activation_meters import (
     MassiveActivations,
     QuantizationError,
 )
-from .attention_meters import (
+from .meters.attention_meters import (
     AttentionEntropy,
     EffectiveRank,
     FirstTokenAttention,
@@ -19,16 +23,12 @@ from .attention_meters import (
     SinkRate,
     SinkRates,
 )
-from .attention_rows import AttentionRows
-from .callback import InspectionCallback
-from .gate_meters import GateDrift, GateScores, GateStatistics
-from .inspecting import inspecting
-from .interventions import closed_gates, forced_gates, open_gates, shuffled_gates
-from .masking import masked_first_token, windowed_attention
-from .meter import Meter
-from .report import ModelReport, inspect_model
-from .rounding import int8_activations, int8_weights
-from .tokens import Tokens
+from .meters.gate_meters import GateDrift, GateScores, GateStatistics
+from .report.report import ModelReport, inspect_model
+from .watching.attention_rows import AttentionRows
+from .watching.inspecting import inspecting
+from .watching.meter import Meter
+from .watching.tokens import Tokens
 
 
 __all__ = [

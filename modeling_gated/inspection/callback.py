@@ -12,11 +12,11 @@ from modeling_gated.configuration import GatedLlamaConfig, initial_gate_bias
 from modeling_gated.errors import InspectionError
 from modeling_gated.modeling_gated_llama import GATE_ACTIVATIONS
 
-from .activation_meters import MassiveActivations
-from .attention_meters import FirstTokenAttention
-from .gate_meters import GateDrift, GateScores
-from .inspecting import evaluation_mode, input_device, inspecting
-from .meter import Meter
+from .meters.activation_meters import MassiveActivations
+from .meters.attention_meters import FirstTokenAttention
+from .meters.gate_meters import GateDrift, GateScores
+from .watching.inspecting import evaluation_mode, input_device, inspecting
+from .watching.meter import Meter
 
 
 logger = logging.get_logger(__name__)

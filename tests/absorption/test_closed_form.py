@@ -8,11 +8,11 @@ import torch
 from sink_model import HEIGHT, WRITERS, converted, sink_model, windows
 
 from modeling_gated.absorption import AbsorptionSettings, absorb_sinks, find_writers, remove_writers
-from modeling_gated.absorption.closed_form import absorb_layer, output_error
-from modeling_gated.absorption.gate_fit import fit_gates
-from modeling_gated.absorption.layer_states import LayerStates
-from modeling_gated.absorption.refinement import Refinement
-from modeling_gated.absorption.sinks import layer_sinks
+from modeling_gated.absorption.edit.closed_form import absorb_layer, output_error
+from modeling_gated.absorption.edit.gate_fit import fit_gates
+from modeling_gated.absorption.edit.layer_states import LayerStates
+from modeling_gated.absorption.edit.refinement import Refinement
+from modeling_gated.absorption.edit.sinks import layer_sinks
 from modeling_gated.inspection import FirstTokenAttention, MassiveActivations, inspecting, open_gates
 from modeling_gated.training import ungated
 

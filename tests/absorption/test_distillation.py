@@ -10,10 +10,10 @@ from byte_tokenizer import byte_tokenizer
 from sink_model import converted, sink_model, windows
 
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings
-from modeling_gated.absorption.distillation import SinkDistillation
-from modeling_gated.absorption.distilling import _validation_windows, distil
-from modeling_gated.absorption.layer_states import LayerStates
-from modeling_gated.absorption.sinks import layer_sinks
+from modeling_gated.absorption.distillation.loss import SinkDistillation
+from modeling_gated.absorption.distillation.loss.training import _validation_windows, distil
+from modeling_gated.absorption.edit.layer_states import LayerStates
+from modeling_gated.absorption.edit.sinks import layer_sinks
 from modeling_gated.absorption.texts import Text
 from modeling_gated.training import ungated
 

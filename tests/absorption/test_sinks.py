@@ -6,9 +6,9 @@ import torch
 from gated_models import VARIANTS, gated_model
 from sink_model import BOS, FIRST, converted, sink_model, windows
 
-from modeling_gated.absorption.attention import captured_attention
-from modeling_gated.absorption.layer_states import LayerStates
-from modeling_gated.absorption.sinks import layer_sinks, mass_on, sink_direction
+from modeling_gated.absorption.edit.attention import captured_attention
+from modeling_gated.absorption.edit.layer_states import LayerStates
+from modeling_gated.absorption.edit.sinks import layer_sinks, mass_on, sink_direction
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

@@ -24,7 +24,7 @@ from modeling_gated.inspection import (
     shuffled_gates,
     windowed_attention,
 )
-from modeling_gated.inspection.interventions import Intervention
+from modeling_gated.inspection.interventions.named import Intervention
 from modeling_gated.training.distillation import ungated
 
 

@@ -33,13 +33,13 @@ from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.cli import app
 from modeling_gated.errors import TokenizerError
 from modeling_gated.inspection import FirstTokenAttention, InspectionError, ModelReport, inspect_model, inspecting
-from modeling_gated.inspection.page import as_json, as_page
-from modeling_gated.inspection.pictures import PICTURES
-from modeling_gated.inspection.report import mean_of
+from modeling_gated.inspection.report.page import as_json, as_page
+from modeling_gated.inspection.report.pictures import PICTURES
+from modeling_gated.inspection.report.report import mean_of
 
 
 TEXT = "Attention sinks are tokens that get attention for nothing. " * 12
-SCHEMA = json.loads(files("modeling_gated.inspection").joinpath("report.schema.json").read_text())
+SCHEMA = json.loads(files("modeling_gated.inspection.report").joinpath("report.schema.json").read_text())
 SIZES = {"vocab_size": 258, "max_position_embeddings": 512}
 
 

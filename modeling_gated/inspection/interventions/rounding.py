@@ -9,8 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_gated.errors import InspectionError
-
-from .inspecting import decoder_layers
+from modeling_gated.inspection.watching.inspecting import decoder_layers
 
 
 @contextmanager

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from modeling_gated.errors import InspectionError
-
-from .meter import LayerMeans, Meter
-from .tokens import Tokens
+from modeling_gated.inspection.watching.meter import LayerMeans, Meter
+from modeling_gated.inspection.watching.tokens import Tokens
 
 
 _MEDIAN_TOKENS = 512  # a median takes a hundred times as long as a maximum

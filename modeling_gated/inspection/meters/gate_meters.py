@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .meter import LayerMeans, Meter
-from .tokens import Tokens
+from modeling_gated.inspection.watching.meter import LayerMeans, Meter
+from modeling_gated.inspection.watching.tokens import Tokens
 
 
 @dataclass(frozen=True)

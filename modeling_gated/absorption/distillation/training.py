@@ -10,15 +10,15 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_gated.absorption.edit.sinks import SinkDirection
+from modeling_gated.absorption.settings import AbsorptionSettings
+from modeling_gated.absorption.texts import Text, TrainingWindows, spread_windows
 from modeling_gated.errors import AbsorptionError
 from modeling_gated.gate_names import is_gate
 from modeling_gated.training import gate_param_groups
 from modeling_gated.training.loop import Evaluation, Run, Stage, train
 
-from .distillation import SinkDistillation
-from .settings import AbsorptionSettings
-from .sinks import SinkDirection
-from .texts import Text, TrainingWindows, spread_windows
+from .loss import SinkDistillation
 
 
 STAGE = "distillation"
@@ -35,7 +35,7 @@ def distil(
     folder: Path,
     settings: AbsorptionSettings,
     *,
-    mixed: bool = False,
+    bfloat16_matmuls: bool = False,
     progress: bool = False,
 ) -> None:
     """
@@ -50,7 +50,7 @@ def distil(
         tokenizer: both models'.
         folder: for the state of the training and its losses.
         settings: of which those that concern the distillation count.
-        mixed: whether both models multiply in bfloat16, though they are float32, on a CPU.
+        bfloat16_matmuls: whether both models multiply in bfloat16, though they are float32, on a CPU.
         progress: show a progress bar.
     """
     _unfreeze(edited, directions, settings.trains_gates)
@@ -61,7 +61,7 @@ def distil(
         sink_weight=settings.sink_weight,
         hidden_weight=settings.hidden_weight,
         hidden_limit=settings.hidden_limit,
-        mixed=mixed,
+        bfloat16_matmuls=bfloat16_matmuls,
     )
     has_gates = any(is_gate(name) for name, parameter in edited.named_parameters() if parameter.requires_grad)
     gate_rate = settings.gate_learning_rate if has_gates else None

@@ -7,10 +7,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from modeling_gated.absorption.bfloat16_matmuls import matmuls_in_bfloat16
 from modeling_gated.kv_cache import cache_argument
 
 from .attention import AttentionInputs, captured_attention
-from .products import bfloat16_products
 
 
 class LayerStates:
@@ -22,10 +22,12 @@ class LayerStates:
     Args:
         model: a causal language model of this package, in evaluation mode.
         batches: token ids [batch, tokens], each without padding.
-        mixed: whether layers multiply in bfloat16, though the model is float32, on a CPU.
+        bfloat16_matmuls: whether layers multiply in bfloat16, though the model is float32, on a CPU.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[torch.Tensor], *, mixed: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[torch.Tensor], *, bfloat16_matmuls: bool = False
+    ) -> None:
         decoder: Any = model.base_model
         self._decoder = decoder
         weight = decoder.embed_tokens.weight
@@ -34,7 +36,7 @@ class LayerStates:
         with torch.no_grad():
             embedded = [decoder.embed_tokens(batch.to(self._device)) for batch in batches]
         self.states = [states.float().cpu() for states in embedded]
-        self.number, self._mixed = 0, mixed
+        self.number, self._bfloat16_matmuls = 0, bfloat16_matmuls
 
     def __len__(self) -> int:
         return len(self.states)
@@ -55,7 +57,7 @@ class LayerStates:
     def attend(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, AttentionInputs]:
         """The attention block's output of an input, and what its attention function was given; with gradients."""
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        with bfloat16_products(self._mixed), captured_attention(self._decoder) as captured:
+        with matmuls_in_bfloat16(self._bfloat16_matmuls), captured_attention(self._decoder) as captured:
             output, _ = self.layer.self_attn(
                 hidden_states,
                 position_embeddings=self._decoder.rotary_emb(hidden_states, positions),
@@ -69,7 +71,7 @@ class LayerStates:
         for batch, states in enumerate(self.states):
             states = self._on_device(states)
             positions = torch.arange(states.shape[1], device=states.device)[None]
-            with bfloat16_products(self._mixed):
+            with matmuls_in_bfloat16(self._bfloat16_matmuls):
                 output = self.layer(
                     states,
                     attention_mask=self._mask(states, positions),

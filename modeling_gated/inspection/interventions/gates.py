@@ -1,9 +1,7 @@
-"""Changing what a model's gates do, to see what its predictions lose; and all such changes by their names."""
+"""Changing what a model's gates do, to see what its predictions lose."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +9,15 @@ from transformers import PreTrainedModel
 
 from modeling_gated.configuration.configuration_gated_llama import GATE_PROJECTIONS
 from modeling_gated.errors import InspectionError
-
-from .gate_hooks import Change, gate_positions, gated_attentions, gates_of_a_head, hooked
-from .inspecting import decoder_layers
-from .masking import masked_first_token, windowed_attention
-from .rounding import int8_activations, int8_weights
-from .tokens import watched_tokens
+from modeling_gated.inspection.watching.gate_hooks import (
+    Change,
+    gate_positions,
+    gated_attentions,
+    gates_of_a_head,
+    hooked,
+)
+from modeling_gated.inspection.watching.inspecting import decoder_layers
+from modeling_gated.inspection.watching.tokens import watched_tokens
 
 
 @contextmanager
@@ -135,55 +136,3 @@ def _changed(attentions: list[Any], change: Change) -> Iterator[None]:
         for attention in attentions:
             stack.enter_context(hooked(attention, change=change))
         yield
-
-
-@dataclass(frozen=True)
-class Intervention:
-    """
-    An intervention by its name: `masked_first_token` (`masked_first_token@64`: from tokens more than 64 after it),
-    `window=128` (`window=128+4`: and the first four tokens), `int8_weights`, `int8_activations`, `closed_gates`,
-    `open_gates`, `shuffled_gates`, or `gates=0.5`, which forces all gates, `gates=0.5@7` those of layer 7 and
-    `gates=0.5@7.2` those of its head 2.
-    """
-
-    name: str
-    needs_gates: bool
-    apply: Callable[[PreTrainedModel], AbstractContextManager[None]]
-
-    @classmethod
-    def parse(cls, name: str) -> "Intervention":
-        """
-        Raises:
-            InspectionError: if there is none of this name.
-        """
-        if name in _NAMED:
-            return cls(name, name.endswith("_gates"), _NAMED[name])
-        if found := re.fullmatch(r"masked_first_token@(\d{1,9})", name):
-            after = int(found[1])
-            return cls(name, False, lambda model: masked_first_token(model, after))
-        if found := re.fullmatch(r"window=(\d{1,9})(?:\+(\d{1,9}))?", name):
-            window, first = int(found[1]), int(found[2] or 0)
-            if window < 1:
-                raise InspectionError(f"intervention {name!r}: a window has at least 1 token")
-            return cls(name, False, lambda model: windowed_attention(model, window, first))
-        found = re.fullmatch(r"gates=(-?[0-9.]+)(?:@(\d{1,9})(?:\.(\d{1,9}))?)?", name)
-        try:
-            value, layer, head = (found[1], found[2], found[3]) if found else ("", None, None)
-            number = float(value)
-        except ValueError:
-            known = ", ".join(
-                (*_NAMED, "masked_first_token@DISTANCE", "window=TOKENS[+FIRST]", "gates=VALUE[@LAYER[.HEAD]]")
-            )
-            raise InspectionError(f"intervention {name!r} is not among {known}") from None
-        where: dict[str, Any] = {key: int(digits) for key, digits in (("layer", layer), ("head", head)) if digits}
-        return cls(name, True, lambda model: forced_gates(model, number, **where))
-
-
-_NAMED: dict[str, Callable[[PreTrainedModel], AbstractContextManager[None]]] = {
-    "masked_first_token": masked_first_token,
-    "int8_weights": int8_weights,
-    "int8_activations": int8_activations,
-    "closed_gates": closed_gates,
-    "open_gates": open_gates,
-    "shuffled_gates": shuffled_gates,
-}

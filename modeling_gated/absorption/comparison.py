@@ -13,9 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gated.evaluation.text import beginning
 from modeling_gated.inspection import FirstTokenAttention, MassiveActivations, QuantizationError, SinkRate, inspecting
-from modeling_gated.inspection.inspecting import input_device
-from modeling_gated.inspection.interventions import Intervention
-from modeling_gated.inspection.report import mean_of, numbers
+from modeling_gated.inspection.interventions.named import Intervention
+from modeling_gated.inspection.report.report import mean_of, numbers
+from modeling_gated.inspection.watching.inspecting import input_device
 
 from .texts import Text, special_start, spread_windows
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling_gated.inspection.inspecting import attention_replaced
+from modeling_gated.inspection.watching.inspecting import attention_replaced
 from modeling_gated.training.chunks import at_least_float32
 
 

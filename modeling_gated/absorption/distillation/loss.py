@@ -9,11 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from modeling_gated.absorption.bfloat16_matmuls import matmuls_in_bfloat16
+from modeling_gated.absorption.edit.attention import captured_attention
+from modeling_gated.absorption.edit.sinks import SinkDirection
 from modeling_gated.training import Distillation
-
-from .attention import captured_attention
-from .products import bfloat16_products
-from .sinks import SinkDirection
 
 
 class SinkDistillation(Distillation):
@@ -31,7 +30,7 @@ class SinkDistillation(Distillation):
         hidden_limit: theirs, or half of the largest that the teacher's tokens have which are no sinks, if that is more:
             a model whose hidden states are all large is not held to what small ones have.
         rows: how many queries of a batch, drawn at random, say what sinks get.
-        mixed: whether both multiply in bfloat16, though they are float32, on a CPU.
+        bfloat16_matmuls: whether both multiply in bfloat16, though they are float32, on a CPU.
     """
 
     def __init__(
@@ -44,11 +43,11 @@ class SinkDistillation(Distillation):
         hidden_weight: float,
         hidden_limit: float,
         rows: int = 64,
-        mixed: bool = False,
+        bfloat16_matmuls: bool = False,
     ) -> None:
         super().__init__(student, teacher, attention_weight=0.0)
         self.directions, self.sink_weight, self.rows = directions, sink_weight, rows
-        self.hidden_weight, self.hidden_limit, self.mixed = hidden_weight, hidden_limit, mixed
+        self.hidden_weight, self.hidden_limit, self.bfloat16_matmuls = hidden_weight, hidden_limit, bfloat16_matmuls
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """
@@ -82,11 +81,11 @@ class SinkDistillation(Distillation):
     def _run(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        with bfloat16_products(self.mixed):
+        with matmuls_in_bfloat16(self.bfloat16_matmuls):
             return super()._run(model, input_ids, attention_mask)
 
     def _summed_kl(self, hidden: torch.Tensor, expected_hidden: torch.Tensor) -> torch.Tensor:
-        with bfloat16_products(self.mixed):
+        with matmuls_in_bfloat16(self.bfloat16_matmuls):
             return super()._summed_kl(hidden, expected_hidden)
 
     @contextmanager

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from modeling_gated.errors import InspectionError
-
-from .attention_rows import AttentionRows
-from .meter import LayerMeans, Meter, by_layer
-from .tokens import Tokens
+from modeling_gated.inspection.watching.attention_rows import AttentionRows
+from modeling_gated.inspection.watching.meter import LayerMeans, Meter, by_layer
+from modeling_gated.inspection.watching.tokens import Tokens
 
 
 class FirstTokenAttention(Meter):

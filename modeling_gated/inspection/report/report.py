@@ -15,14 +15,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modeling_gated.checkpoints.tokenization import check_token_ids, text_token_ids
 from modeling_gated.errors import InspectionError, UnknownAttention
 from modeling_gated.evaluation.text import beginning, windows_of
-
-from .activation_meters import LayerActivations, MassiveActivations, QuantizationError
-from .attention_meters import AttentionEntropy, EffectiveRank, FirstTokenAttention, KeyValueNorms, SinkRate
-from .gate_hooks import gated_attentions
-from .gate_meters import GateScores, GateStatistics
-from .inspecting import decoder_layers, evaluation_mode, input_device, inspecting
-from .interventions import Intervention
-from .meter import Meter
+from modeling_gated.inspection.interventions.named import Intervention
+from modeling_gated.inspection.meters.activation_meters import LayerActivations, MassiveActivations, QuantizationError
+from modeling_gated.inspection.meters.attention_meters import (
+    AttentionEntropy,
+    EffectiveRank,
+    FirstTokenAttention,
+    KeyValueNorms,
+    SinkRate,
+)
+from modeling_gated.inspection.meters.gate_meters import GateScores, GateStatistics
+from modeling_gated.inspection.watching.gate_hooks import gated_attentions
+from modeling_gated.inspection.watching.inspecting import decoder_layers, evaluation_mode, input_device, inspecting
+from modeling_gated.inspection.watching.meter import Meter
 
 
 FORMAT = 1

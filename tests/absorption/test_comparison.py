@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from modeling_gated.absorption import AbsorptionSettings, Windows, absorb_sinks, compare, prove
 from modeling_gated.absorption.card import markdown_table, quality_rows, sink_rows
-from modeling_gated.absorption.proof import GATE_INTERVENTIONS, INTERVENTIONS
+from modeling_gated.absorption.comparison import GATE_INTERVENTIONS, INTERVENTIONS
 from modeling_gated.absorption.texts import Text
 from modeling_gated.inspection import FirstTokenAttention, inspecting, masked_first_token
 from modeling_gated.training import ungated

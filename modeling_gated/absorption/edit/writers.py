@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_gated.inspection import MassiveActivations, inspecting
-from modeling_gated.inspection.inspecting import decoder_layers, input_device
+from modeling_gated.inspection.watching.inspecting import decoder_layers, input_device
 
 
 # Sun et al., arXiv 2402.17762, Section 2: a massive activation is above 100 and about 1,000 times the median.

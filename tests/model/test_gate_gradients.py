@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from transformers import PreTrainedModel
 
 from modeling_gated.gate_functions import GATE_ACTIVATIONS, GatedStates
-from modeling_gated.inspection.gate_hooks import hooked
+from modeling_gated.inspection.watching.gate_hooks import hooked
 
 
 FORMS = [

@@ -22,7 +22,8 @@ from modeling_gated.errors import TokenizerError
 from modeling_gated.evaluation import evaluate_context, plot
 from modeling_gated.evaluation.prompts import build_prompt
 from modeling_gated.evaluation.tasks import draw
-from modeling_gated.inspection import inspect_model, page
+from modeling_gated.inspection import inspect_model
+from modeling_gated.inspection.report.report import page
 
 
 # Exit codes of verify, and words of its own.

@@ -8,10 +8,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from modeling_gated.absorption.settings import AbsorptionSettings
+
 from .closed_form import AbsorbedLayer, absorb_layer
 from .layer_states import LayerStates
 from .refinement import Refinement
-from .settings import AbsorptionSettings
 from .sinks import SinkDirection, layer_sinks
 from .writers import Writer, find_writers, remove_writers
 
@@ -34,7 +35,7 @@ def absorb_sinks(
     windows: Sequence[torch.Tensor],
     settings: AbsorptionSettings,
     *,
-    mixed: bool = False,
+    bfloat16_matmuls: bool = False,
     progress: bool = False,
 ) -> Edit:
     """
@@ -46,7 +47,7 @@ def absorb_sinks(
         edited: the same with gates that are 1, and with biases of all attention projections. It is changed.
         windows: token ids [batch, tokens] to fit on, without padding.
         settings: of which those that concern the edit count.
-        mixed: whether the models multiply in bfloat16, though they are float32, layer by layer, on a CPU.
+        bfloat16_matmuls: whether the models multiply in bfloat16, though they are float32, layer by layer, on a CPU.
         progress: show a progress bar, on a terminal.
     """
     # They write in every window, so that some are enough.
@@ -58,7 +59,7 @@ def absorb_sinks(
         seed=settings.seed,
         trains_gates=settings.edits_gates,
     )
-    before, after = (LayerStates(model, windows, mixed=mixed) for model in (original, edited))
+    before, after = (LayerStates(model, windows, bfloat16_matmuls=bfloat16_matmuls) for model in (original, edited))
     layers: list[AbsorbedLayer] = []
     directions: list[SinkDirection | None] = []
     count: Any = edited.config.num_hidden_layers

@@ -10,10 +10,10 @@ from byte_tokenizer import byte_tokenizer
 from sink_model import converted, sink_model, windows
 
 from modeling_gated.absorption import AbsorptionSettings, absorb, absorb_checkpoint, work
-from modeling_gated.absorption.distillation import SinkDistillation
-from modeling_gated.absorption.layer_states import LayerStates
-from modeling_gated.absorption.products import bfloat16_products, has_bfloat16_products
-from modeling_gated.absorption.sinks import SinkDirection, layer_sinks
+from modeling_gated.absorption.bfloat16_matmuls import has_bfloat16_matmuls, matmuls_in_bfloat16
+from modeling_gated.absorption.distillation.loss import SinkDistillation
+from modeling_gated.absorption.edit.layer_states import LayerStates
+from modeling_gated.absorption.edit.sinks import SinkDirection, layer_sinks
 from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.training import ungated
 
@@ -26,17 +26,19 @@ def test_a_cpu_says_whether_it_has_them(
     monkeypatch: pytest.MonkeyPatch, found: dict[str, bool], expected: bool
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    assert has_bfloat16_products() == expected
+    assert has_bfloat16_matmuls() == expected
 
 
 def test_a_pytorch_that_cannot_say_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not has_bfloat16_products()
+    assert not has_bfloat16_matmuls()
 
 
 def test_layers_are_near_and_what_is_kept_is_float32() -> None:
     batches = windows(4, 40).split(2)
-    exact, mixed = (LayerStates(converted(sink_model()), batches, mixed=mixed) for mixed in (False, True))
+    exact, mixed = (
+        LayerStates(converted(sink_model()), batches, bfloat16_matmuls=is_bfloat16) for is_bfloat16 in (False, True)
+    )
     for _ in range(4):
         sinks, others = layer_sinks(exact), layer_sinks(mixed)
         for one, other in zip(sinks.outputs, others.outputs, strict=True):
@@ -55,7 +57,7 @@ def test_the_loss_is_near_and_its_gradient_float32() -> None:
         directions.append(layer_sinks(states).direction)
         states.advance()
     found: dict[bool, tuple[torch.Tensor, ...]] = {}
-    for mixed in (False, True):
+    for is_bfloat16 in (False, True):
         student = converted(sink_model(scale=0.9))
         trained = student.base_model.layers[2].self_attn.q_proj.weight.requires_grad_(True)
         teacher = ungated(converted(sink_model()), share_weights=False)
@@ -67,10 +69,10 @@ def test_the_loss_is_near_and_its_gradient_float32() -> None:
             hidden_weight=1.0,
             hidden_limit=500.0,
             rows=32,
-            mixed=mixed,
+            bfloat16_matmuls=is_bfloat16,
         )
-        found[mixed] = distillation.terms(tokens)
-        torch.stack(found[mixed]).sum().backward()
+        found[is_bfloat16] = distillation.terms(tokens)
+        torch.stack(found[is_bfloat16]).sum().backward()
         assert trained.grad is not None
         assert trained.grad.dtype == torch.float32
     for exact, near in zip(found[False], found[True], strict=True):
@@ -81,7 +83,7 @@ def test_the_loss_is_near_and_its_gradient_float32() -> None:
 def test_sinks_are_found_in_float32() -> None:
     direction = SinkDirection(torch.ones(4), torch.tensor([1000.0, -1000.0, 1.0, 0.0]))
     inputs = torch.tensor([[[0.0, 0.0, 0.0, 0.0], [0.1001, 0.1, 0.0, 0.0], [0.10033, 0.1, 0.0, 0.0]]])
-    with bfloat16_products(True):
+    with matmuls_in_bfloat16(True):
         assert direction.tokens(inputs).tolist() == [[True, False, True]]
 
 
@@ -93,7 +95,7 @@ def test_the_report_says_what_was_multiplied_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_them: bool, dtype: torch.dtype | None, products: str
 ) -> None:
     """Bfloat16 where the CPU has it, unless another dtype is asked for; models are measured without."""
-    monkeypatch.setattr(absorb, "has_bfloat16_products", lambda: has_them)
+    monkeypatch.setattr(absorb, "has_bfloat16_matmuls", lambda: has_them)
     seen: dict[str, set[torch.dtype]] = {}
     steps = ["sampling"]
     forward = torch.nn.Linear.forward
@@ -130,7 +132,7 @@ def test_the_report_says_what_was_multiplied_in(
     report = json.loads((tmp_path / "out" / "absorption.json").read_text(encoding="utf-8"))
     assert (report["dtype"], report["products"]) == ("float32", products)
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert f"| computed in | float32, products in {products} |" in card
+    assert f"| computed in | float32, matmuls in {products} |" in card
     expected = getattr(torch, products)
     assert (seen["sampling"], seen["distil"], seen["prove"]) == ({expected}, {expected}, {torch.float32})
     assert expected in seen["absorb_sinks"]  # which looks for writers in float32

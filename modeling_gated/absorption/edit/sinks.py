@@ -33,7 +33,7 @@ class SinkDirection:
 
     def tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Which tokens are sinks, bool [batch, tokens]: the first, and inputs that have enough of the direction."""
-        # Of other tokens large terms cancel, which products of bfloat16 would not do.
+        # Of other tokens large terms cancel, which matmuls in bfloat16 would not do.
         with torch.autocast(hidden_states.device.type, enabled=False):
             sinks = hidden_states.float() @ self.projector.to(hidden_states.device) > SINK_THRESHOLD
         sinks[:, 0] = True

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import and_masks
 
 from modeling_gated.errors import UnknownAttention
-
-from .inspecting import attention_replaced
-from .masks import ChangedMask
-from .tokens import watched_tokens
+from modeling_gated.inspection.watching.inspecting import attention_replaced
+from modeling_gated.inspection.watching.masks import ChangedMask
+from modeling_gated.inspection.watching.tokens import watched_tokens
 
 
 def masked_first_token(model: PreTrainedModel, after: int = 0) -> AbstractContextManager[None]:

@@ -1,0 +1,1 @@
+"""Distillation of an edited model from the original."""

@@ -1,0 +1,1 @@
+"""Changes of what a model computes, to see what its predictions lose."""

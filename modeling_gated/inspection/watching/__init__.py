@@ -1,0 +1,1 @@
+"""Meters are shown what a model computes, without changing it."""
