@@ -5,7 +5,7 @@ BIN := .venv/bin
 
 ## The main job on the real SmolLM2-135M-Instruct: convert, load, compare, generate.
 demo: .venv/ready
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/recipes/demo.py
 
 ## The whole test suite. No network is needed once the environment is set up.
 test: .venv/ready
@@ -43,15 +43,15 @@ test-vllm: build/vllm/ready demo
 
 ## What gates cost in prefill, decoding and training, against the ungated model and others' formulations.
 benchmark: .venv/ready
-	$(BIN)/python examples/benchmark.py $(ARGS)
+	$(BIN)/python examples/benchmarks/gates.py $(ARGS)
 
 ## Conversion against cp, in time and memory; ARGS="--mergekit PATH" adds mergekit.
 benchmark-conversion: .venv/ready
-	$(BIN)/python examples/benchmark_conversion.py $(ARGS)
+	$(BIN)/python examples/benchmarks/conversion.py $(ARGS)
 
 ## Importing the package, starting the command line, and a checkpoint's first token.
 benchmark-start: demo
-	$(BIN)/python examples/benchmark_start.py $(ARGS)
+	$(BIN)/python examples/benchmarks/start.py $(ARGS)
 
 ## Format and mend what ruff can mend.
 style: .venv/ready

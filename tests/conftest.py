@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from source_models import SIZES, SOURCES, randomize
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modeling_gated.conversion import convert_checkpoint
+from tests.helpers.source_models import SIZES, SOURCES, randomize
 
 
 @pytest.fixture(params=list(SOURCES))

@@ -12,9 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
-from sink_model import WRITERS, sink_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from typer.testing import CliRunner
 
@@ -25,6 +23,8 @@ from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
 from modeling_gated.conversion import ConversionError, convert_checkpoint
 from modeling_gated.inspection import FirstTokenAttention, inspecting
 from modeling_gated.training import loop
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.sink_model import WRITERS, sink_model
 
 
 SETTINGS = AbsorptionSettings(

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
-from sink_model import converted, sink_model, windows
 
 from modeling_gated.absorption import AbsorptionSettings, absorb, absorb_checkpoint, work
 from modeling_gated.absorption.bfloat16_matmuls import has_bfloat16_matmuls, matmuls_in_bfloat16
@@ -16,6 +14,8 @@ from modeling_gated.absorption.edit.layer_states import LayerStates
 from modeling_gated.absorption.edit.sinks import SinkDirection, layer_sinks
 from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.training import ungated
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.sink_model import converted, sink_model, windows
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sink_model import HEIGHT, WRITERS, converted, sink_model, windows
 
 from modeling_gated.absorption import AbsorptionSettings, absorb_sinks, find_writers, remove_writers
 from modeling_gated.absorption.edit.closed_form import absorb_layer, output_error
@@ -15,6 +14,7 @@ from modeling_gated.absorption.edit.refinement import Refinement
 from modeling_gated.absorption.edit.sinks import layer_sinks
 from modeling_gated.inspection import FirstTokenAttention, MassiveActivations, inspecting, open_gates
 from modeling_gated.training import ungated
+from tests.helpers.sink_model import HEIGHT, WRITERS, converted, sink_model, windows
 
 
 SETTINGS = AbsorptionSettings(window_tokens=64, calibration_tokens=64, refinement_epochs=0)

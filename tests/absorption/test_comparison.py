@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
-from sink_model import converted, sink_model, windows
 from torch.nn import functional
 
 from modeling_gated.absorption import AbsorptionSettings, Windows, absorb_sinks, compare, prove
@@ -14,6 +12,8 @@ from modeling_gated.absorption.comparison import GATE_INTERVENTIONS, INTERVENTIO
 from modeling_gated.absorption.texts import Text
 from modeling_gated.inspection import FirstTokenAttention, inspecting, masked_first_token
 from modeling_gated.training import ungated
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.sink_model import converted, sink_model, windows
 
 
 @pytest.fixture(scope="module")

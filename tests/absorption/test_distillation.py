@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
-from sink_model import converted, sink_model, windows
 
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings
 from modeling_gated.absorption.distillation.loss import SinkDistillation
-from modeling_gated.absorption.distillation.loss.training import _validation_windows, distil
+from modeling_gated.absorption.distillation.training import _validation_windows, distil
 from modeling_gated.absorption.edit.layer_states import LayerStates
 from modeling_gated.absorption.edit.sinks import layer_sinks
 from modeling_gated.absorption.texts import Text
 from modeling_gated.training import ungated
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.sink_model import converted, sink_model, windows
 
 
 @pytest.fixture(scope="module")

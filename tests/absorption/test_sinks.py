@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from gated_models import VARIANTS, gated_model
-from sink_model import BOS, FIRST, converted, sink_model, windows
 
 from modeling_gated.absorption.edit.attention import captured_attention
 from modeling_gated.absorption.edit.layer_states import LayerStates
 from modeling_gated.absorption.edit.sinks import layer_sinks, mass_on, sink_direction
+from tests.helpers.gated_models import VARIANTS, gated_model
+from tests.helpers.sink_model import BOS, FIRST, converted, sink_model, windows
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

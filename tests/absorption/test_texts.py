@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
-from sink_model import BOS, sink_model
 
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings
 from modeling_gated.absorption.sampling import sample_chats, sample_text
@@ -18,6 +16,8 @@ from modeling_gated.absorption.texts import (
     spread_windows,
 )
 from modeling_gated.evaluation import EvaluationError
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.sink_model import BOS, sink_model
 
 
 TOKENIZER = byte_tokenizer(chat=True)

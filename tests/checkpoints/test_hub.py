@@ -8,14 +8,14 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from checkpoints import contents
-from fake_hub import Repository, serving
 from transformers import AutoModelForCausalLM
 
 from modeling_gated.checkpoints import side_files
 from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.conversion import ConversionError, convert_checkpoint, plan_conversion
 from modeling_gated.conversion.manifest import read_manifest
+from tests.helpers.checkpoints import contents
+from tests.helpers.fake_hub import Repository, serving
 
 
 COMMIT = "a" * 40

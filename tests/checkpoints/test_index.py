@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import contents
-from extended_checkpoints import LONGER
 from safetensors.torch import load_file, save_file
-from source_models import SOURCES, randomize
 from transformers import AutoModelForCausalLM
 
 from modeling_gated.conversion import (
@@ -21,6 +18,9 @@ from modeling_gated.conversion import (
     ungate_checkpoint,
     verify_checkpoint,
 )
+from tests.helpers.checkpoints import contents
+from tests.helpers.extended_checkpoints import LONGER
+from tests.helpers.source_models import SOURCES, randomize
 
 
 Q_PROJ, INV_FREQ = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"

@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import contents
-from extended_checkpoints import LONGER, MANIFEST, edit_json, in_json
 from typer.testing import CliRunner
 
 from modeling_gated.checkpoints import side_files
 from modeling_gated.checkpoints.side_files import choose_side_files
 from modeling_gated.cli import app
 from modeling_gated.conversion import convert_checkpoint, extend_checkpoint, plan_conversion, ungate_checkpoint
+from tests.helpers.checkpoints import contents
+from tests.helpers.extended_checkpoints import LONGER, MANIFEST, edit_json, in_json
 
 
 KEPT = {

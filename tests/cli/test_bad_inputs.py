@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_checkpoints import CASES, LINE, LOADING, TEXT, TOKENIZING, in_tokenizer
-from byte_tokenizer import byte_tokenizer
-from sink_model import sink_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
@@ -23,7 +20,10 @@ from modeling_gated.evaluation import evaluate_context, plot
 from modeling_gated.evaluation.prompts import build_prompt
 from modeling_gated.evaluation.tasks import draw
 from modeling_gated.inspection import inspect_model
-from modeling_gated.inspection.report.report import page
+from modeling_gated.inspection.report import page
+from tests.helpers.bad_checkpoints import CASES, LINE, LOADING, TEXT, TOKENIZING, in_tokenizer
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.sink_model import sink_model
 
 
 # Exit codes of verify, and words of its own.

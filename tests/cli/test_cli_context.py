@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import contents
-from extended_checkpoints import MANIFEST, YARN, in_json, yarn
 from typer.testing import CliRunner
 
 from modeling_gated.cli import app
 from modeling_gated.conversion import convert_checkpoint
+from tests.helpers.checkpoints import contents
+from tests.helpers.extended_checkpoints import MANIFEST, YARN, in_json, yarn
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:

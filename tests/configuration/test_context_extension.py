@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from rope_reference import (
+from torch import nn
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from modeling_gated import GatedLlamaForCausalLM
+from modeling_gated.configuration import describe_context, extend_context
+from tests.helpers.rope_reference import (
     HEAD_DIM,
     SCALED,
     check_rotation,
@@ -20,13 +26,7 @@ from rope_reference import (
     yarn_frequencies_by_turns,
     yarn_of,
 )
-from source_models import SIZES, randomize
-from torch import nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-from modeling_gated import GatedLlamaForCausalLM
-from modeling_gated.configuration import describe_context, extend_context
+from tests.helpers.source_models import SIZES, randomize
 
 
 LENGTH = SIZES["max_position_embeddings"]  # 256

@@ -6,10 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from cache_by_version import cache_of, with_cache
-from close_tensors import assert_close
-from gated_models import gated_model
-from rope_reference import (
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from modeling_gated import (
+    GatedLlamaConfig,
+    GatedLlamaForCausalLM,
+    GatedLlamaForSequenceClassification,
+    GatedLlamaModel,
+)
+from modeling_gated.configuration import extend_context
+from tests.helpers.cache_by_version import cache_of, with_cache
+from tests.helpers.close_tensors import assert_close
+from tests.helpers.gated_models import gated_model
+from tests.helpers.rope_reference import (
     HEAD_DIM,
     SCALED,
     check_rotation,
@@ -21,17 +31,7 @@ from rope_reference import (
     small_config,
     yarn_frequencies,
 )
-from source_models import SIZES, randomize
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-
-from modeling_gated import (
-    GatedLlamaConfig,
-    GatedLlamaForCausalLM,
-    GatedLlamaForSequenceClassification,
-    GatedLlamaModel,
-)
-from modeling_gated.configuration import extend_context
+from tests.helpers.source_models import SIZES, randomize
 
 
 def any_model(kind: str) -> PreTrainedModel:

@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from word_tokenizer import save_word_tokenizer
 
 from modeling_gated.checkpoints import shards
 from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
 from modeling_gated.conversion import ConversionError, convert, convert_checkpoint
+from tests.helpers.word_tokenizer import save_word_tokenizer
 
 
 def files(directory: Path) -> set[str]:

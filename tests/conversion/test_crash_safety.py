@@ -16,13 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import contents
-from source_models import SOURCES, randomize
 from transformers import AutoModelForCausalLM
 
 from modeling_gated.checkpoints import files as files_module
 from modeling_gated.checkpoints.output import clear_leftovers, scratch_directory
 from modeling_gated.conversion import ConversionError, convert_checkpoint, plan_conversion, ungate_checkpoint
+from tests.helpers.checkpoints import contents
+from tests.helpers.source_models import SOURCES, randomize
 
 
 # Converts in a process of its own for each line it reads, and says which and how that ended. Every step of writing

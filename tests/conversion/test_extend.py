@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import contents
-from close_tensors import assert_close
-from extended_checkpoints import (
+
+from modeling_gated.configuration import extend_context
+from modeling_gated.conversion import ConversionError, convert_checkpoint, extend_checkpoint, verify_checkpoint
+from tests.helpers.checkpoints import contents
+from tests.helpers.close_tensors import assert_close
+from tests.helpers.extended_checkpoints import (
     LONGER,
     MANIFEST,
     YARN,
@@ -19,10 +22,7 @@ from extended_checkpoints import (
     logits_of,
     yarn,
 )
-from gated_models import gated_model
-
-from modeling_gated.configuration import extend_context
-from modeling_gated.conversion import ConversionError, convert_checkpoint, extend_checkpoint, verify_checkpoint
+from tests.helpers.gated_models import gated_model
 
 
 def without_config(directory: Path) -> dict[str, str]:

@@ -7,19 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import contents
-from close_tensors import assert_close
-from extended_checkpoints import (
-    LONGER,
-    MANIFEST,
-    YARN,
-    edit_json,
-    in_json,
-    load,
-    logits_by_transformers,
-    logits_of,
-    yarn,
-)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
@@ -30,6 +17,19 @@ from modeling_gated.conversion import (
     plan_conversion,
     ungate_checkpoint,
     verify_checkpoint,
+)
+from tests.helpers.checkpoints import contents
+from tests.helpers.close_tensors import assert_close
+from tests.helpers.extended_checkpoints import (
+    LONGER,
+    MANIFEST,
+    YARN,
+    edit_json,
+    in_json,
+    load,
+    logits_by_transformers,
+    logits_of,
+    yarn,
 )
 
 

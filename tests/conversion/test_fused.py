@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from cache_by_version import NAME
-from fused_reference import fused_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
@@ -21,6 +19,8 @@ from modeling_gated.conversion import (
     verify_checkpoint,
 )
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention
+from tests.helpers.cache_by_version import NAME
+from tests.helpers.fused_reference import fused_logits
 
 
 CONFIG = {

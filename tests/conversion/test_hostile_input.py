@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from source_models import randomize
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modeling_gated.conversion import (
@@ -23,6 +22,7 @@ from modeling_gated.conversion import (
     ungate_checkpoint,
     verify_checkpoint,
 )
+from tests.helpers.source_models import randomize
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import contents, forget_gates
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.conversion import convert_checkpoint
+from tests.helpers.checkpoints import contents, forget_gates
 
 
 @pytest.mark.parametrize("max_shard_size", ["50GB", "60KB"], ids=["single", "sharded"])

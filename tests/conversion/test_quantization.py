@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from source_models import randomize
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from modeling_gated.conversion import ConversionError, convert_checkpoint, ungate_checkpoint, verify_checkpoint
 from modeling_gated.conversion.quantization import SCHEMES, exclude_gates
 from modeling_gated.modeling_gated_llama import GatedLlamaGate
+from tests.helpers.source_models import randomize
 
 
 @pytest.fixture

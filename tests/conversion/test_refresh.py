@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from cache_by_version import NAME
-from checkpoints import contents
-from gated_models import gated_model
-from isolated_process import isolated
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -25,6 +21,10 @@ from modeling_gated.conversion import (
     ungate_checkpoint,
     verify_checkpoint,
 )
+from tests.helpers.cache_by_version import NAME
+from tests.helpers.checkpoints import contents
+from tests.helpers.gated_models import gated_model
+from tests.helpers.isolated_process import isolated
 
 
 OLD_CODE = Path(__file__).parents[1] / "data" / "carried_code_0c79f5e"

@@ -6,10 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import contents
-from isolated_process import isolated
-from source_models import SIZES
-from tokenizer_files import CUSTOM_CODE, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from typer.testing import CliRunner
@@ -26,6 +22,10 @@ from modeling_gated.conversion import (
 )
 from modeling_gated.conversion.manifest import read_manifest
 from modeling_gated.conversion.tokenizers import compare_tokenizers
+from tests.helpers.checkpoints import contents
+from tests.helpers.isolated_process import isolated
+from tests.helpers.source_models import SIZES
+from tests.helpers.tokenizer_files import CUSTOM_CODE, write_tokenizer
 
 
 FAMILIES = [

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from source_models import SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 from typer.testing import CliRunner
 
@@ -20,6 +19,7 @@ from modeling_gated.conversion import (
     plan_conversion,
     verify_checkpoint,
 )
+from tests.helpers.source_models import SIZES
 
 
 FAMILIES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}

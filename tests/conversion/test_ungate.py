@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import contents, forget_gates
-from paper_variants import CONFIGS, random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.configuration import OPEN_GATE_WEIGHT
 from modeling_gated.conversion import ConversionError, convert_checkpoint, ungate_checkpoint, verify_checkpoint
+from tests.helpers.checkpoints import contents, forget_gates
+from tests.helpers.paper_variants import CONFIGS, random_model
 
 
 @pytest.mark.parametrize("place", ["copy", "link", "auto"])

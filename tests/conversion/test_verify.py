@@ -8,12 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cache_by_version import NAME
-from checkpoints import forget_gates
 from safetensors.torch import load_file, save_file
-from source_models import SIZES
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, PreTrainedModel
-from word_tokenizer import save_word_tokenizer
 
 from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.checkpoints.checkpoint import open_checkpoint
@@ -21,6 +17,10 @@ from modeling_gated.conversion import ConversionError, convert_checkpoint, gener
 from modeling_gated.conversion.generation import NEW_TOKENS, compare_generation
 from modeling_gated.conversion.streaming import Comparison, StreamedModel
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention
+from tests.helpers.cache_by_version import NAME
+from tests.helpers.checkpoints import forget_gates
+from tests.helpers.source_models import SIZES
+from tests.helpers.word_tokenizer import save_word_tokenizer
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

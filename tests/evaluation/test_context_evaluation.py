@@ -8,9 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
-from gated_models import VARIANTS, gated_model
-from largest_tensor import Largest
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
@@ -21,6 +18,9 @@ from modeling_gated.evaluation import TASKS, EvaluationError, evaluate_context, 
 from modeling_gated.evaluation.prompts import build_prompt, lines_of
 from modeling_gated.evaluation.tasks import Task, draw
 from modeling_gated.evaluation.text import read_text
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.gated_models import VARIANTS, gated_model
+from tests.helpers.largest_tensor import Largest
 
 
 LINES = lines_of(read_text(None)[0])

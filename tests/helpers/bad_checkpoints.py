@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from byte_tokenizer import CHAT_TEMPLATE
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from tests.helpers.byte_tokenizer import CHAT_TEMPLATE
 
 
 Spoil = Callable[[Path], object]

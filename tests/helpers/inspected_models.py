@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gated_models import gated_model
-from source_models import SIZES, randomize
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -17,6 +15,9 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+
+from tests.helpers.gated_models import gated_model
+from tests.helpers.source_models import SIZES, randomize
 
 
 TOKENS = 40

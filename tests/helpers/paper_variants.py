@@ -1,8 +1,8 @@
-"""Tiny configs of all the variants that examples/variants.py lists."""
+"""Tiny configs of all the variants that examples/benchmarks/variants.py lists."""
 
 import torch
-from variants import VARIANTS, equal_parameters
 
+from examples.benchmarks.variants import VARIANTS, equal_parameters
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 
 

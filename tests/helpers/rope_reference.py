@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from source_models import LLAMA3_ROPE, SIZES
 from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_gated import GatedLlamaConfig
+from tests.helpers.source_models import LLAMA3_ROPE, SIZES
 
 
 HEAD_DIM = SIZES["hidden_size"] // SIZES["num_attention_heads"]  # 8

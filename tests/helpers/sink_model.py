@@ -5,10 +5,10 @@ import re
 from typing import Any
 
 import torch
-from byte_tokenizer import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from tests.helpers.byte_tokenizer import byte_tokenizer
 
 
 BOS = 256

@@ -6,18 +6,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from gated_models import gated_model
-from inspected_models import (
-    INPUTS,
-    MODELS,
-    TOKENS,
-    eager_attention,
-    inputs_of,
-    inspected_model,
-    mean_over_queries,
-    sequences,
-)
-from largest_tensor import Largest
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -38,6 +26,18 @@ from modeling_gated.inspection import (
     SinkRate,
     inspecting,
 )
+from tests.helpers.gated_models import gated_model
+from tests.helpers.inspected_models import (
+    INPUTS,
+    MODELS,
+    TOKENS,
+    eager_attention,
+    inputs_of,
+    inspected_model,
+    mean_over_queries,
+    sequences,
+)
+from tests.helpers.largest_tensor import Largest
 
 
 def entropy(probabilities: np.ndarray) -> np.ndarray:

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from gated_models import SIZES, gated_model
-from inspected_models import eager_attention, inputs_of, inspected_model
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -16,6 +14,8 @@ from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.inspection import InspectionCallback, InspectionError
 from modeling_gated.inspection.callback import initial_gate, measure
 from modeling_gated.training import gate_peft_config
+from tests.helpers.gated_models import SIZES, gated_model
+from tests.helpers.inspected_models import eager_attention, inputs_of, inspected_model
 
 
 NAMES = {"first_token_attention", "massive_activation", "gate_mean", "gate_drift"}
@@ -38,8 +38,9 @@ def trainer_of(path: Path, model: torch.nn.Module, kind: type[Trainer] = Trainer
     flags |= {"save_strategy": "no", "report_to": [], "disable_tqdm": True}
     flags |= {name: options.pop(name) for name in ("logging_strategy", "logging_steps") if name in options}
     if kind is SFTTrainer:
-        from byte_tokenizer import byte_tokenizer
         from datasets import Dataset
+
+        from tests.helpers.byte_tokenizer import byte_tokenizer
 
         arguments = SFTConfig(str(path), **flags | {"bf16": False})
         return SFTTrainer(

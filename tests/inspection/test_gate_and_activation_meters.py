@@ -5,11 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cache_by_version import cache_of, with_cache
-from gated_models import gated_model
-from inspected_models import INPUTS, TOKENS, inputs_of, inspected_model
-from numpy_reference import ACTIVATIONS
-from paper_variants import CONFIGS, random_model
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
@@ -23,6 +18,11 @@ from modeling_gated.inspection import (
     inspecting,
 )
 from modeling_gated.training import gate_peft_config
+from tests.helpers.cache_by_version import cache_of, with_cache
+from tests.helpers.gated_models import gated_model
+from tests.helpers.inspected_models import INPUTS, TOKENS, inputs_of, inspected_model
+from tests.helpers.numpy_reference import ACTIVATIONS
+from tests.helpers.paper_variants import CONFIGS, random_model
 
 
 def places(kind: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

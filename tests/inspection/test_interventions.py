@@ -5,9 +5,6 @@ from itertools import product
 
 import pytest
 import torch
-from gated_models import VARIANTS, close_gates, gated_model
-from inspected_models import INPUTS, TOKENS, inputs_of, inspected_model
-from paper_variants import random_model
 from transformers import PreTrainedModel
 
 from modeling_gated.inspection import (
@@ -26,6 +23,9 @@ from modeling_gated.inspection import (
 )
 from modeling_gated.inspection.interventions.named import Intervention
 from modeling_gated.training.distillation import ungated
+from tests.helpers.gated_models import VARIANTS, close_gates, gated_model
+from tests.helpers.inspected_models import INPUTS, TOKENS, inputs_of, inspected_model
+from tests.helpers.paper_variants import random_model
 
 
 @torch.no_grad()

@@ -4,16 +4,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from cache_by_version import cache_of, with_cache
-from gated_models import gated_model
-from inspected_models import (
-    INPUTS,
-    TOKENS,
-    eager_attention,
-    inputs_of,
-    inspected_model,
-    mean_over_queries,
-)
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -38,6 +28,16 @@ from modeling_gated.inspection import (
     UnknownAttention,
     inspecting,
     masked_first_token,
+)
+from tests.helpers.cache_by_version import cache_of, with_cache
+from tests.helpers.gated_models import gated_model
+from tests.helpers.inspected_models import (
+    INPUTS,
+    TOKENS,
+    eager_attention,
+    inputs_of,
+    inspected_model,
+    mean_over_queries,
 )
 
 

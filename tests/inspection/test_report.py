@@ -12,9 +12,6 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
-from gated_models import SIZES as GATED_SIZES
-from gated_models import gated_model
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -36,6 +33,9 @@ from modeling_gated.inspection import FirstTokenAttention, InspectionError, Mode
 from modeling_gated.inspection.report.page import as_json, as_page
 from modeling_gated.inspection.report.pictures import PICTURES
 from modeling_gated.inspection.report.report import mean_of
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.gated_models import SIZES as GATED_SIZES
+from tests.helpers.gated_models import gated_model
 
 
 TEXT = "Attention sinks are tokens that get attention for nothing. " * 12

@@ -4,10 +4,11 @@ import json
 import re
 from pathlib import Path
 
-import absorption_controls
 import pytest
-from byte_tokenizer import byte_tokenizer
-from sink_model import sink_model
+
+from examples.recipes import absorption_controls
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.sink_model import sink_model
 
 
 SMALL = {"sample_tokens": 0, "calibration_tokens": 1024, "measured_windows": 2}

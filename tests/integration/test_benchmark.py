@@ -3,14 +3,15 @@
 import re
 from pathlib import Path
 
-import benchmark
-import benchmark_workloads
 import pytest
 import torch
-from benchmark_workloads import OURS, WORKLOADS, Training, gated_model, limit, ungated_model
-from gate_formulations import PEERS, FusedGateAttention
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, PreTrainedModel
+
+from examples.benchmarks import gates as benchmark
+from examples.benchmarks import workloads as benchmark_workloads
+from examples.benchmarks.gate_formulations import PEERS, FusedGateAttention
+from examples.benchmarks.workloads import OURS, WORKLOADS, Training, gated_model, limit, ungated_model
 
 
 TINY = {

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
 from datasets import Dataset
-from gated_models import gated_model
-from isolated_process import isolated
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from trl import SFTConfig, SFTTrainer
 
 from modeling_gated.training import GateTrainerMixin, gate_peft_config
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.gated_models import gated_model
+from tests.helpers.isolated_process import isolated
 
 
 SIZES = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}

@@ -5,22 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import extend_context
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate_training import WindowLoss
-from extend_context_settings import SettingsError, read_settings
-from gated_models import gated_model
-from largest_tensor import Largest
-from packed_text import PackedText
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from examples.recipes import extend_context
+from examples.recipes.extend_context_settings import SettingsError, read_settings
+from examples.shared.accelerate_training import WindowLoss
+from examples.shared.packed_text import PackedText
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.training import loop
+from tests.helpers.gated_models import gated_model
+from tests.helpers.largest_tensor import Largest
 
 
 SETTINGS = """

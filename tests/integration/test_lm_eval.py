@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from byte_tokenizer import byte_tokenizer
-from gated_models import gated_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.gated_models import gated_model
 
 
 pytest.importorskip("lm_eval")

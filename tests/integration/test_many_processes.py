@@ -6,18 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import continue_pretraining
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
-from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from examples.recipes import continue_pretraining
+from tests.helpers.byte_tokenizer import byte_tokenizer
 
-EXAMPLES = Path(continue_pretraining.__file__).parent
+
+EXAMPLES = Path(continue_pretraining.__file__).parents[1]
 FSDP_ON_CPU = Path(__file__).parents[1] / "helpers" / "fsdp_on_cpu.py"
 
 
@@ -48,17 +49,16 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.parametrize(("name", "kind"), [("fsdp2", "FSDP"), ("deepspeed_zero3", "DEEPSPEED")])
 def test_configurations_are_accelerate_s(name: str, kind: str) -> None:
-    config = load_config_from_file(str(EXAMPLES / f"accelerate_{name}.yaml"))
+    config = load_config_from_file(str(EXAMPLES / "shared" / f"accelerate_{name}.yaml"))
     assert config.distributed_type == kind
     assert config.num_processes == 8
 
 
 def run_sharded(output: Path, flags: list[str], **environment: str) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", FSDP_ON_CPU]
-    paths = {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])}
     result = subprocess.run(
-        [*launcher, EXAMPLES / "continue_pretraining.py", "--output", output, *flags, "--batch_size", "1"],
-        env={**os.environ, **paths, **environment},
+        [*launcher, EXAMPLES / "recipes" / "continue_pretraining.py", "--output", output, *flags, "--batch_size", "1"],
+        env={**os.environ, **environment},
         capture_output=True,
         timeout=300,
         text=True,
@@ -71,8 +71,8 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_fsdp_over_two_processes_is_training_in_one(flags: list[str], tmp_path: Path) -> None:
-    """By examples/accelerate_fsdp2.yaml: the same losses, and checkpoints that load without FSDP."""
-    settings = yaml.safe_load((EXAMPLES / "accelerate_fsdp2.yaml").read_text(encoding="utf-8"))
+    """By examples/shared/accelerate_fsdp2.yaml: the same losses, and checkpoints that load without FSDP."""
+    settings = yaml.safe_load((EXAMPLES / "shared" / "accelerate_fsdp2.yaml").read_text(encoding="utf-8"))
     assert settings["distributed_type"] == "FSDP"
     fsdp = {name.upper(): str(value).lower() for name, value in settings["fsdp_config"].items()}
     fsdp |= {name: fsdp[name].upper() for name in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE")}

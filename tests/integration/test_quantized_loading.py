@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from gated_models import gated_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from modeling_gated import MODULES_TO_NOT_CONVERT
 from modeling_gated.gate_names import is_gate
 from modeling_gated.modeling_gated_llama import GatedLlamaGate
+from tests.helpers.gated_models import gated_model
 
 
 # Blocks of 64 weights have to fit into a projection.

@@ -7,12 +7,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from gated_models import SIZES
 from torch import nn
 from transformers.integrations import finegrained_fp8
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.configuration import OPEN_GATE_WEIGHT
+from tests.helpers.gated_models import SIZES
 
 
 ROWS, COLUMNS = 16, 128

@@ -6,22 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import continue_pretraining
-import distill
 import pytest
 import torch
-import tune_chat
-import tune_gates
 from accelerate.state import AcceleratorState
-from byte_tokenizer import byte_tokenizer
-from packed_text import PackedText
-from recipe import HeldOut, measure
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
+from examples.recipes import continue_pretraining, distill, tune_chat, tune_gates
+from examples.shared.packed_text import PackedText
+from examples.shared.recipe import HeldOut, measure
 from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.training import loop
+from tests.helpers.byte_tokenizer import byte_tokenizer
 
 
 FLAGS = {

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from gated_models import HEADS, SIZES, gated_class, gated_model
-from isolated_process import isolated
-from paper_variants import CONFIGS, random_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.conversion import convert_checkpoint
+from tests.helpers.gated_models import HEADS, SIZES, gated_class, gated_model
+from tests.helpers.isolated_process import isolated
+from tests.helpers.paper_variants import CONFIGS, random_model
 
 
 CODE_FILES = ("configuration_gated_llama.py", "modeling_gated_llama.py")

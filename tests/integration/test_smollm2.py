@@ -14,9 +14,9 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from smollm2 import gguf_file, write_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from examples.shared.smollm2 import gguf_file, write_checkpoint
 from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.conversion import convert_checkpoint, plan_conversion, ungate_checkpoint, verify_checkpoint
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from gated_models import gated_model
 from transformers import AutoModelForCausalLM
 
 from modeling_gated.conversion import convert_checkpoint
+from tests.helpers.gated_models import gated_model
 
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")

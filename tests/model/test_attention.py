@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy_reference import decoder_layer
-from paper_variants import CONFIGS, SIZES
 from transformers import PreTrainedModel
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaModel
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention
+from tests.helpers.numpy_reference import decoder_layer
+from tests.helpers.paper_variants import CONFIGS, SIZES
 
 
 OTHERS: dict[str, dict[str, Any]] = {

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
-import reference_flash_attn
 import torch
-from cache_by_version import cache_of, with_cache
-from gated_models import VARIANTS, close_gates, gated_model, without_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, modeling_flash_attention_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from modeling_gated import GatedLlamaModel
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention
+from tests.helpers import reference_flash_attn
+from tests.helpers.cache_by_version import cache_of, with_cache
+from tests.helpers.gated_models import VARIANTS, close_gates, gated_model, without_attention
 
 
 def own_attention(

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 import torch
-from gated_models import VARIANTS, close_gates, gated_model, without_attention
 from transformers import CompileConfig, PreTrainedModel
+
+from tests.helpers.gated_models import VARIANTS, close_gates, gated_model, without_attention
 
 
 @pytest.fixture(params=list(VARIANTS))

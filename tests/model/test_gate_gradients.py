@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark_workloads import kept_for_backward
-from gated_models import gated_model
-from paper_variants import CONFIGS, random_model
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 from transformers import PreTrainedModel
 
+from examples.benchmarks.workloads import kept_for_backward
 from modeling_gated.gate_functions import GATE_ACTIVATIONS, GatedStates
 from modeling_gated.inspection.watching.gate_hooks import hooked
+from tests.helpers.gated_models import gated_model
+from tests.helpers.paper_variants import CONFIGS, random_model
 
 
 FORMS = [

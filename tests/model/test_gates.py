@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cache_by_version import cache_of, with_cache
-from gated_models import (
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
+from tests.helpers.cache_by_version import cache_of, with_cache
+from tests.helpers.gated_models import (
     HEADS,
     SIZES,
     VARIANTS,
@@ -20,11 +25,6 @@ from gated_models import (
     int8_cache,
     without_attention,
 )
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
-from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
 
 
 @pytest.mark.parametrize("head", list(HEADS))

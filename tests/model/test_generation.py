@@ -4,8 +4,6 @@ import importlib.util
 
 import pytest
 import torch
-from cache_by_version import cache_of, with_cache
-from gated_models import VARIANTS, close_gates, gated_model, int8_cache, without_attention
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
@@ -14,6 +12,9 @@ from transformers import (
     StaticCache,
     cache_utils,
 )
+
+from tests.helpers.cache_by_version import cache_of, with_cache
+from tests.helpers.gated_models import VARIANTS, close_gates, gated_model, int8_cache, without_attention
 
 
 CACHES = {

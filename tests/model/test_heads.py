@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from gated_models import HEADS, SIZES, gated_class, gated_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from tests.helpers.gated_models import HEADS, SIZES, gated_class, gated_model
 
 
 # How each head's loss is asked for: names and shapes.

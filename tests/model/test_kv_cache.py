@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from cache_by_version import NAME, with_cache
-from gated_models import gated_model
-from isolated_process import isolated
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
@@ -19,6 +16,9 @@ from modeling_gated import GatedLlamaConfig
 from modeling_gated.evaluation.position_loss import loss_by_position
 from modeling_gated.kv_cache import cache_argument, take_cache
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention
+from tests.helpers.cache_by_version import NAME, with_cache
+from tests.helpers.gated_models import gated_model
+from tests.helpers.isolated_process import isolated
 
 
 def attend(layer: Any, hidden_states: torch.Tensor, **keywords: Any) -> torch.Tensor:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from gated_models import gated_model
-from two_ranks import run_two_ranks
+
+from tests.helpers.gated_models import gated_model
+from tests.helpers.two_ranks import run_two_ranks
 
 
 # As engines do that read the plan: what another rank has is replaced by the identity. torch's schedule moves the rest.

@@ -5,14 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from isolated_process import isolated
-from source_models import SIZES
-from tokenizer_files import write_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.cli.serving import utils
 
 from modeling_gated import GatedLlamaConfig
 from modeling_gated.conversion import convert_checkpoint
+from tests.helpers.isolated_process import isolated
+from tests.helpers.source_models import SIZES
+from tests.helpers.tokenizer_files import write_tokenizer
 
 
 SOURCES = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config]

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from cache_by_version import NAME
-from gated_models import SIZES, gated_model
-from isolated_process import isolated
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM, modeling_gated_llama, self_test
+from tests.helpers.cache_by_version import NAME
+from tests.helpers.gated_models import SIZES, gated_model
+from tests.helpers.isolated_process import isolated
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
-from paper_variants import CONFIGS, random_model
-from two_ranks import run_two_ranks
+
+from tests.helpers.paper_variants import CONFIGS, random_model
+from tests.helpers.two_ranks import run_two_ranks
 
 
 # Both ranks load each directory in the one that is given, split, and write what they computed.

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from paper_variants import CONFIGS, SIZES, random_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from variants import VARIANTS, equal_parameters, forward_flops, main
 
+from examples.benchmarks.variants import VARIANTS, equal_parameters, forward_flops, main
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.modeling_gated_llama import GatedLlamaGate
+from tests.helpers.paper_variants import CONFIGS, SIZES, random_model
 
 
 # Tables 1, 3 and 4 were measured on 24 layers of these shapes; only the MLP, there a mixture of experts, is another.

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from close_tensors import assert_close
-from gated_models import SIZES, gated_model
-from isolated_process import isolated
 from peft import (
     AutoPeftModelForCausalLM,
     LNTuningConfig,
@@ -21,12 +18,15 @@ from peft import (
     get_peft_model,
 )
 from peft.utils.hotswap import hotswap_adapter
-from peft_names import gate_names, unwrapped
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.training import gate_peft_config
+from tests.helpers.close_tensors import assert_close
+from tests.helpers.gated_models import SIZES, gated_model
+from tests.helpers.isolated_process import isolated
+from tests.helpers.peft_names import gate_names, unwrapped
 
 
 TOKENS = torch.arange(1, 41)[None]

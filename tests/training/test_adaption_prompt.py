@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from peft import AdaptionPromptConfig, PeftModel, get_peft_model
-from source_models import SIZES
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from modeling_gated import GatedLlamaConfig
+from tests.helpers.source_models import SIZES
 
 
 CONFIGS: dict[str, PreTrainedConfig] = {

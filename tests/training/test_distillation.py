@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from close_tensors import assert_close
-from gated_models import SIZES, gated_model
-from largest_tensor import Largest
 from peft import LoraConfig, get_peft_model
-from source_models import randomize
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.training import Distillation, share_frozen_parameters, sum_over_chunks, ungated
+from tests.helpers.close_tensors import assert_close
+from tests.helpers.gated_models import SIZES, gated_model
+from tests.helpers.largest_tensor import Largest
+from tests.helpers.source_models import randomize
 
 
 LLAMA_SIZES = {name: value for name, value in SIZES.items() if name != "pad_token_id"}

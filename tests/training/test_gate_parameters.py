@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from gated_models import SIZES, gated_model
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
@@ -14,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.gate_names import is_gate
 from modeling_gated.training import gate_param_groups, gate_peft_config
+from tests.helpers.gated_models import SIZES, gated_model
 
 
 @pytest.mark.parametrize(

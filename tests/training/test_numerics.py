@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from gated_models import SIZES, gated_model
 from huggingface_hub.errors import StrictDataclassFieldValidationError
-from isolated_process import isolated
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.training import gate_param_groups, keep_float32_states
+from tests.helpers.gated_models import SIZES, gated_model
+from tests.helpers.isolated_process import isolated
 
 
 MODES = ["float32", "bfloat16 autocast", "bfloat16, float32 gates", "bfloat16, float32 states", "bfloat16"]

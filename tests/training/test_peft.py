@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from gated_models import SIZES, gated_model
 from peft import (
     AdaLoraConfig,
     AdaptionPromptConfig,
@@ -21,7 +20,6 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from peft_names import gate_names, unwrapped
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -36,6 +34,8 @@ from transformers import (
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.peft_additions import add_default_target_modules
 from modeling_gated.training import gate_peft_config
+from tests.helpers.gated_models import SIZES, gated_model
+from tests.helpers.peft_names import gate_names, unwrapped
 
 
 TOKENS = torch.arange(1, 41)[None]

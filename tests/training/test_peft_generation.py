@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from cache_by_version import NAME
-from gated_models import gated_model
 from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
@@ -25,6 +23,9 @@ from peft import (
     get_peft_model,
 )
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.helpers.cache_by_version import NAME
+from tests.helpers.gated_models import gated_model
 
 
 PROMPT_LEARNING: dict[str, dict[str, Any]] = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from gated_models import SIZES
 from peft import (
     LoraConfig,
     LoraGAConfig,
@@ -29,6 +28,7 @@ from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.configuration import OPEN_GATE_WEIGHT
 from modeling_gated.peft_gate_probe import GateLayer, probe
 from modeling_gated.training import gate_peft_config
+from tests.helpers.gated_models import SIZES
 
 
 TOKENS = torch.arange(1, 41)[None]

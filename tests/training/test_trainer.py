@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from gated_models import SIZES, gated_model
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from modeling_gated.training import GateTrainerMixin, gate_peft_config
+from tests.helpers.gated_models import SIZES, gated_model
 
 
 class GateTrainer(GateTrainerMixin, Trainer):

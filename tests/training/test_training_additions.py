@@ -6,10 +6,10 @@ import pytest
 import transformers
 from accelerate.utils import MegatronLMPlugin
 from accelerate.utils import dataclasses as accelerate_dataclasses
-from source_models import SIZES
 from transformers import LlamaConfig, LlamaForCausalLM, trainer
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM, training_additions
+from tests.helpers.source_models import SIZES
 
 
 def test_megatron_does_not_take_a_gated_model_for_a_llama() -> None:

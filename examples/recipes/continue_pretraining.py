@@ -1,11 +1,13 @@
-"""
+r"""
 All weights are trained on, gates among them, with accelerate; the control is the ungated model.
 
-    python examples/continue_pretraining.py [--steps 40] [--text 'FILES/*.txt'] [--output build/continue_pretraining]
+    python examples/recipes/continue_pretraining.py [--steps 40] [--text 'FILES/*.txt'] [--output FOLDER]
 
     # several processes: by configuration alone
-    accelerate launch --config_file examples/accelerate_fsdp2.yaml examples/continue_pretraining.py [--model CHECKPOINT]
-    accelerate launch --config_file examples/accelerate_deepspeed_zero3.yaml examples/continue_pretraining.py
+    accelerate launch --config_file examples/shared/accelerate_fsdp2.yaml \
+        examples/recipes/continue_pretraining.py [--model CHECKPOINT]
+    accelerate launch --config_file examples/shared/accelerate_deepspeed_zero3.yaml \
+        examples/recipes/continue_pretraining.py
 
 Both models see the same batches: each seed's order of the text's windows. Weights, their gradients and AdamW's states
 are float32, computation is bfloat16 unless --mixed_precision no. Each training ends with a checkpoint,
@@ -13,13 +15,22 @@ OUTPUT/gated-seedN and OUTPUT/control-seedN. Started again, it goes on where it 
 Needs pip install '.[plot]'.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate_training import WindowLoss, checkpoint_layers, load, save_model
-from comparison import report
-from recipe import (
+from transformers import set_seed
+
+from modeling_gated.training import gate_param_groups
+from modeling_gated.training.loop import Run, Stage, make_accelerator, read_losses, train
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from examples, if run by its path
+
+from examples.shared.accelerate_training import WindowLoss, checkpoint_layers, load, save_model
+from examples.shared.comparison import report
+from examples.shared.recipe import (
     KINDS,
     RESULT,
     RecipeSettings,
@@ -33,10 +44,6 @@ from recipe import (
     setting,
     write_result,
 )
-from transformers import set_seed
-
-from modeling_gated.training import gate_param_groups
-from modeling_gated.training.loop import Run, Stage, make_accelerator, read_losses, train
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """
 Conversion against `cp -r` of the same checkpoint, and against mergekit's passthrough merge: time and peak memory.
 
-    python examples/benchmark_conversion.py [--directory build/benchmark] [--layers 16] [--rounds 5] [--mergekit PATH]
+    python examples/benchmarks/conversion.py [--directory build/benchmark] [--layers 16] [--rounds 5] [--mergekit PATH]
 
 The checkpoint has the shapes of Llama-3.2-1B (2.5 GB, bfloat16, random, sharded). Rounds are interleaved and the
 medians compared. A conversion is timed in a fresh process, after Transformers is imported; its memory is the
@@ -21,12 +21,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from processes import run_measured
 from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from examples, if run by its path
+
+from examples.shared.processes import run_measured
 
 
 CONVERT = """
@@ -133,8 +137,10 @@ def main() -> None:
     if not (source / "config.json").is_file():
         shutil.rmtree(source, ignore_errors=True)
         # In a process of its own, since each run counts this one's memory at its start.
-        write = f"from benchmark_conversion import *; write_checkpoint(Path({str(source)!r}), {arguments.layers})"
-        subprocess.run([sys.executable, "-c", write], check=True, cwd=Path(__file__).parent)
+        write = (
+            f"from examples.benchmarks.conversion import *; write_checkpoint(Path({str(source)!r}), {arguments.layers})"
+        )
+        subprocess.run([sys.executable, "-c", write], check=True, cwd=Path(__file__).parents[2])
 
     runs: dict[str, list[tuple[float, int]]] = {}
     for name, seconds, memory in measure(

@@ -1,7 +1,7 @@
 """
 What meters cost: the time of a forward pass with them, as a ratio to the pass without.
 
-    python examples/benchmark_inspection.py [--tokens 4096] [--dtype float32] [--rounds 3] [--model FOLDER]
+    python examples/benchmarks/inspection.py [--tokens 4096] [--dtype float32] [--rounds 3] [--model FOLDER]
 
 Each pass with meters comes right after one without, and the medians of their ratios are printed. The model is the real
 SmolLM2-135M-Instruct with gates, as make demo leaves it.

@@ -1,4 +1,4 @@
-"""What benchmark.py measures: models that share their weights, passes over them, and what a pass cannot do without."""
+"""What gates.py measures: models that share their weights, passes over them, and what a pass cannot do without."""
 
 import ctypes
 import sys
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from gate_formulations import PEERS
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
+from examples.benchmarks.gate_formulations import PEERS
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.kv_cache import cache_argument
 

@@ -1,4 +1,4 @@
-"""What examples/extend_context.py is to do, as a TOML file says it."""
+"""What examples/recipes/extend_context.py is to do, as a TOML file says it."""
 
 import math
 import tomllib
@@ -8,9 +8,9 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from huggingface_hub.errors import StrictDataclassError
-from packed_text import files
 from transformers import AutoConfig, PreTrainedConfig
 
+from examples.shared.packed_text import files
 from modeling_gated.configuration import GatedLlamaConfig, extend_context
 
 

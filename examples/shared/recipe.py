@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from packed_text import PackedText, files, write_tokens
-from smollm2 import write_checkpoint
 from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from examples.shared.packed_text import PackedText, files, write_tokens
+from examples.shared.smollm2 import write_checkpoint
 from modeling_gated.conversion import ConversionError, convert_checkpoint
 from modeling_gated.evaluation import EvaluationError
 from modeling_gated.inspection import FirstTokenAttention, GateDrift, GateScores, inspecting

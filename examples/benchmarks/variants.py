@@ -2,11 +2,11 @@
 The paper's design space as configurations of the one model: what each adds in parameters and computation, and one
 training step's time and memory against the baseline's.
 
-    python examples/variants.py [--steps 15] [--device cpu] [--hidden-size 512 --num-hidden-layers 2 ...]
+    python examples/benchmarks/variants.py [--steps 15] [--device cpu] [--hidden-size 512 --num-hidden-layers 2 ...]
 
     # the shapes of the paper's Tables 1, 3 and 4 (with a dense MLP): parameters and FLOPs alone, no memory is needed
-    python examples/variants.py --steps 0 --hidden-size 2048 --num-hidden-layers 24 --num-attention-heads 32 \
-        --num-key-value-heads 4 --head-dim 128 --intermediate-size 6144 --vocab-size 151936 --sequence-length 512
+    python examples/benchmarks/variants.py --steps 0 --hidden-size 2048 --num-hidden-layers 24 \
+        --num-attention-heads 32 --num-key-value-heads 4 --head-dim 128 --intermediate-size 6144 --vocab-size 151936 --sequence-length 512
 
 X is the attention block's input; x that of a block; Q, K, V and Y are a head's queries, keys, values and attention
 output; O is the output of o_proj, F attention or MLP. W_h and w_h are a head's weights, W and w those that all heads

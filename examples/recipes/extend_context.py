@@ -1,11 +1,11 @@
 """
 The paper's recipe for a longer context (arXiv 2505.06708, Table 5), from a checkpoint to a table of losses.
 
-    python examples/extend_context.py [--config examples/extend_context_small.toml] [--output build/extend_context]
+    python examples/recipes/extend_context.py [--config SETTINGS.toml] [--output FOLDER]
 
     # several GPUs; the configuration's comments say what it needs
-    accelerate launch --config_file examples/accelerate_fsdp2.yaml examples/extend_context.py \
-        --config examples/extend_context_full.toml --output build/extend_context_full
+    accelerate launch --config_file examples/shared/accelerate_fsdp2.yaml examples/recipes/extend_context.py \
+        --config examples/recipes/extend_context_full.toml --output build/extend_context_full
 
 1. The base of RoPE is raised, and training goes on at the longer length: OUTPUT/trained. (A model from scratch is
    first trained at the short length, with the base as it was: OUTPUT/short.)
@@ -14,7 +14,7 @@ The paper's recipe for a longer context (arXiv 2505.06708, Table 5), from a chec
    trained, and with YaRN: a table, OUTPUT/results.json and OUTPUT/loss_by_position.png.
 
 Started again with the same output, it goes on where it was: from the last state that was saved (OUTPUT/state), with the
-batch that would have come next. Settings are explained in examples/extend_context_settings.py. The plot needs
+batch that would have come next. Settings are explained in examples/recipes/extend_context_settings.py. The plot needs
 matplotlib: pip install '.[plot]'.
 
 Logits are held one chunk at a time. Attention is sdpa's, without a mask; of a source with sliding windows (Mistral) it
@@ -29,10 +29,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate_training import WindowLoss, checkpoint_layers, load, save_model, write_checkpoint
-from extend_context_settings import Settings, SettingsError, read_settings, starting_config
-from loss_report import RESULTS, print_table, write_report
-from packed_text import PackedText, train_tokenizer, write_tokens
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -42,6 +38,14 @@ from modeling_gated.configuration import extend_context
 from modeling_gated.evaluation import loss_by_position
 from modeling_gated.training import gate_param_groups
 from modeling_gated.training.loop import Run, Stage, check_output, make_accelerator, train
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from examples, if run by its path
+
+from examples.recipes.extend_context_settings import Settings, SettingsError, read_settings, starting_config
+from examples.shared.accelerate_training import WindowLoss, checkpoint_layers, load, save_model, write_checkpoint
+from examples.shared.loss_report import RESULTS, print_table, write_report
+from examples.shared.packed_text import PackedText, train_tokenizer, write_tokens
 
 
 def start_of(settings: Settings, output: Path) -> Path:

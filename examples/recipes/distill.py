@@ -2,7 +2,7 @@
 A teacher, by default the model without its gates, teaches a gated model: attention outputs layer by layer, and the
 predictions' KL divergence.
 
-    python examples/distill.py [--steps 40] [--gate_scale 1.0] [--student CHECKPOINT [--teacher CHECKPOINT]]
+    python examples/recipes/distill.py [--steps 40] [--gate_scale 1.0] [--student CHECKPOINT [--teacher CHECKPOINT]]
 
 By default the student is the converted SmolLM2-135M-Instruct with gate_scale 1, which is what adding gates of 0.85 to a
 model without rescaling them does to it; its gates alone are trained, to make up for that. Base weights are frozen, and
@@ -12,16 +12,28 @@ again, it goes on where it was.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate_training import load, save_model
-from comparison import spread
 from matplotlib.figure import Figure
-from recipe import (
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedModel, set_seed
+
+from modeling_gated.training import Distillation, gate_param_groups, ungated
+from modeling_gated.training.loop import Run, Stage, make_accelerator, read_losses, train
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from examples, if run by its path
+
+from examples.shared.accelerate_training import load, save_model
+from examples.shared.comparison import spread
+from examples.shared.recipe import (
     RESULT,
     RecipeSettings,
     held_out,
@@ -34,13 +46,6 @@ from recipe import (
     setting,
     write_result,
 )
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoConfig, PreTrainedModel, set_seed
-
-from modeling_gated.training import Distillation, gate_param_groups, ungated
-from modeling_gated.training.loop import Run, Stage, make_accelerator, read_losses, train
 
 
 @dataclass

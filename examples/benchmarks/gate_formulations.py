@@ -1,5 +1,5 @@
 """
-Other formulations of the same gates on Transformers' Llama, as peers compute them, for benchmark.py to compare with.
+Other formulations of the same gates on Transformers' Llama, as peers compute them, for gates.py to compare with.
 
 Each is Llama with another attention. A gate on attention's output, after Transformers' Qwen3-Next and the code of arXiv
 2505.06708: attention(X) * sigmoid(X W), in the model's dtype, without a bias and without a scale.

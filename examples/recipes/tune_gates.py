@@ -1,33 +1,21 @@
 """
 Only the gates are trained, with Trainer and PEFT: 0.12 % of SmolLM2-135M's parameters, an adapter of 0.6 MB.
 
-    python examples/tune_gates.py [--steps 40] [--text 'FILES/*.txt'] [--output build/tune_gates]
+    python examples/recipes/tune_gates.py [--steps 40] [--text 'FILES/*.txt'] [--output build/tune_gates]
 
 The control has no gates to train. It is the same model with LoRA on `o_proj`, whose inputs the gates multiply, of the
 rank that comes nearest in trainable parameters; it sees the same batches. Each seed's adapter is in
 OUTPUT/gated-seedN/adapter. Started again, it goes on where it was. Needs pip install '.[peft,plot]'.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from packed_text import PackedText
 from peft import LoraConfig, PeftModel, get_peft_model
-from recipe import (
-    Models,
-    RecipeSettings,
-    held_out,
-    one_clear_line,
-    open_output,
-    packed_text,
-    prepare,
-    read_flags,
-    setting,
-)
 from torch.utils.data import Dataset
-from trainer_recipe import arguments, one_process, run_all, tune
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,6 +26,23 @@ from transformers import (
 )
 
 from modeling_gated.training import GateTrainerMixin, gate_peft_config
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from examples, if run by its path
+
+from examples.shared.packed_text import PackedText
+from examples.shared.recipe import (
+    Models,
+    RecipeSettings,
+    held_out,
+    one_clear_line,
+    open_output,
+    packed_text,
+    prepare,
+    read_flags,
+    setting,
+)
+from examples.shared.trainer_recipe import arguments, one_process, run_all, tune
 
 
 @dataclass

@@ -2,7 +2,7 @@
 What absorbing sinks owes to each of its steps, and what it costs in quality: the same budget with steps left out, other
 seeds and other budgets, as a table and a plot.
 
-    python examples/absorption_controls.py [--budgets 20000] [--seeds 0] [--checkpoint FOLDER] [--output FOLDER]
+    python examples/recipes/absorption_controls.py [--budgets 20000] [--seeds 0] [--checkpoint FOLDER] [--output FOLDER]
 
 Variants are made with the first budget and the first seed, "absorbed", from which nothing is left out, with all of
 them. By default they are distilled on, sampled and fitted to less than gated-llama absorb does by itself. Each is a

@@ -1,7 +1,7 @@
 """
 What starting costs: importing, the command line, and a checkpoint's first token, each in a process of its own.
 
-    python examples/benchmark_start.py [--rounds 7] [--source FOLDER] [--gated FOLDER]
+    python examples/benchmarks/start.py [--rounds 7] [--source FOLDER] [--gated FOLDER]
 
 Each row is measured in turns with the one that it is compared with: importing the package with importing Transformers'
 model classes, which it needs anyway; the gated checkpoint with the one it was converted from. The checkpoints are those
@@ -13,11 +13,15 @@ import statistics
 import sys
 from pathlib import Path
 
-from processes import run_measured
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from examples, if run by its path
+
+from examples.shared.processes import run_measured
 
 
 NOTHING = "pass"

@@ -1,7 +1,7 @@
 """
 What gates cost: time and memory of the gated model as ratios to the ungated one.
 
-    python examples/benchmark.py [--shapes SmolLM2-135M] [--dtypes float32,bfloat16] [--workloads prefill,decode]
+    python examples/benchmarks/gates.py [--shapes SmolLM2-135M] [--dtypes float32,bfloat16] [--workloads prefill,decode]
 
 Gated and ungated model have the same weights, in memory too, and run in one process in turns: each pass of a
 formulation comes right before or after one of the ungated model's. A round has two passes of either, or 32 of decoding,
@@ -32,7 +32,17 @@ import psutil
 import torch
 import transformers
 import typer
-from benchmark_workloads import (
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from examples, if run by its path
+
+from examples.benchmarks.gate_formulations import PEERS
+from examples.benchmarks.workloads import (
     OURS,
     SHAPES,
     WORKLOADS,
@@ -43,12 +53,6 @@ from benchmark_workloads import (
     llama_config,
     ungated_model,
 )
-from gate_formulations import PEERS
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
 
 FORMULATIONS = ("ungated", *OURS, *PEERS)

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from recipe import KINDS, RESULT
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from examples.shared.recipe import KINDS, RESULT
 
 
 Runs = dict[str, dict[int, dict[str, Any]]]  # kind, seed

@@ -1,7 +1,7 @@
 """
 LoRA, and the gates in full, on conversations, with TRL's SFTTrainer; the control is LoRA on the ungated model.
 
-    python examples/tune_chat.py [--steps 40] [--chat conversations.jsonl] [--output build/tune_chat]
+    python examples/recipes/tune_chat.py [--steps 40] [--chat conversations.jsonl] [--output build/tune_chat]
 
 Each line of the file is an object with "messages", a list of {"role", "content"}, as TRL has them; the last is the
 assistant's, and is what is learnt. By default the conversations are questions about Python that its own language
@@ -11,6 +11,7 @@ in OUTPUT/gated-seedN/adapter. Started again, it goes on where it was. Needs pip
 
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,15 @@ import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig
-from recipe import (
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from modeling_gated.training import GateTrainerMixin, gate_peft_config
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from examples, if run by its path
+
+from examples.shared.recipe import (
     HeldOut,
     RecipeSettings,
     one_clear_line,
@@ -30,11 +39,7 @@ from recipe import (
     read_flags,
     setting,
 )
-from trainer_recipe import arguments, one_process, run_all, tune
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from trl import SFTConfig, SFTTrainer
-
-from modeling_gated.training import GateTrainerMixin, gate_peft_config
+from examples.shared.trainer_recipe import arguments, one_process, run_all, tune
 
 
 Conversation = list[dict[str, str]]

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from comparison import report
-from recipe import KINDS, RESULT, HeldOut, RecipeSettings, measure, write_result
 from transformers import ProgressCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
+
+from examples.shared.comparison import report
+from examples.shared.recipe import KINDS, RESULT, HeldOut, RecipeSettings, measure, write_result
 
 
 def arguments(settings: RecipeSettings, folder: Path, seed: int) -> dict[str, Any]:

