@@ -1,4 +1,4 @@
-"""
+r"""
 The paper's design space as configurations of the one model: what each adds in parameters and computation, and one
 training step's time and memory against the baseline's.
 
@@ -6,7 +6,8 @@ training step's time and memory against the baseline's.
 
     # the shapes of the paper's Tables 1, 3 and 4 (with a dense MLP): parameters and FLOPs alone, no memory is needed
     python examples/benchmarks/variants.py --steps 0 --hidden-size 2048 --num-hidden-layers 24 \
-        --num-attention-heads 32 --num-key-value-heads 4 --head-dim 128 --intermediate-size 6144 --vocab-size 151936 --sequence-length 512
+        --num-attention-heads 32 --num-key-value-heads 4 --head-dim 128 --intermediate-size 6144 \
+        --vocab-size 151936 --sequence-length 512
 
 X is the attention block's input; x that of a block; Q, K, V and Y are a head's queries, keys, values and attention
 output; O is the output of o_proj, F attention or MLP. W_h and w_h are a head's weights, W and w those that all heads
