@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
@@ -15,11 +15,12 @@ from modeling_gated.checkpoints.checkpoint import open_checkpoint, shorter_token
 from modeling_gated.checkpoints.file_names import CARD_NAME, OWN_FILES
 from modeling_gated.checkpoints.files import errors_naming, read_bytes, sha256
 from modeling_gated.checkpoints.output import check_output, clear_leftovers, replacing, scratch_directory
-from modeling_gated.checkpoints.placement import Place, Placement, check_space
+from modeling_gated.checkpoints.placement import Placement, check_space
 from modeling_gated.checkpoints.records import FileRecord
 from modeling_gated.checkpoints.shards import NewShard, copy_side_files, record_others, write_shards
 from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.configuration import GatedLlamaConfig, open_gate
+from modeling_gated.defaults import GGUF_DTYPE, PLACE, Granularity, Place
 from modeling_gated.errors import ConversionError
 
 from .card import model_card
@@ -27,9 +28,6 @@ from .command_line import command_line, context_flags
 from .gguf import dequantize_gguf, gguf_headers
 from .manifest import Manifest, as_text
 from .plan import Plan, make_plan
-
-
-Granularity = Literal["headwise", "elementwise"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def convert_checkpoint(
     *,
     granularity: Granularity | None = None,
     gate_init: float | None = None,
-    place: Place = "auto",
+    place: Place = PLACE,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -117,7 +115,7 @@ def convert_checkpoint(
             with scratch_directory(output) as scratch:
                 check_space(plan.new_bytes, plan.placed.values(), scratch, output, "copy")
                 dequantized = scratch / "dequantized"
-                dequantize_gguf(plan.source.path, dequantized, dtype or torch.bfloat16, progress=progress)
+                dequantize_gguf(plan.source.path, dequantized, dtype or getattr(torch, GGUF_DTYPE), progress=progress)
                 options = _gate_options(granularity, gate_init)
                 plan = make_plan(plan.source, open_checkpoint(dequantized), options, plan.context)
                 written, shared = _write(plan, output, overwrite, "move", command, progress)
@@ -148,7 +146,7 @@ def plan_conversion(
     *,
     granularity: Granularity | None = None,
     gate_init: float | None = None,
-    place: Place = "auto",
+    place: Place = PLACE,
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -174,7 +172,11 @@ def plan_conversion(
                 open_gate(gate_init)
             except ValueError as error:
                 raise ConversionError(error) from None
-        checkpoint = gguf_headers(found.path, dtype or torch.bfloat16) if found.is_gguf else open_checkpoint(found.path)
+        checkpoint = (
+            gguf_headers(found.path, dtype or getattr(torch, GGUF_DTYPE))
+            if found.is_gguf
+            else open_checkpoint(found.path)
+        )
         extensions = (context,) if context is not None else ()
         return make_plan(found, checkpoint, _gate_options(granularity, gate_init), extensions)
 

@@ -17,11 +17,12 @@ from modeling_gated.checkpoints.config import naming, read_config
 from modeling_gated.checkpoints.file_names import CARD_NAME, MANIFEST_NAME
 from modeling_gated.checkpoints.files import errors_naming
 from modeling_gated.checkpoints.output import check_output, clear_leftovers, replacing
-from modeling_gated.checkpoints.placement import Place, check_space
+from modeling_gated.checkpoints.placement import check_space
 from modeling_gated.checkpoints.records import FileRecord, check_stamp
 from modeling_gated.checkpoints.shards import copy_side_files, record_others, write_shards
 from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.configuration import ContextExtension, describe_context, extend_context
+from modeling_gated.defaults import PLACE, Place
 from modeling_gated.errors import ConversionError
 
 from .architecture import check_index_of_any
@@ -61,7 +62,7 @@ def extend_checkpoint(
     output: str | os.PathLike,
     *,
     context: Mapping[str, Any],
-    place: Place = "auto",
+    place: Place = PLACE,
     overwrite: bool = False,
     revision: str | None = None,
     progress: bool = False,

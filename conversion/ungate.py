@@ -10,9 +10,10 @@ from modeling_gated.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from modeling_gated.checkpoints.file_names import MANIFEST_NAME
 from modeling_gated.checkpoints.files import errors_naming, resolve, sha256, sync
 from modeling_gated.checkpoints.output import check_output, clear_leftovers, replacing
-from modeling_gated.checkpoints.placement import Place, check_space, place_file
+from modeling_gated.checkpoints.placement import check_space, place_file
 from modeling_gated.checkpoints.records import check_stamp
 from modeling_gated.checkpoints.sources import find_source
+from modeling_gated.defaults import PLACE, Place
 from modeling_gated.errors import ConversionError
 
 from .architecture import read_gated_config
@@ -36,7 +37,7 @@ def ungate_checkpoint(
     gated: str | os.PathLike,
     output: str | os.PathLike,
     *,
-    place: Place = "auto",
+    place: Place = PLACE,
     overwrite: bool = False,
     revision: str | None = None,
     progress: bool = False,

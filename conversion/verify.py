@@ -22,6 +22,7 @@ from modeling_gated.checkpoints.replacement import replace_file
 from modeling_gated.checkpoints.safetensors_file import Shard, Tensor
 from modeling_gated.checkpoints.sources import Source, find_source
 from modeling_gated.configuration import GatedLlamaConfig, describe_context
+from modeling_gated.defaults import VERIFIED_TOKENS
 from modeling_gated.errors import ConversionError
 
 from .architecture import UNREAD, Architecture, read_architecture, read_gated_config
@@ -133,7 +134,7 @@ def verify_checkpoint(
     output: str | os.PathLike,
     *,
     text: str | os.PathLike | None = None,
-    tokens: int = 512,
+    tokens: int = VERIFIED_TOKENS,
     revision: str | None = None,
     progress: bool = False,
 ) -> Verification:

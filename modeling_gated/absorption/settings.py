@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from modeling_gated.defaults import DISTILL_TOKENS, SAMPLE_TOKENS, SEED
 from modeling_gated.errors import AbsorptionError
 
 
@@ -25,8 +26,8 @@ class AbsorptionSettings:
     activations, keys and gates stay what they are at first, and `trains_gates`.
     """
 
-    distill_tokens: int = 250_000
-    sample_tokens: int = 40_000
+    distill_tokens: int = DISTILL_TOKENS
+    sample_tokens: int = SAMPLE_TOKENS
     calibration_tokens: int = 98_304
     window_tokens: int = 512
     long_window_tokens: int = 2048
@@ -42,7 +43,7 @@ class AbsorptionSettings:
     evaluate_every: int = 25
     patience: int = 3
     measured_windows: int = 16
-    seed: int = 0
+    seed: int = SEED
     removes_writers: bool = True
     edits_keys: bool = True
     edits_gates: bool = True

@@ -10,12 +10,12 @@ from typing import Literal
 
 from rich.filesize import decimal
 
+from modeling_gated.defaults import Place
 from modeling_gated.errors import ConversionError
 
 from .safetensors_file import Shard
 
 
-Place = Literal["auto", "reflink", "link", "copy"]
 Placement = Place | Literal["move"]
 
 _FICLONE = 0x40049409  # from linux/fs.h

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from modeling_gated.defaults import DISTILL_TOKENS, SAMPLE_TOKENS, SEED
+
 from .models import find_device
 from .options import Device, Overwrite, Revision, Source
 from .output import one_clear_line, print_lines
@@ -24,11 +26,11 @@ def absorb(
             show_default="a novel, Python's reference and its library's code",
         ),
     ] = None,
-    distill_tokens: Annotated[int, typer.Option(help="How many tokens to distil on.")] = 250_000,
+    distill_tokens: Annotated[int, typer.Option(help="How many tokens to distil on.")] = DISTILL_TOKENS,
     sample_tokens: Annotated[
         int, typer.Option(help="How many tokens the model writes itself, before: half chats, half whatever it says.")
-    ] = 40_000,
-    seed: Annotated[int, typer.Option(help="Of the windows that are drawn and the text that is sampled.")] = 0,
+    ] = SAMPLE_TOKENS,
+    seed: Annotated[int, typer.Option(help="Of the windows that are drawn and the text that is sampled.")] = SEED,
     dtype: Annotated[
         str | None,
         typer.Option(

@@ -2,10 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modeling_gated import defaults
 from modeling_gated.errors import printable
 
 from .options import (
@@ -57,20 +58,21 @@ def convert(
     source: Source,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
     granularity: Annotated[
-        Literal["headwise", "elementwise"] | None,
+        defaults.Granularity | None,
         typer.Option(
             help="One gate per head, or per channel of each head. A source with gates of its own keeps them.",
-            show_default="headwise",
+            show_default=defaults.GRANULARITY,
         ),
     ] = None,
     gate_init: Annotated[
-        float | None, typer.Option(help="The opening that gates start from, between 0 and 1.", show_default="0.85")
+        float | None,
+        typer.Option(help="The opening that gates start from, between 0 and 1.", show_default=str(defaults.GATE_INIT)),
     ] = None,
-    place: Place = "auto",
+    place: Place = defaults.PLACE,
     overwrite: Overwrite = False,
     dtype: Annotated[
-        Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Dtype of a GGUF file's dequantized tensors.", show_default="bfloat16"),
+        defaults.DtypeName | None,
+        typer.Option(help="Dtype of a GGUF file's dequantized tensors.", show_default=defaults.GGUF_DTYPE),
     ] = None,
     revision: Revision = None,
     context_length: ContextLength = None,
@@ -114,7 +116,7 @@ def verify(
     text: Annotated[
         str | None, typer.Option(help="A text file to compare logits on.", show_default="Python's language reference")
     ] = None,
-    tokens: Annotated[int, typer.Option(max=10_000_000, help="How many tokens of it.")] = 512,
+    tokens: Annotated[int, typer.Option(max=10_000_000, help="How many tokens of it.")] = defaults.VERIFIED_TOKENS,
     revision: Revision = None,
 ) -> None:
     """
@@ -139,7 +141,7 @@ def verify(
 def ungate(
     gated: Annotated[str, typer.Argument(metavar="GATED", help="A checkpoint that gated-llama convert made.")],
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
-    place: Place = "auto",
+    place: Place = defaults.PLACE,
     overwrite: Overwrite = False,
     revision: Revision = None,
 ) -> None:
@@ -204,7 +206,7 @@ def extend(
     factor: Factor = None,
     original_max_position_embeddings: OriginalLength = None,
     replace_scaling: ReplaceScaling = False,
-    place: Place = "auto",
+    place: Place = defaults.PLACE,
     overwrite: Overwrite = False,
     revision: Revision = None,
 ) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modeling_gated.defaults import CHUNK_SIZE, CONTEXT_SAMPLES, CONTEXT_TASKS, CONTEXT_WINDOWS, SEED
+
 from .models import find_device, find_models, load_model, names_of
 from .options import Device, Dtype, TextFile
 from .output import check_report_files, one_clear_line
@@ -32,12 +34,12 @@ def evaluate_context(
         ),
     ],
     lengths: Annotated[str, typer.Option(help="Lengths in tokens, separated by commas.")] = "1024,2048,4096,8192",
-    tasks: Annotated[
-        str, typer.Option(help="What to measure, separated by commas.")
-    ] = "loss,passkey,multi_key_needle,variable_tracking",
+    tasks: Annotated[str, typer.Option(help="What to measure, separated by commas.")] = ",".join(CONTEXT_TASKS),
     text: TextFile = None,
-    windows: Annotated[int, typer.Option(help="Windows of the text, as long as the longest length, for the loss.")] = 1,
-    samples: Annotated[int, typer.Option(help="Prompts per task and length.")] = 10,
+    windows: Annotated[
+        int, typer.Option(help="Windows of the text, as long as the longest length, for the loss.")
+    ] = CONTEXT_WINDOWS,
+    samples: Annotated[int, typer.Option(help="Prompts per task and length.")] = CONTEXT_SAMPLES,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -46,8 +48,8 @@ def evaluate_context(
             show_default="as the tokenizer has one",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is hidden in the text, and where.")] = 0,
-    chunk_size: Annotated[int, typer.Option(help="Tokens per forward pass; memory grows with it.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of what is hidden in the text, and where.")] = SEED,
+    chunk_size: Annotated[int, typer.Option(help="Tokens per forward pass; memory grows with it.")] = CHUNK_SIZE,
     dtype: Dtype = "auto",
     device: Device = None,
     output: Annotated[

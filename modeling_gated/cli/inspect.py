@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modeling_gated.defaults import INSPECTED_WINDOW_TOKENS, INSPECTED_WINDOWS, INTERVENTIONS
+
 from .models import find_device, find_models, load_model, names_of
 from .options import Device, Dtype, TextFile
 from .output import check_report_files, one_clear_line
@@ -28,8 +30,8 @@ def inspect(
         Path | None, typer.Option(help="A directory for report.html and report.json.", show_default="none")
     ] = None,
     png: Annotated[bool, typer.Option("--png", help="Also write each picture as a PNG, into REPORT/pictures.")] = False,
-    windows: Annotated[int, typer.Option(help="Windows of the text.")] = 8,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    windows: Annotated[int, typer.Option(help="Windows of the text.")] = INSPECTED_WINDOWS,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = INSPECTED_WINDOW_TOKENS,
     interventions: Annotated[
         str,
         typer.Option(
@@ -37,7 +39,7 @@ def inspect(
             "attention), window=128+4 (and the first four tokens), int8_weights, int8_activations, gates=0.5, "
             "gates=0.5@LAYER, gates=0.5@LAYER.HEAD. Those of gates are left out for models without gates."
         ),
-    ] = "masked_first_token,masked_first_token@64,closed_gates,open_gates,shuffled_gates",
+    ] = ",".join(INTERVENTIONS),
     dtype: Dtype = "auto",
     device: Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,

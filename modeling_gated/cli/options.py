@@ -5,9 +5,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from modeling_gated import defaults
+
 
 Place = Annotated[
-    Literal["auto", "reflink", "link", "copy"],
+    defaults.Place,
     typer.Option(
         help="How shards get into OUTPUT: sharing blocks (reflink), as hard links (link: instant, but writing into one "
         "later changes the other too) or as copies. auto: reflink where the filesystem can, else copy."
@@ -41,7 +43,7 @@ TextFile = Annotated[
     Path | None, typer.Option("--text", help="A text file, UTF-8.", show_default="Python's language reference")
 ]
 Dtype = Annotated[
-    Literal["auto", "bfloat16", "float16", "float32"],
+    Literal["auto"] | defaults.DtypeName,
     typer.Option(help="auto: the checkpoint's own; bfloat16 for a GGUF file."),
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cuda:0 or cpu.", show_default="cuda if there is one")]

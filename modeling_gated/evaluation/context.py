@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from modeling_gated.checkpoints.loading import checked_end
 from modeling_gated.checkpoints.tokenization import check_token_ids, text_token_ids
+from modeling_gated.defaults import CHUNK_SIZE, CONTEXT_SAMPLES, CONTEXT_TASKS, CONTEXT_WINDOWS, SEED
 from modeling_gated.errors import EvaluationError
 
 from .position_loss import loss_by_position
@@ -83,13 +84,13 @@ def evaluate_context(
     *,
     name: str,
     lengths: Sequence[int],
-    tasks: Sequence[str] = (LOSS, *TASKS),
+    tasks: Sequence[str] = CONTEXT_TASKS,
     text: Path | None = None,
-    windows: int = 1,
-    samples: int = 10,
+    windows: int = CONTEXT_WINDOWS,
+    samples: int = CONTEXT_SAMPLES,
     chat: bool | None = None,
-    seed: int = 0,
-    chunk_size: int = 512,
+    seed: int = SEED,
+    chunk_size: int = CHUNK_SIZE,
     progress: bool = False,
 ) -> ContextEvaluation:
     """

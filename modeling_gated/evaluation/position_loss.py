@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
+from modeling_gated.defaults import CHUNK_SIZE
 from modeling_gated.kv_cache import cache_argument
 
 
@@ -14,7 +15,7 @@ def loss_by_position(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     *,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK_SIZE,
     advance: Callable[[int], object] = lambda _: None,
 ) -> torch.Tensor:
     """

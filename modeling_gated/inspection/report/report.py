@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gated.checkpoints.tokenization import check_token_ids, text_token_ids
+from modeling_gated.defaults import INSPECTED_WINDOW_TOKENS, INSPECTED_WINDOWS, INTERVENTIONS
 from modeling_gated.errors import InspectionError, UnknownAttention
 from modeling_gated.evaluation.text import beginning, windows_of
 from modeling_gated.inspection.interventions.named import Intervention
@@ -33,7 +34,6 @@ from modeling_gated.inspection.watching.meter import Meter
 FORMAT = 1
 EPSILON = 0.3
 SHORT_WINDOW = 64  # the length at which Gu et al. take the sink rate
-DEFAULT_INTERVENTIONS = ("masked_first_token", "masked_first_token@64", "closed_gates", "open_gates", "shuffled_gates")
 _LOGITS = 1024  # tokens whose logits are float32 at a time
 
 Numbers = list[float | None]
@@ -90,9 +90,9 @@ def inspect_model(
     *,
     name: str,
     text_name: str = "text",
-    windows: int = 8,
-    window_tokens: int = 512,
-    interventions: Sequence[str] = DEFAULT_INTERVENTIONS,
+    windows: int = INSPECTED_WINDOWS,
+    window_tokens: int = INSPECTED_WINDOW_TOKENS,
+    interventions: Sequence[str] = INTERVENTIONS,
     progress: bool = False,
 ) -> ModelReport:
     """
