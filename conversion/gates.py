@@ -1,11 +1,11 @@
-"""What the gates of a gated checkpoint are now, against what conversion wrote."""
+"""Gates of a checkpoint: names, shapes and values of their tensors, and a comparison with what conversion wrote."""
 
 from collections.abc import Iterator
 
 import torch
 
 from modeling_gated.checkpoints.checkpoint import Checkpoint
-from modeling_gated.checkpoints.safetensors_file import FLOATING_DTYPES
+from modeling_gated.checkpoints.safetensors_file import FLOATING_DTYPES, NewTensor, filled_tensor
 from modeling_gated.configuration import OPEN_GATE_WEIGHT, GatedLlamaConfig, open_gate
 
 
@@ -33,6 +33,14 @@ def open_gate_value(name: str, gate_init: float) -> float:
 def open_gate_tensor(name: str, shape: tuple[int, ...], gate_init: float, dtype: torch.dtype) -> torch.Tensor:
     """Return the tensor of an open gate, filled with `open_gate_value`; a float16 weight rounds to 0."""
     return torch.full(shape, open_gate_value(name, gate_init), dtype=dtype)
+
+
+def open_gates(config: GatedLlamaConfig, dtype: torch.dtype) -> dict[str, NewTensor]:
+    """Return the tensors of all open gates of a model, by name, to be written."""
+    return {
+        name: filled_tensor(shape, dtype, open_gate_value(name, config.gate_init))
+        for name, shape in gate_tensor_shapes(config)
+    }
 
 
 def changed_gate_layers(checkpoint: Checkpoint, config: GatedLlamaConfig) -> list[int]:

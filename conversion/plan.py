@@ -12,13 +12,13 @@ from transformers import PreTrainedConfig
 
 from modeling_gated.checkpoints.checkpoint import Checkpoint
 from modeling_gated.checkpoints.file_names import OWN_FILES
-from modeling_gated.checkpoints.safetensors_file import NewTensor, Shard, filled_tensor, new_tensor
+from modeling_gated.checkpoints.safetensors_file import NewTensor, Shard, new_tensor
 from modeling_gated.checkpoints.sources import Source
 from modeling_gated.configuration import GatedLlamaConfig
 from modeling_gated.errors import ConversionError
 
 from .architecture import Architecture, read_architecture
-from .gates import gate_tensor_shapes, open_gate_value
+from .gates import gate_tensor_shapes, open_gates
 from .tensors import base_tensor_shapes
 from .tokenizers import is_tokenizer_file, load_tokenizer, tokenizer_changes
 from .trial import check_configs_run
@@ -107,20 +107,18 @@ def make_plan(
     architecture = read_architecture(checkpoint, gate_options, context)
 
     def configs(changed: Checkpoint) -> Iterator[PreTrainedConfig]:
-        found = read_architecture(changed, gate_options, context)
-        yield found.source_config
-        yield GatedLlamaConfig.from_dict(json.loads(found.config.to_json_string()))  # as it will be read again
+        changed_architecture = read_architecture(changed, gate_options, context)
+        yield changed_architecture.source_config
+        saved = json.loads(changed_architecture.config.to_json_string())
+        yield GatedLlamaConfig.from_dict(saved)
 
     check_configs_run(checkpoint, configs)
     count = len(checkpoint.shards) + 1
     *names, gate_shard = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
     shards = dict(zip(names, checkpoint.shards, strict=True))
     rewritten: dict[str, dict[str, NewTensor]] = {}
-    gates: dict[str, NewTensor] = {}
     if architecture.fused is None:
-        config = architecture.config
-        for name, shape in gate_tensor_shapes(config):
-            gates[name] = filled_tensor(shape, architecture.dtype, open_gate_value(name, config.gate_init))
+        gates = open_gates(architecture.config, architecture.dtype)
     else:
         rewritten, gates = _take_apart(shards, architecture)
     side_files = [name for name in checkpoint.side_files() if name not in OWN_FILES]
@@ -153,11 +151,11 @@ def _tokenizer_files(
         original = load_tokenizer(checkpoint.directory, repo_id)
     except ConversionError as error:  # there is none, or it has code of its own: the result has the same files
         return {}, str(error) if any(is_tokenizer_file(name) for name in side_files) else None
-    changes, found = tokenizer_changes(original, checkpoint.directory, side_files, config)
+    changes, differences = tokenizer_changes(original, checkpoint.directory, side_files, config)
     if changes is None:
         raise ConversionError(
-            f"{checkpoint.directory}: the tokenizer of the result would differ: {'; '.join(found[:3])}; save it with "
-            "AutoTokenizer.from_pretrained(SOURCE).save_pretrained(SOURCE), then convert again"
+            f"{checkpoint.directory}: the tokenizer of the result would differ: {'; '.join(differences[:3])}; save it "
+            "with AutoTokenizer.from_pretrained(SOURCE).save_pretrained(SOURCE), then convert again"
         )
     return changes, None
 

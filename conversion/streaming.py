@@ -118,7 +118,7 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class Comparison:
+class LogitsComparison:
     """
     Two models' logits over the same tokens, by what a reader asks of them.
 

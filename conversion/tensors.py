@@ -1,4 +1,4 @@
-"""Names, shapes and values of the tensors in a checkpoint of a `GatedLlamaConfig`."""
+"""Names and shapes of the base tensors in a checkpoint of a `GatedLlamaConfig`."""
 
 from collections.abc import Iterator
 

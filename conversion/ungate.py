@@ -120,7 +120,7 @@ def _relative(directory: Path, name: str) -> PurePosixPath:
     """A name that the manifest gives a file, as a path that leads nowhere else and that a filesystem can hold."""
     path = PurePosixPath(name)
     try:
-        is_name = 0 < max((len(os.fsencode(part)) for part in path.parts), default=0) <= 255 and "\0" not in name
+        is_name = 0 < max((len(os.fsencode(piece)) for piece in path.parts), default=0) <= 255 and "\0" not in name
     except UnicodeEncodeError:
         is_name = False
     if path.is_absolute() or ".." in path.parts or not is_name:

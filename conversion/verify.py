@@ -34,7 +34,7 @@ from .gguf import dequantize_gguf, gguf_headers
 from .manifest import as_bytes, as_text, read_manifest
 from .plan import norm_from_one
 from .refresh import outdated_code
-from .streaming import Comparison, StreamedModel
+from .streaming import LogitsComparison, StreamedModel
 from .tensors import base_tensor_shapes
 from .tokenizers import TokenizerComparison, compare_tokenizers, token_ids
 
@@ -93,28 +93,28 @@ class Verification:
         else:
             rows = ", the gates among the rows of q_proj" if self.is_imported else ""
             tensors = f"all {self.tensors:,} have the source's bytes{rows}"
-        found = {"verdict": self.verdict, "base_tensors": tensors}
+        lines = {"verdict": self.verdict, "base_tensors": tensors}
         if self.context is not None:
-            found["context"] = f"the source's extended alike: {self.context}"
+            lines["context"] = f"the source's extended alike: {self.context}"
         if self.differing:
-            found["differing"] = ", ".join(self.differing[:5]) + (", ..." if len(self.differing) > 5 else "")
+            lines["differing"] = ", ".join(self.differing[:5]) + (", ..." if len(self.differing) > 5 else "")
         if self.differing_fields:
-            found["config"] = f"{', '.join(self.differing_fields)} not as in the source"
+            lines["config"] = f"{', '.join(self.differing_fields)} not as in the source"
         if self.changed_code:
-            found["code"] = f"{', '.join(self.changed_code)} changed since conversion"
+            lines["code"] = f"{', '.join(self.changed_code)} changed since conversion"
         elif self.outdated_code:
-            found["code"] = (
+            lines["code"] = (
                 f"{', '.join(self.outdated_code)} of another version, which may generate wrong text; `gated-llama "
                 "refresh-code` replaces it"
             )
         if self.changed_gates:
-            found["gates"] = f"changed since conversion in layers {ranges(list(self.changed_gates))}"
-        found["tokenizer"] = self.tokenizer.summary()
+            lines["gates"] = f"changed since conversion in layers {ranges(list(self.changed_gates))}"
+        lines["tokenizer"] = self.tokenizer.summary()
         if self.tokenizer.differences:
-            found["tokenizer"] += "; `gated-llama repair-tokenizer` may mend it"
+            lines["tokenizer"] += "; `gated-llama repair-tokenizer` may mend it"
         if self.max_difference is None:
-            return found | {"logits": f"not compared: {self.text}"}
-        return found | {
+            return lines | {"logits": f"not compared: {self.text}"}
+        return lines | {
             "logits": f"{self.tokens:,} tokens of {self.text}",
             "max_difference": f"{self.max_difference:.3g}",
             "KL_divergence": f"{self.kl_divergence:.3g}",
@@ -170,11 +170,11 @@ def verify_checkpoint(
         found_source = find_source(os.fspath(source), revision)
         with _opened(found_source, stored_dtype(gated), progress) as checkpoint:
             tokenizer = compare_tokenizers(checkpoint.directory, directory, found_source.repo_id)
-            found = _compare(checkpoint, gated, config, tokenizer, text, tokens, progress)
+            verification = _compare(checkpoint, gated, config, tokenizer, text, tokens, progress)
         try:
-            return replace(found, recorded=_record(found, directory))
+            return replace(verification, recorded=_record(verification, directory))
         except OSError:  # a directory or a filesystem that cannot be written to
-            return found
+            return verification
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def _compare(
     if (text_name := _why_no_logits(source, architecture)) is None:
         ids, text_name = token_ids(source, text, tokens, config.vocab_size)
         models = _models(source, gated, architecture, config)
-        comparison = Comparison(*models, ids)
+        comparison = LogitsComparison(*models, ids)
         if is_same and _are_equal(comparison, comparison.max_difference, imported):
             generation = compare_generation(*models, ids)
     outdated = outdated_code(gated.directory)
@@ -244,7 +244,7 @@ def _compare(
 
 
 def _verdict(
-    comparison: Comparison | None,
+    comparison: LogitsComparison | None,
     generation: GenerationComparison | None,
     imported: bool,
     outdated: tuple[str, ...],
@@ -263,7 +263,7 @@ def _verdict(
     return f"equal within the rounding of float32{by_package}" if imported else None
 
 
-def _are_equal(comparison: Comparison, difference: float, imported: bool) -> bool:
+def _are_equal(comparison: LogitsComparison, difference: float, imported: bool) -> bool:
     """Return whether logits that differ so much count as equal: none may, but with imported gates by rounding."""
     limit = _TOLERANCE * comparison.max_logit if imported else 0.0
     return comparison.max_difference <= limit and difference <= limit
@@ -283,25 +283,33 @@ def _differing_tensors(
     source: Checkpoint, gated: Checkpoint, architecture: Architecture, progress: bool
 ) -> tuple[int, tuple[str, ...]]:
     """The number of the source's tensors, and those that the gated checkpoint does not hold byte for byte."""
-    mine, others = source.tensors(), gated.tensors()
-    may_lack = {name for name in mine if UNREAD.fullmatch(name)}
-    if architecture.config.tie_word_embeddings and "lm_head.weight" in mine:  # a second copy, which saving again drops
+    source_tensors, gated_tensors = source.tensors(), gated.tensors()
+    may_lack = {name for name in source_tensors if UNREAD.fullmatch(name)}
+    if (
+        architecture.config.tie_word_embeddings and "lm_head.weight" in source_tensors
+    ):  # a second copy, which saving again drops
         head, embeddings = ("lm_head.weight", "model.embed_tokens.weight")
-        if sha256_of(mine[head][0].chunks(head)) == sha256_of(mine[embeddings][0].chunks(embeddings)):
+        if sha256_of(source_tensors[head][0].chunks(head)) == sha256_of(
+            source_tensors[embeddings][0].chunks(embeddings)
+        ):
             may_lack.add(head)
-    names = sorted(name for name in mine if name in others or name not in may_lack)
-    own = {name for name, _ in gate_tensor_shapes(architecture.config)}
-    extra = [name for name in others if name not in mine and name not in own and not UNREAD.fullmatch(name)]
+    names = sorted(name for name in source_tensors if name in gated_tensors or name not in may_lack)
+    gate_names = {name for name, _ in gate_tensor_shapes(architecture.config)}
+    extra = [
+        name
+        for name in gated_tensors
+        if name not in source_tensors and name not in gate_names and not UNREAD.fullmatch(name)
+    ]
     total = sum(shard.data_bytes for shard in source.shards)
     bar = tqdm(total=total, desc="Hashing", unit="B", unit_scale=True, disable=None if progress else True)
 
     def differs(name: str) -> bool:
         try:
-            one, other = _digests(name, mine, others, architecture.fused)
+            source_digest, gated_digest = _digests(name, source_tensors, gated_tensors, architecture.fused)
         except KeyError:  # the gated checkpoint lacks the tensor
             return True
-        bar.update(mine[name][1].size)
-        return one != other
+        bar.update(source_tensors[name][1].size)
+        return source_digest != gated_digest
 
     with bar, ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         flags = list(pool.map(differs, names))
@@ -310,16 +318,18 @@ def _differing_tensors(
 
 def _digests(
     name: str,
-    mine: dict[str, tuple[Shard, Tensor]],
-    others: dict[str, tuple[Shard, Tensor]],
+    source_tensors: dict[str, tuple[Shard, Tensor]],
+    gated_tensors: dict[str, tuple[Shard, Tensor]],
     fused: FusedGates | None,
 ) -> tuple[Any, Any]:
     """What has to be equal for a tensor: its dtype, shape and SHA-256, or for imported gates what it was made of."""
-    shard, tensor = mine[name]
+    shard, tensor = source_tensors[name]
     if fused is not None and ".self_attn.q_proj." in name:
         gate = name.replace("q_proj", "g_proj")
-        return sha256_of(shard.chunks(name)), sha256_of(fused.join((others[name][0], name), (others[gate][0], gate)))
-    other_shard, other = others[name]
+        return sha256_of(shard.chunks(name)), sha256_of(
+            fused.join((gated_tensors[name][0], name), (gated_tensors[gate][0], gate))
+        )
+    other_shard, other = gated_tensors[name]
     if fused is not None and fused.norms_from_zero and name.endswith("norm.weight"):
         expected = norm_from_one(shard, name).numpy().tobytes()
         return ("F32", tensor.shape, sha256_of([expected])), (
@@ -361,19 +371,19 @@ def _models(
     return StreamedModel(ungated, source, dtype), StreamedModel(model, gated, dtype)
 
 
-def _record(found: Verification, directory: Path) -> bool:
+def _record(verification: Verification, directory: Path) -> bool:
     """Write what was found, and the hashes that the manifest lacks, into manifest and card, if there are any."""
     manifest = read_manifest(directory)
     if manifest is None or find_source(os.fspath(directory)).repo_id is not None:  # the hub's cache is not ours
         return False
     files = dict(manifest.files)
-    if not found.differing:
+    if not verification.differing:
         for name, known in manifest.files.items():
             if known.sha256 is None and (directory / name).is_file():
                 files[name] = record(directory / name, known.source)
     card = directory / CARD_NAME
     if card.is_file() and not card.is_symlink():
-        replace_file(card, as_bytes(with_verification(as_text(read_bytes(card)), found.summary())))
+        replace_file(card, as_bytes(with_verification(as_text(read_bytes(card)), verification.summary())))
         files[CARD_NAME] = record(card)
-    replace(manifest, files=files, verification=found.summary()).write(directory)
+    replace(manifest, files=files, verification=verification.summary()).write(directory)
     return True

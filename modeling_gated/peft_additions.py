@@ -39,12 +39,12 @@ def use_target_modules_of_sources(tuners_utils: ModuleType) -> None:
     Args:
         tuners_utils: `peft.tuners.tuners_utils`.
     """
-    found = tuners_utils.BaseTuner.get_model_config
+    original_function = tuners_utils.BaseTuner.get_model_config
 
     def get_model_config(model: Any) -> dict[str, Any]:
         from peft.utils import constants
 
-        config = found(model)
+        config = original_function(model)
         source = config.get("source_model_type")
         if config["model_type"] == GatedLlamaConfig.model_type and all(
             source in table for table in _targets(constants)
@@ -100,7 +100,9 @@ def refuse_hotswapping_gates(hotswap: ModuleType) -> None:
         from peft.utils.other import ModulesToSaveWrapper
 
         arguments = dict(zip(("model", "state_dict"), args, strict=False)) | kwargs
-        in_full = [name for name, part in arguments["model"].named_modules() if isinstance(part, ModulesToSaveWrapper)]
+        in_full = [
+            name for name, module in arguments["model"].named_modules() if isinstance(module, ModulesToSaveWrapper)
+        ]
         in_full += [name for name in arguments["state_dict"] if ".lora_" not in name]
         for name in in_full:
             if is_gate(name):

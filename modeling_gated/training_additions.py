@@ -31,9 +31,9 @@ def refuse_megatron(plugin: ModuleType) -> None:
     parsers = getattr(plugin, "MODEL_CONFIGS_TO_MEGATRON_PARSERS", None)
     if parsers is None:  # another version of accelerate
         return
-    others = dict(parsers)
+    other_parsers = dict(parsers)
     parsers.clear()
-    parsers.update({GatedLlamaConfig.model_type: refuse} | others)
+    parsers.update({GatedLlamaConfig.model_type: refuse} | other_parsers)
 
 
 def warn_about_liger(liger: ModuleType) -> None:

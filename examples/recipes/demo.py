@@ -24,7 +24,7 @@ from examples.shared.processes import run_measured
 
 
 @dataclass
-class Comparison:
+class DemoResult:
     """How the gated model compares with its source."""
 
     source_parameters: int
@@ -38,7 +38,7 @@ class Comparison:
     equal_batches: bool
 
 
-def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 4096, window: int = 256) -> Comparison:
+def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 4096, window: int = 256) -> DemoResult:
     """
     Compare logits bit for bit over windows of real text, and cached greedy generation: the answers to a question in
     chat, and the continuations of a left-padded batch of two.
@@ -70,7 +70,7 @@ def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 40
     tokenizer.padding_side = "left"
     batch = tokenizer(["The capital of France is", "Once upon a time, in a"], return_tensors="pt", padding=True)
     first, second = (model.generate(**batch, max_new_tokens=32, do_sample=False) for model in (source, gated))
-    return Comparison(
+    return DemoResult(
         source.num_parameters(),
         gated.num_parameters(),
         tokens,

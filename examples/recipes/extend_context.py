@@ -37,7 +37,7 @@ from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.configuration import extend_context
 from modeling_gated.evaluation import loss_by_position
 from modeling_gated.training import gate_param_groups
-from modeling_gated.training.loop import Run, Stage, check_output, make_accelerator, train
+from modeling_gated.training.loop import Run, Stage, check_run_settings, make_accelerator, train
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to import from examples, if run by its path
@@ -56,7 +56,7 @@ def start_of(settings: Settings, output: Path) -> Path:
 def train_stage(run: Run, model: PreTrainedModel, stage: Stage) -> None:
     """Train a whole model, and save it as OUTPUT/name."""
     checkpoint_layers(model)
-    groups = gate_param_groups(model, stage.plan.learning_rate, weight_decay=0.1)
+    groups = gate_param_groups(model, stage.schedule.learning_rate, weight_decay=0.1)
     module = train(run, WindowLoss(model), groups, stage)
     save_model(run, module, stage.name)
     run.accelerator.free_memory(module)
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = read_settings(parsed.config)
         accelerator = make_accelerator(settings.mixed_precision, settings.gradient_accumulation_steps)
         with accelerator.main_process_first():
-            check_output(asdict(settings) | {"processes": accelerator.num_processes}, parsed.output)
+            check_run_settings(asdict(settings) | {"processes": accelerator.num_processes}, parsed.output)
             text = prepare_text(settings, parsed.output)
     except (OSError, ValueError) as error:  # SettingsError, and what texts and tokenizers are refused with
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)

@@ -55,7 +55,7 @@ class GateTrainer(GateTrainerMixin, Trainer):
     """Trainer, with groups of parameters that suit gates."""
 
 
-class Windows(Dataset):
+class WindowDataset(Dataset):
     """The windows of a text that come first in a seed's order."""
 
     def __init__(self, text: PackedText, length: int, count: int, seed: int) -> None:
@@ -96,7 +96,7 @@ def main(flags: Sequence[str] | None = None) -> None:
         trainer = GateTrainer(
             load(models, kind),
             TrainingArguments(**arguments(settings, folder, seed)),
-            train_dataset=Windows(text, settings.length, settings.steps * settings.batch_size, seed),
+            train_dataset=WindowDataset(text, settings.length, settings.steps * settings.batch_size, seed),
             gate_learning_rate=settings.gate_learning_rate if kind == "gated" else None,
         )
         tune(trainer, held_out(settings, text), folder)

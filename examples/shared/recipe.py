@@ -19,7 +19,7 @@ from examples.shared.smollm2 import write_checkpoint
 from modeling_gated.conversion import ConversionError, convert_checkpoint
 from modeling_gated.evaluation import EvaluationError
 from modeling_gated.inspection import FirstTokenAttention, GateDrift, GateScores, inspecting
-from modeling_gated.training.loop import check_output
+from modeling_gated.training.loop import check_run_settings
 
 
 KINDS = ("gated", "control")
@@ -100,7 +100,7 @@ def read_flags(kind: type[AnySettings], description: str, arguments: Sequence[st
 def open_output(settings: RecipeSettings, **others: Any) -> None:
     """Make the output's folder, or see that it was made with the same settings; more seeds may be added to it."""
     compared = {name: value for name, value in asdict(settings).items() if name not in ("output", "seeds")}
-    check_output(compared | others, Path(settings.output))
+    check_run_settings(compared | others, Path(settings.output))
 
 
 def prepare(settings: RecipeSettings) -> Models:

@@ -85,12 +85,12 @@ def absorb_checkpoint(
         raise AbsorptionError(f"dtype {dtype}: is neither bfloat16 nor float32")
     flags = {"text": paths} | {name: getattr(settings, name) for name in ("distill_tokens", "sample_tokens", "seed")}
     flags |= {"dtype": dtype, "revision": revision}
-    made = {"command": f"`{command_line('absorb', checkpoint, output, flags, overwrite)}`"}
+    origin = {"command": f"`{command_line('absorb', checkpoint, output, flags, overwrite)}`"}
     defaults = asdict(AbsorptionSettings())
-    others = {name: value for name, value in asdict(settings).items() if name not in flags}
-    unsaid = [f"{name}={value}" for name, value in others.items() if value != defaults[name]]
+    unflagged = {name: value for name, value in asdict(settings).items() if name not in flags}
+    unsaid = [f"{name}={value}" for name, value in unflagged.items() if value != defaults[name]]
     if unsaid:
-        made["settings that it has no flags for"] = ", ".join(unsaid)
+        origin["settings that it has no flags for"] = ", ".join(unsaid)
     source = find_source(os.fspath(checkpoint), revision)
     clear_leftovers(output)
     check_output(source.path, output, overwrite)
@@ -106,7 +106,7 @@ def absorb_checkpoint(
         work, texts = _prepared(identity, folder, device, progress)
         done, distilled = _absorbed(work, texts, identity, output)
         with replacing(output, overwrite) as staging:
-            _write(done, work.original, distilled, staging, made)
+            _write(done, work.original, distilled, staging, origin)
         with scratch_directory(output) as scratch:  # under its name it is whole or not there
             folder.rename(scratch / folder.name)
     except OSError as error:
@@ -165,13 +165,13 @@ def _absorbed(work: Work, texts: list[Text], identity: RunIdentity, output: Path
     return done, distilled
 
 
-def _write(done: Absorption, original: Path, distilled: Path, folder: Path, made: dict[str, str]) -> None:
+def _write(done: Absorption, original: Path, distilled: Path, folder: Path, origin: dict[str, str]) -> None:
     """The result: the model, and what lies beside the original's weights, its tokenizer and licence for example."""
     shutil.copytree(distilled, folder, dirs_exist_ok=True)
     (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)  # the original's, if it has one, is a side file
     beside = open_checkpoint(original)
     copy_side_files(beside, [name for name in beside.side_files() if name not in OWN_FILES], folder)
     (folder / REPORT_NAME).write_text(done.as_json(), encoding="utf-8")
-    (folder / CARD_NAME).write_text(absorption_card(done, original, made), encoding="utf-8")
+    (folder / CARD_NAME).write_text(absorption_card(done, original, origin), encoding="utf-8")
     for path in folder.rglob("*"):
         sync(path)

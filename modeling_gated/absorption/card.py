@@ -22,10 +22,10 @@ _COMPARISON = ", made to be compared with a model whose attention sinks were abs
 _STEPS = ("removes_writers", "edits_keys", "edits_gates", "trains_gates")
 
 
-def absorption_card(done: Absorption, directory: Path, made: Mapping[str, str]) -> str:
+def absorption_card(done: Absorption, directory: Path, origin: Mapping[str, str]) -> str:
     """
     The text of README.md, with the metadata that the hub reads, some of it from the card in `directory`, and what says
-    how the checkpoint was `made`.
+    the `origin` of the checkpoint: the command that made it.
     """
     layers, gated = done.layers, sum(any(layer.gated) for layer in done.layers)
     source, settings = done.identity.source, done.identity.settings
@@ -33,7 +33,7 @@ def absorption_card(done: Absorption, directory: Path, made: Mapping[str, str]) 
     rows = {
         "base model": source.name,
         "revision": source.revision or "not known (a local path)",
-        **made,
+        **origin,
         "gates fitted": f"in {gated} of {len(layers)} layers",
         "neurons that wrote massive activations, removed": ", ".join(
             f"{writer.neuron} of layer {writer.layer}" for writer in done.writers

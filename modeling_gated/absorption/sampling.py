@@ -44,18 +44,18 @@ def sample_text(
         check_token_ids(tokenizer, [tokenizer.bos_token_id], "the beginning of an input", model)
     plain = [token for token in range(min(len(tokenizer), model.config.vocab_size)) if token not in special]
     generator = torch.Generator().manual_seed(seed)
-    found: list[list[int]] = []
+    sequences: list[list[int]] = []
     with _seeded(model, seed), _bar("sampling text", tokens, progress) as bar:
-        while (done := sum(map(len, found))) < tokens:
+        while (done := sum(map(len, sequences))) < tokens:
             drawn = torch.randint(len(plain), (_batch(tokens - done, _TEXT),), generator=generator).tolist()
             starts = [[plain[index]] for index in drawn]
             if tokenizer.bos_token_id is not None:
                 starts[::2] = [[tokenizer.bos_token_id]] * len(starts[::2])
             for start, more in zip(starts, _continue(model, starts, _TEXT, special), strict=True):
                 text = [token for token in start if token not in special] + more
-                found.append(text)
-            bar.update(min(tokens, sum(map(len, found))) - done)
-    return [text for text in found if text]
+                sequences.append(text)
+            bar.update(min(tokens, sum(map(len, sequences))) - done)
+    return [text for text in sequences if text]
 
 
 def sample_chats(
@@ -82,16 +82,16 @@ def sample_chats(
     before, between, after = around
     check_token_ids(tokenizer, [*before, *between, *after], "the chat template", model)
     special = _special(tokenizer)
-    found: list[list[int]] = []
+    chats: list[list[int]] = []
     with _seeded(model, seed), _bar("sampling chats", tokens, progress) as bar:
-        while (done := sum(map(len, found))) < tokens:
+        while (done := sum(map(len, chats))) < tokens:
             questions = _continue(model, [before] * _batch(tokens - done, _ANSWER), _QUESTION, special)
             # A question may be empty, too, and is kept, so that there is an end to it whatever the model writes.
             starts = [before + question + between for question in questions]
             answers = _continue(model, starts, _ANSWER, special)
-            found += [start + answer + after for start, answer in zip(starts, answers, strict=True)]
-            bar.update(min(tokens, sum(map(len, found))) - done)
-    return found
+            chats += [start + answer + after for start, answer in zip(starts, answers, strict=True)]
+            bar.update(min(tokens, sum(map(len, chats))) - done)
+    return chats
 
 
 def _batch(tokens: int, of_a_sequence: int) -> int:

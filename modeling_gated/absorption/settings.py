@@ -76,7 +76,7 @@ class AbsorptionSettings:
 
     @property
     def length(self) -> int:
-        """Tokens of a window, as a training's plan calls them."""
+        """Tokens of a window, as a training's schedule calls them."""
         return self.window_tokens
 
     @property

@@ -22,7 +22,7 @@ from modeling_gated.checkpoints.tokenization import check_token_ids
 from modeling_gated.conversion.architecture import read_gated_config
 from modeling_gated.errors import AbsorptionError
 from modeling_gated.gate_names import is_gate
-from modeling_gated.training.loop import check_output
+from modeling_gated.training.loop import check_run_settings
 
 from .comparison import Comparison, prove
 from .distillation.training import distil
@@ -60,15 +60,15 @@ class Work:
     bfloat16_matmuls: bool = False
     source: Path | None = None
 
-    def texts(self, given: Sequence[Path]) -> list[Text]:
+    def texts(self, paths: Sequence[Path]) -> list[Text]:
         """The kinds of text: this package's own, those of files, and what the original writes itself."""
         embeddings = read_gated_config(open_checkpoint(self.original)).vocab_size
         check_token_ids(self.tokenizer, special_start(self.tokenizer), "the beginning of an input", embeddings)
-        own = default_texts(self.tokenizer, embeddings)
-        if given:  # then the package's are what the result is measured on, and no more
-            own = [Text(text.kind, [], text.held_out) for text in own]
-        texts = given_texts(given, self.tokenizer, embeddings)
-        for path, text in zip(given, texts, strict=True):
+        package_texts = default_texts(self.tokenizer, embeddings)
+        if paths:  # then the package's are what the result is measured on, and no more
+            package_texts = [Text(text.kind, [], text.held_out) for text in package_texts]
+        texts = given_texts(paths, self.tokenizer, embeddings)
+        for path, text in zip(paths, texts, strict=True):
             if len(text.held_out) < self.settings.window_tokens:
                 tokens = len(text.training + text.validation + text.held_out)
                 raise AbsorptionError(
@@ -80,7 +80,7 @@ class Work:
             with self._timed("sampling"):
                 replace_file(kept, json.dumps(self._sampled()).encode())
         sampled = _read_json(kept)
-        return own + texts + [sampled_text(*item) for item in sampled.items() if item[1]]
+        return package_texts + texts + [sampled_text(*item) for item in sampled.items() if item[1]]
 
     def edit(self, texts: Sequence[Text]) -> Edit:
         """What was done to the model without the predictions' training; the model is in `edited`."""
@@ -183,8 +183,8 @@ class Work:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         yield staging
-        for made in staging.rglob("*"):
-            sync(made)
+        for path_in_staging in staging.rglob("*"):
+            sync(path_in_staging)
         staging.rename(path)
 
     @contextmanager
@@ -214,7 +214,7 @@ def begin(folder: Path, settings: dict[str, Any]) -> None:
         AbsorptionError: if it was not.
     """
     try:
-        check_output(settings, folder)
+        check_run_settings(settings, folder)
     except ValueError as error:
         raise AbsorptionError(f"{error}; remove it to begin anew") from None
 
@@ -225,8 +225,12 @@ def _write_edit(edit: Edit, folder: Path) -> None:
         "layers": [asdict(layer) for layer in edit.layers],
     }
     (folder / _EDIT).write_text(json.dumps(content), encoding="utf-8")
-    found = {number: found for number, found in enumerate(edit.directions) if found is not None}
-    tensors = {f"{number}.{name}": tensor for number, one in found.items() for name, tensor in vars(one).items()}
+    directions = {number: direction for number, direction in enumerate(edit.directions) if direction is not None}
+    tensors = {
+        f"{number}.{name}": tensor
+        for number, direction in directions.items()
+        for name, tensor in vars(direction).items()
+    }
     save_file(tensors, folder / _DIRECTIONS)
 
 

@@ -50,8 +50,8 @@ class Checkpoint:
     def layers(self) -> int:
         """The number of decoder layers that the shards hold."""
         pattern = re.compile(r"model\.layers\.(\d{1,6})\.")
-        found = (pattern.match(name) for shard in self.shards for name in shard.tensors)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+        matches = (pattern.match(name) for shard in self.shards for name in shard.tensors)
+        return max((int(match[1]) + 1 for match in matches if match), default=0)
 
     def side_files(self) -> tuple[str, ...]:
         """
@@ -119,10 +119,10 @@ def _resolve_shard(directory: Path, name: str) -> Path:
 
 def shorter_tokenizer(directory: Path, length: int) -> int | None:
     """The `model_max_length` of a checkpoint's tokenizer, at which it would truncate, if it is less than `length`."""
-    path, found = directory / "tokenizer_config.json", None
+    path, max_length = directory / "tokenizer_config.json", None
     with suppress(ConversionError):  # nothing depends on it
-        found = read_json(path).get("model_max_length") if path.is_file() else None
-    return found if isinstance(found, int) and found < length else None
+        max_length = read_json(path).get("model_max_length") if path.is_file() else None
+    return max_length if isinstance(max_length, int) and max_length < length else None
 
 
 def rewriting_command(source: str, target: str) -> str:

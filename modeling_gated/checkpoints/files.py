@@ -123,11 +123,11 @@ def chunks(file: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
     """`size` bytes of a file from `offset` on, in parts of bounded size."""
     file.seek(offset)
     while size:
-        part = file.read(min(size, CHUNK))
-        if not part:
+        chunk = file.read(min(size, CHUNK))
+        if not chunk:
             raise OSError(0, "ends too early", file.name)
-        size -= len(part)
-        yield part
+        size -= len(chunk)
+        yield chunk
 
 
 def sha256(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
@@ -139,9 +139,9 @@ def sha256(path: Path, advance: Callable[[int], object] = lambda _: None) -> str
 def sha256_of(parts: Iterable[bytes], advance: Callable[[int], object] = lambda _: None) -> str:
     """`sha256` of bytes that come in parts."""
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-        advance(len(part))
+    for chunk in parts:
+        digest.update(chunk)
+        advance(len(chunk))
     return digest.hexdigest()
 
 

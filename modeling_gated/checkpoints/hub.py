@@ -80,8 +80,8 @@ def _repository_files(repo_id: str, commit: str) -> tuple[dict[str, int], str | 
     Return the sizes of all files of a commit, empty if not known, and the reason if the hub cannot be asked for them.
     """
     try:
-        found = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
-        return {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}, None
+        entries = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
+        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}, None
     except Exception as error:  # errors of the network have classes that differ between versions of huggingface_hub
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     try:  # since huggingface_hub 2, the cache may know them

@@ -43,7 +43,9 @@ def check_index(checkpoint: Checkpoint, is_read: Callable[[str], bool]) -> tuple
     for name in repeated:
         _check_equal(checkpoint, name, holders[name])
     misplaced = [
-        name for name, shards in holders.items() if name in listed and listed[name] not in [one.name for one in shards]
+        name
+        for name, shards in holders.items()
+        if name in listed and listed[name] not in [shard.name for shard in shards]
     ]
     unlisted = [name for name in holders if name not in listed and is_read(name)]
     notes = {
@@ -59,8 +61,8 @@ def _check_equal(checkpoint: Checkpoint, name: str, shards: Sequence[Shard]) -> 
     """Raise ConversionError unless shards hold the same dtype, shape and bytes of a tensor."""
     first, last = shards[0], shards[-1]
     for shard in shards[1:]:
-        one, other = first.tensors[name], shard.tensors[name]
-        if (one.dtype, one.shape) != (other.dtype, other.shape) or any(
+        first_tensor, other_tensor = first.tensors[name], shard.tensors[name]
+        if (first_tensor.dtype, first_tensor.shape) != (other_tensor.dtype, other_tensor.shape) or any(
             left != right for left, right in zip(first.chunks(name), shard.chunks(name), strict=True)
         ):
             raise ConversionError(

@@ -87,9 +87,9 @@ def _why_not_loaded(directory: Path, config: PreTrainedConfig | None, error: Exc
 
 def _fails_by_attention(config: PreTrainedConfig) -> bool:
     """Return whether a model can be made of a config with eager attention, and not with the config's own."""
-    own, eager = deepcopy(config), deepcopy(config)
+    as_configured, eager = deepcopy(config), deepcopy(config)
     eager._attn_implementation = "eager"
-    return not _can_be_made(own) and _can_be_made(eager)
+    return not _can_be_made(as_configured) and _can_be_made(eager)
 
 
 def _can_be_made(config: PreTrainedConfig) -> bool:

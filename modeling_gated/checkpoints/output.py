@@ -53,10 +53,10 @@ def clear_leftovers(output: Path) -> None:
     """
     pattern = re.compile(re.escape(f".{output.name}.") + "[0-9a-f]{32}")
     try:
-        found = [path for path in output.parent.iterdir() if pattern.fullmatch(path.name)]
+        leftovers = [path for path in output.parent.iterdir() if pattern.fullmatch(path.name)]
     except OSError:  # no such directory yet
         return
-    for scratch in found:
+    for scratch in leftovers:
         if scratch.is_symlink():
             continue
         with suppress(OSError), _locked(scratch):

@@ -31,12 +31,12 @@ def record(path: Path, source: str | None = None) -> FileRecord:
     return FileRecord(path.stat().st_size, sha256(path), source=source)
 
 
-def check_stamp(path: Path, found: FileRecord) -> None:
+def check_stamp(path: Path, known: FileRecord) -> None:
     """Raise ConversionError if a file's size, or a hard-linked one's time stamp, is not the recorded one."""
     status = path.stat()
-    if status.st_size != found.size:
-        raise ConversionError(f"{path}: is not what conversion wrote ({status.st_size} bytes, not {found.size})")
-    if found.sha256 is None and status.st_mtime_ns != found.mtime_ns:
+    if status.st_size != known.size:
+        raise ConversionError(f"{path}: is not what conversion wrote ({status.st_size} bytes, not {known.size})")
+    if known.sha256 is None and status.st_mtime_ns != known.mtime_ns:
         raise ConversionError(
             f"{path}: was hard-linked, not hashed, and has another time stamp since; gated-llama verify, with the "
             "source, tells whether its content is the same"

@@ -62,9 +62,9 @@ class Shard:
         last = rows if last is None else min(last, rows)
         row = where.size // max(rows, 1)
         content, end = bytearray((last - first) * row), 0
-        for part in self.chunks(tensor, first * row, len(content)):
-            content[end : end + len(part)] = part
-            end += len(part)
+        for chunk in self.chunks(tensor, first * row, len(content)):
+            content[end : end + len(chunk)] = chunk
+            end += len(chunk)
         values = torch.frombuffer(content, dtype=FLOATING_DTYPES[where.dtype]) if content else torch.empty(0)
         return values.reshape(last - first, *where.shape[1:]) if where.shape else values.reshape(())
 
@@ -146,9 +146,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, NewTensor], metadata: Ma
                     digest.update(zeros[: tensor.size - start])
                 file.seek(end)
             else:
-                for part in tensor.parts():
-                    digest.update(part)
-                    file.write(part)
+                for chunk in tensor.parts():
+                    digest.update(chunk)
+                    file.write(chunk)
                 assert file.tell() == end, name
         file.truncate()
     return digest.hexdigest()
@@ -170,9 +170,9 @@ def filled_tensor(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> N
     is_zero = not torch.tensor(value, dtype=dtype).any()
 
     def parts() -> Iterator[memoryview]:
-        part = torch.full((min(size, 2**20) // dtype.itemsize,), value, dtype=dtype).view(torch.uint8).numpy().data
+        chunk = torch.full((min(size, 2**20) // dtype.itemsize,), value, dtype=dtype).view(torch.uint8).numpy().data
         for start in range(0, size, 2**20):
-            yield part[: size - start]
+            yield chunk[: size - start]
 
     return NewTensor(_code(dtype), shape, size, None if is_zero else parts)
 

@@ -51,7 +51,7 @@ def write_shards(
             if stop.is_set():
                 raise InterruptedError
 
-        def one(name: str) -> tuple[FileRecord, int]:
+        def write_shard(name: str) -> tuple[FileRecord, int]:
             path = directory / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if name in placed:
@@ -63,12 +63,14 @@ def write_shards(
         names = sorted([*placed, *new])
         with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
             try:
-                results = list(pool.map(one, names))
+                results = list(pool.map(write_shard, names))
             except BaseException:
                 stop.set()  # a copy that runs ends at its next part
                 pool.shutdown(cancel_futures=True)
                 raise
-    return {name: found for name, (found, _) in zip(names, results, strict=True)}, sum(size for _, size in results)
+    return {name: file_record for name, (file_record, _) in zip(names, results, strict=True)}, sum(
+        size for _, size in results
+    )
 
 
 def _place(shard: Shard, target: Path, place: Placement, advance: Callable[[int], None]) -> tuple[FileRecord, int]:
@@ -93,10 +95,10 @@ def copy_side_files(checkpoint: Checkpoint, names: Collection[str], directory: P
 
 def record_others(directory: Path, records: Mapping[str, FileRecord], kept: Collection[str]) -> dict[str, FileRecord]:
     """Force to disk, and hash, the files that have no record yet; those in `kept` have the source's names."""
-    others = {}
+    records_of_others = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         if name not in records:
-            others[name] = record(path, source=name if name in kept else None)
+            records_of_others[name] = record(path, source=name if name in kept else None)
             sync(path)
-    return others
+    return records_of_others

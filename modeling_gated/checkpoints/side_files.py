@@ -129,7 +129,9 @@ def _words(value: object) -> Iterator[str]:
 
 def _is_weights(path: PurePosixPath) -> bool:
     """Return whether a name is one of weights, in whatever form, of a part of them, or of an index of them."""
-    if any(PurePosixPath(part).suffix.lower() in WEIGHT_SUFFIXES for part in path.parts):  # folders too: .mlpackage
+    if any(
+        PurePosixPath(name_part).suffix.lower() in WEIGHT_SUFFIXES for name_part in path.parts
+    ):  # folders too: .mlpackage
         return True
     name = path.name.lower()
     if any(suffix.startswith(".onnx") for suffix in path.with_name(name).suffixes):  # .onnx_data, .onnx_data_1
@@ -139,7 +141,7 @@ def _is_weights(path: PurePosixPath) -> bool:
 
 def _is_hidden(path: PurePosixPath) -> bool:
     shown = path.parts[:-1] if path.name == ".gitattributes" else path.parts
-    return any(part.startswith(".") for part in shown)
+    return any(name_part.startswith(".") for name_part in shown)
 
 
 def _size(path: Path) -> int:

@@ -15,13 +15,13 @@ from .hub import download
 @dataclass(frozen=True)
 class Source:
     """
-    A checkpoint as the user named it, `given`, and where it lies: `path`, a directory or a safetensors or GGUF file.
+    A checkpoint: its name as the user gave it, `requested`, and its `path`, a directory or a safetensors or GGUF file.
 
     `repo_id` and `revision`, a commit, are known if it comes from the hub, or lies in the hub's cache. `left_out` holds
     the sizes in bytes of files on the hub that were not downloaded, by their paths in the repository.
     """
 
-    given: str
+    requested: str
     path: Path
     repo_id: str | None = None
     revision: str | None = None
@@ -37,38 +37,38 @@ class Source:
         return self.repo_id or self.path.name
 
 
-def find_source(given: str, revision: str | None = None) -> Source:
+def find_source(requested: str, revision: str | None = None) -> Source:
     """
     Find a checkpoint. What is not a path is taken for a model on the hub and downloaded into the hub's cache, unless
     it is there; with `HF_HUB_OFFLINE=1` it has to be.
 
     Args:
-        given: a path, or a hub id such as `HuggingFaceTB/SmolLM2-135M`.
+        requested: a path, or a hub id such as `HuggingFaceTB/SmolLM2-135M`.
         revision: the hub's branch, tag or commit; `main` if not given.
 
     Raises:
         ConversionError: if there is no such path and no such model.
     """
     # The path keeps its name: in the hub's cache, files are links to blobs whose names say nothing.
-    path = Path(given).absolute()
+    path = Path(requested).absolute()
     if path.exists():
         if revision is not None:
             raise ConversionError(f"revision={revision!r}: {path} is a path, not a model on the hub")
-        return Source(given, path, *_cached(path.resolve() if path.is_dir() else path))
+        return Source(requested, path, *_cached(path.resolve() if path.is_dir() else path))
     try:
-        validate_repo_id(given)
+        validate_repo_id(requested)
     except HFValidationError:
-        raise ConversionError(f"{path}: no such file or directory, and {given!r} is no hub id") from None
+        raise ConversionError(f"{path}: no such file or directory, and {requested!r} is no hub id") from None
     try:
-        snapshot, left_out = download(given, revision)
+        snapshot, left_out = download(requested, revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         where = "the hub's cache (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else "the hub"
         at = f" at revision {revision}" if revision else ""
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConversionError(
-            f"{given}: no such file or directory, and not to be had from {where}{at}: {reason}"
+            f"{requested}: no such file or directory, and not to be had from {where}{at}: {reason}"
         ) from None
-    return Source(given, snapshot, *_cached(snapshot), left_out)
+    return Source(requested, snapshot, *_cached(snapshot), left_out)
 
 
 def _cached(path: Path) -> tuple[str | None, str | None]:

@@ -63,8 +63,8 @@ def encode(
     with _errors(
         lambda error: f"{tokenizer_name(tokenizer)}: its tokenizer cannot tokenize {text_name}: {_reason(error)}"
     ):
-        found = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
-    return found["input_ids"]
+        encoded = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
+    return encoded["input_ids"]
 
 
 def text_token_ids(

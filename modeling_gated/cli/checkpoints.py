@@ -39,9 +39,9 @@ def _context(
     replace_scaling: bool,
 ) -> dict[str, Any] | None:
     """The arguments of `extend_context` that were given."""
-    given = {"rope_theta": rope_theta, "factor": factor}
-    given["original_max_position_embeddings"] = original_max_position_embeddings
-    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    numbers = {"rope_theta": rope_theta, "factor": factor}
+    numbers["original_max_position_embeddings"] = original_max_position_embeddings
+    options: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
     if replace_scaling:
         options["replace_scaling"] = True
     if yarn:
@@ -131,10 +131,10 @@ def verify(
         from modeling_gated.evaluation.text import read_text
 
         read_text(None if text is None else Path(text))
-        found = verify_checkpoint(source, output, text=text, tokens=tokens, revision=revision, progress=True)
-    lines = {label.replace("_", " "): value for label, value in found.summary().items()}
-    print_lines(lines | {"recorded": "in the model card and the manifest" if found.recorded else "no"})
-    if not found.passed:
+        verification = verify_checkpoint(source, output, text=text, tokens=tokens, revision=revision, progress=True)
+    lines = {label.replace("_", " "): value for label, value in verification.summary().items()}
+    print_lines(lines | {"recorded": "in the model card and the manifest" if verification.recorded else "no"})
+    if not verification.passed:
         raise typer.Exit(1)
 
 

@@ -85,55 +85,57 @@ def evaluate_context(
             check_plots()
             check_report_files(output, (_JSON, _PLOT), overwrite)
         paths, target = find_models(checkpoints), find_device(device)
-        found: list[ContextEvaluation] = []
+        evaluations: list[ContextEvaluation] = []
         for path, name in zip(paths, names_of(checkpoints), strict=True):
             model, tokenizer = load_model(path, dtype, target)
             options: dict[str, Any] = settings | {"name": name, "text": text, "chat": chat, "seed": seed}
-            found.append(evaluate_context(model, tokenizer, **options, progress=True))
+            evaluations.append(evaluate_context(model, tokenizer, **options, progress=True))
             del model  # before the next one is loaded
             if output is not None:  # at once, as the next one may fail after hours
-                _write(found, output)
-        _print_table(found)
+                _write(evaluations, output)
+        _print_table(evaluations)
         if output is not None:
-            plot_context(found, output / _PLOT)
+            plot_context(evaluations, output / _PLOT)
             typer.echo(f"written: {output / _JSON}, {output / _PLOT}")
 
 
-def _write(found: list["ContextEvaluation"], output: Path) -> None:
+def _write(evaluations: list["ContextEvaluation"], output: Path) -> None:
     from modeling_gated.checkpoints.replacement import replace_file
 
     packages = {name: version(name) for name in ("modeling-gated", "torch", "transformers")}
-    evaluations = [asdict(evaluation) for evaluation in found]
-    content = {"format": _FORMAT, "versions": packages, "evaluations": evaluations}
+    contents = [asdict(evaluation) for evaluation in evaluations]
+    content = {"format": _FORMAT, "versions": packages, "evaluations": contents}
     output.mkdir(parents=True, exist_ok=True)
     replace_file(output / _JSON, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _print_table(found: list["ContextEvaluation"]) -> None:
+def _print_table(evaluations: list["ContextEvaluation"]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     table.add_column("up to tokens")
     table.add_column("model", overflow="fold")
-    for length in found[0].lengths:
+    for length in evaluations[0].lengths:
         table.add_column(f"{length:,}", justify="right")
-    for evaluation in found:
+    for evaluation in evaluations:
         if evaluation.losses:
-            marks = ["*" if part.end in evaluation.beyond else " " for part in evaluation.losses]
-            numbers = [math.nan if part.loss is None else part.loss for part in evaluation.losses]
+            marks = ["*" if position_loss.end in evaluation.beyond else " " for position_loss in evaluation.losses]
+            numbers = [
+                math.nan if position_loss.loss is None else position_loss.loss for position_loss in evaluation.losses
+            ]
             values = [f"{loss:.3f}{mark}" for loss, mark in zip(numbers, marks, strict=True)]
             table.add_row("loss", evaluation.name, *values)
-    for task in dict.fromkeys(score.task for score in found[0].scores):
-        for evaluation in found:
+    for task in dict.fromkeys(score.task for score in evaluations[0].scores):
+        for evaluation in evaluations:
             scores = [score for score in evaluation.scores if score.task == task]
             marks = ["*" if score.length in evaluation.beyond else " " for score in scores]
             values = [f"{score.score:.2f}{mark}" for score, mark in zip(scores, marks, strict=True)]
             table.add_row(task, evaluation.name, *values)
     Console(soft_wrap=True).print(table)
-    if any(evaluation.beyond for evaluation in found):
+    if any(evaluation.beyond for evaluation in evaluations):
         typer.echo("* more than max_position_embeddings")
-    if len({evaluation.chat_template for evaluation in found}) > 1:
+    if len({evaluation.chat_template for evaluation in evaluations}) > 1:
         typer.echo("note: some were asked in their chat template, others in plain text (--chat, --no-chat)", err=True)
-    if len({(evaluation.text_tokens, evaluation.text_characters) for evaluation in found}) > 1:
+    if len({(evaluation.text_tokens, evaluation.text_characters) for evaluation in evaluations}) > 1:
         typer.echo("note: the tokenizers take the text for different tokens, so losses do not compare", err=True)

@@ -9,35 +9,35 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def find_models(given: list[str]) -> list[Path]:
+def find_models(names: list[str]) -> list[Path]:
     """Where they lie: directories with a checkpoint in safetensors, or GGUF files."""
     from modeling_gated.checkpoints.sources import find_source
     from modeling_gated.evaluation import EvaluationError
 
-    sources = [find_source(name) for name in given]
+    sources = [find_source(name) for name in names]
     if files := [source.path for source in sources if not (source.path.is_dir() or source.is_gguf)]:
         raise EvaluationError(f"{files[0]}: neither a directory with a checkpoint in safetensors nor a GGUF file")
     return [source.path for source in sources]
 
 
-def names_of(given: list[str]) -> list[str]:
+def names_of(names: list[str]) -> list[str]:
     """The last part of each path or hub id; the whole of it where that is not enough."""
-    last = [Path(name).name or Path(name).resolve().name for name in given]
-    return [part if last.count(part) == 1 else name for name, part in zip(given, last, strict=True)]
+    last = [Path(name).name or Path(name).resolve().name for name in names]
+    return [last_part if last.count(last_part) == 1 else name for name, last_part in zip(names, last, strict=True)]
 
 
-def find_device(given: str | None) -> "torch.device":
+def find_device(requested: str | None) -> "torch.device":
     import torch
 
     from modeling_gated.evaluation import EvaluationError
 
     try:
-        device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(requested or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:  # what torch raises for a device that is not there
         reason = str(error).splitlines()[0].split(". ")[0]
         raise EvaluationError(
-            f"--device {given}: {reason}; give a device that torch can use here, such as cpu"
+            f"--device {requested}: {reason}; give a device that torch can use here, such as cpu"
         ) from None
     return device
 

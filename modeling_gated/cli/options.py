@@ -43,7 +43,7 @@ TextFile = Annotated[
     Path | None, typer.Option("--text", help="A text file, UTF-8.", show_default="Python's language reference")
 ]
 Dtype = Annotated[
-    Literal["auto"] | defaults.DtypeName,
+    Literal["auto", defaults.DtypeName],
     typer.Option(help="auto: the checkpoint's own; bfloat16 for a GGUF file."),
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cuda:0 or cpu.", show_default="cuda if there is one")]

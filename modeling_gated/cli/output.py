@@ -52,8 +52,10 @@ def check_report_files(folder: Path, files: Sequence[str], overwrite: bool, fold
     existing = [folder / name for name in (*files, *folders) if (folder / name).exists()]
     if existing and not overwrite:
         raise EvaluationError(f"{existing[0]}: already exists; --overwrite replaces it")
-    if others := [path for path in existing if path.is_dir() != (path.name in folders)]:
-        raise EvaluationError(f"{others[0]}: cannot be replaced, as it is {'a' if others[0].is_dir() else 'no'} folder")
+    if wrong_kind := [path for path in existing if path.is_dir() != (path.name in folders)]:
+        raise EvaluationError(
+            f"{wrong_kind[0]}: cannot be replaced, as it is {'a' if wrong_kind[0].is_dir() else 'no'} folder"
+        )
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise EvaluationError(f"{folder}: cannot be made, as {nearest} is not a directory to write to")

@@ -18,8 +18,8 @@ def sum_over_chunks(
         tensors: of the same length, [tokens, ...].
         chunk_size: tokens at a time.
     """
-    *others, last = zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True)
-    losses = [checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in others]
+    *checkpointed_chunks, last = zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True)
+    losses = [checkpoint(summed_loss, *chunk, use_reentrant=False) for chunk in checkpointed_chunks]
     return torch.stack([*losses, summed_loss(*last)]).sum()
 
 

@@ -114,14 +114,14 @@ class Distillation(nn.Module):
         if any(parameter.requires_grad for parameter in self.teacher.parameters()):
             raise ValueError("a parameter that the teacher shares with the student has been unfrozen")
         with torch.no_grad():
-            expected, expected_outputs = self._run(self.teacher, input_ids, attention_mask)
-        found, outputs = self._run(self.student, input_ids, attention_mask)
+            teacher_hidden, expected_outputs = self._run(self.teacher, input_ids, attention_mask)
+        hidden, outputs = self._run(self.student, input_ids, attention_mask)
         kept = None if attention_mask is None else attention_mask.bool()
 
         result = DistillationOutput()
         terms = []
         if self.attention_weight:
-            if found.requires_grad and not any(output.requires_grad for output in outputs):
+            if hidden.requires_grad and not any(output.requires_grad for output in outputs):
                 raise ValueError(
                     "the attention outputs have no gradient: checkpoint with use_reentrant=False, and train something "
                     "that they depend on"
@@ -131,7 +131,7 @@ class Distillation(nn.Module):
             result.attention_loss = torch.stack(errors).mean()
             terms.append(self.attention_weight * result.attention_loss)
         if self.kl_weight:
-            rows, expected_rows = _tokens(found, kept), _tokens(expected, kept)
+            rows, expected_rows = _tokens(hidden, kept), _tokens(teacher_hidden, kept)
             total = sum_over_chunks(self._summed_kl, rows, expected_rows, chunk_size=self.chunk_size)
             result.kl_loss = total / max(1, len(rows))
             terms.append(self.kl_weight * result.kl_loss)
@@ -148,11 +148,11 @@ class Distillation(nn.Module):
 
     def _summed_kl(self, hidden: torch.Tensor, expected_hidden: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            expected = self.teacher.get_output_embeddings()(expected_hidden)
-            expected = functional.log_softmax(at_least_float32(expected), dim=-1)
+            teacher_logits = self.teacher.get_output_embeddings()(expected_hidden)
+            teacher_log_probabilities = functional.log_softmax(at_least_float32(teacher_logits), dim=-1)
         logits = self.student.get_output_embeddings()(hidden)
-        found = functional.log_softmax(at_least_float32(logits), dim=-1)
-        return functional.kl_div(found, expected, reduction="sum", log_target=True)
+        log_probabilities = functional.log_softmax(at_least_float32(logits), dim=-1)
+        return functional.kl_div(log_probabilities, teacher_log_probabilities, reduction="sum", log_target=True)
 
 
 def ungated(student: PreTrainedModel, *, share_weights: bool = True) -> PreTrainedModel:
@@ -249,6 +249,6 @@ def _tokens(states: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
     return states.flatten(0, 1) if kept is None else states[kept]
 
 
-def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    found, expected = at_least_float32(found), at_least_float32(expected)
-    return (found - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo(expected.dtype).tiny)
+def _relative_error(output: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    output, expected = at_least_float32(output), at_least_float32(expected)
+    return (output - expected).square().sum() / expected.square().sum().clamp_min(torch.finfo(expected.dtype).tiny)

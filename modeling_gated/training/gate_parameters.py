@@ -45,10 +45,10 @@ def gate_param_groups(
     if not trainable:
         raise ValueError("none of the model's parameters requires a gradient")
     decayed = [parameter for name, parameter in trainable if name in decayed_names]
-    others = [parameter for name, parameter in trainable if name not in decayed_names]
+    undecayed = [parameter for name, parameter in trainable if name not in decayed_names]
     groups = [
         {"params": decayed, "lr": lr, "weight_decay": weight_decay},
-        {"params": others, "lr": lr, "weight_decay": 0.0},
+        {"params": undecayed, "lr": lr, "weight_decay": 0.0},
     ]
     return separate_gates(groups, model, gate_lr)
 
@@ -79,8 +79,8 @@ def separate_gates(groups: list[dict[str, Any]], model: nn.Module, gate_lr: floa
         gate_groups.append({**group, **own_lr, "params": gate_biases, "weight_decay": 0.0})
     gate_groups = [group for group in gate_groups if group["params"]]
     if gate_lr is not None and not gate_groups:
-        found = "its gates do not require gradients" if gates else f"it has no {', '.join(sorted(GATE_NAMES))}"
-        raise ValueError(f"gate_lr={gate_lr}: the model has no gate to train: {found}")
+        reason = "its gates do not require gradients" if gates else f"it has no {', '.join(sorted(GATE_NAMES))}"
+        raise ValueError(f"gate_lr={gate_lr}: the model has no gate to train: {reason}")
     return [group for group in base_groups if group["params"]] + gate_groups
 
 
@@ -90,6 +90,6 @@ def _gate_biases(model: nn.Module) -> list[nn.Parameter]:
     for name, module in model.named_modules():
         if is_gate(name):
             constant_input = getattr(module, "in_features", None) == 1
-            own = module.named_parameters(recurse=False)
-            biases += [parameter for key, parameter in own if key == "bias" or constant_input]
+            parameters = module.named_parameters(recurse=False)
+            biases += [parameter for key, parameter in parameters if key == "bias" or constant_input]
     return biases

@@ -34,7 +34,7 @@ class TrainingText(Protocol):
         """The windows number `first` to `first + count`, or as many tokens as suit it, token ids [windows, tokens]."""
 
 
-class Plan(Protocol):
+class Schedule(Protocol):
     """Lengths are in tokens, and a batch is of one process and forward pass."""
 
     @property
@@ -79,10 +79,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Stage:
-    """Training of what a checkpoint is made of; length, steps, batches and learning rate are the plan's."""
+    """Training of what a checkpoint is made of; length, steps, batches and learning rate are the schedule's."""
 
     name: str
-    plan: Plan
+    schedule: Schedule
     evaluation: Evaluation | None = None
 
 
@@ -111,23 +111,23 @@ def train(
 
     Args:
         module: takes windows [batch, length + 1] and gives their mean loss.
-        groups: of parameters, for AdamW. Their `lr`, if they have any, is in proportion to the plan's.
+        groups: of parameters, for AdamW. Their `lr`, if they have any, is in proportion to the schedule's.
         float32_states: whether AdamW is to keep float32 copies of weights that aren't.
 
     Returns:
         The module as accelerate has prepared it.
     """
-    accelerator, plan = run.accelerator, stage.plan
+    accelerator, schedule = run.accelerator, stage.schedule
     module.train()
-    optimizer = torch.optim.AdamW(groups, plan.learning_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, schedule.learning_rate, betas=(0.9, 0.95))
     if float32_states:
         keep_float32_states(optimizer)
-    shares = [group["lr"] / plan.learning_rate for group in optimizer.param_groups]
+    shares = [group["lr"] / schedule.learning_rate for group in optimizer.param_groups]
     if accelerator.is_fsdp2:  # which else looks for the layers of the model before
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = module._no_split_modules
     if accelerator.state.deepspeed_plugin is not None:  # which else asks a data loader
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        config["train_micro_batch_size_per_gpu"] = plan.batch_size
+        config["train_micro_batch_size_per_gpu"] = schedule.batch_size
         config["gradient_accumulation_steps"] = run.gradient_accumulation_steps
     module, optimizer = accelerator.prepare(module, optimizer)
     start = load_state(run, stage)
@@ -136,17 +136,17 @@ def train(
         held_out = read_losses(run.output, stage.name, "held_out")[: start // evaluation.every]
     with tqdm(
         desc=f"training {stage.name}",
-        total=plan.steps,
+        total=schedule.steps,
         initial=start,
         unit="step",
         disable=None if run.progress and accelerator.is_main_process else True,
     ) as progress:
         # A run may have ended early, and been stopped right after.
         ended = evaluation is not None and has_ended(held_out, evaluation.patience)
-        for step in range(start, start if ended else plan.steps):
+        for step in range(start, start if ended else schedule.steps):
             began = time.perf_counter()
             for group, share in zip(optimizer.param_groups, shares, strict=True):
-                group["lr"] = share * learning_rate(plan, run.warmup_steps, step)
+                group["lr"] = share * learning_rate(schedule, run.warmup_steps, step)
             loss, tokens = train_step(run, module, optimizer, stage, step)
             losses.append(loss)
             speed = tokens / (time.perf_counter() - began)
@@ -191,11 +191,11 @@ def train_step(
     One step of the optimizer; the mean loss of its batches, over all processes, and how many tokens all of them have if
     each has as many as this.
     """
-    accelerator, accumulated, plan = run.accelerator, run.gradient_accumulation_steps, stage.plan
+    accelerator, accumulated, schedule = run.accelerator, run.gradient_accumulation_steps, stage.schedule
     losses, tokens = [], 0
     for batch in range(step * accumulated, (step + 1) * accumulated):
-        first = (batch * accelerator.num_processes + accelerator.process_index) * plan.batch_size
-        windows = run.text.training_batch(plan.length, first, plan.batch_size, run.seed)
+        first = (batch * accelerator.num_processes + accelerator.process_index) * schedule.batch_size
+        windows = run.text.training_batch(schedule.length, first, schedule.batch_size, run.seed)
         tokens += windows.numel()
         with accelerator.accumulate(module):
             loss = module(windows.to(accelerator.device))
@@ -209,12 +209,12 @@ def train_step(
     return loss, tokens * accelerator.num_processes
 
 
-def learning_rate(plan: Plan, warmup_steps: int, step: int) -> float:
+def learning_rate(schedule: Schedule, warmup_steps: int, step: int) -> float:
     """Linear warmup, then a cosine down to a tenth. A function of the step, so that it needs no state."""
     if step < warmup_steps:
-        return plan.learning_rate * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, plan.steps - warmup_steps)
-    return plan.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+        return schedule.learning_rate * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, schedule.steps - warmup_steps)
+    return schedule.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def save_state(run: Run, stage: Stage, step: int) -> None:
@@ -244,7 +244,7 @@ def load_state(run: Run, stage: Stage) -> int:
     return step
 
 
-def check_output(settings: dict[str, Any], output: Path) -> None:
+def check_run_settings(settings: dict[str, Any], output: Path) -> None:
     """
     Make the output's folder, or see that it was made with the same settings.
 
@@ -254,7 +254,7 @@ def check_output(settings: dict[str, Any], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path, now = output / "settings.json", json.loads(json.dumps(settings))
     if not path.is_file():
-        if {found.name for found in output.iterdir()} - {"settings.partial"}:
+        if {file.name for file in output.iterdir()} - {"settings.partial"}:
             raise ValueError(f"{output}: is neither empty nor an output of such a run")
         partial = output / "settings.partial"
         partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")

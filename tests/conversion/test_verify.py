@@ -15,7 +15,7 @@ from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.checkpoints.checkpoint import open_checkpoint
 from modeling_gated.conversion import ConversionError, convert_checkpoint, generation, verify, verify_checkpoint
 from modeling_gated.conversion.generation import NEW_TOKENS, compare_generation
-from modeling_gated.conversion.streaming import Comparison, StreamedModel
+from modeling_gated.conversion.streaming import LogitsComparison, StreamedModel
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 from tests.helpers.cache_by_version import NAME
 from tests.helpers.checkpoints import forget_gates
@@ -195,7 +195,7 @@ def test_the_figures_are_those_of_the_definitions(llama: Path, tokens: torch.Ten
     pair = [streamed(path, model) for path, model in zip((llama, tmp_path / "gated"), models, strict=True)]
     with torch.no_grad():
         one, other = (model(tokens[:1]).logits[0].double() for model in models)
-    found = Comparison(*pair, tokens[0])
+    found = LogitsComparison(*pair, tokens[0])
     assert found.max_difference == pytest.approx((one - other).abs().max().item(), rel=1e-4)
     assert found.max_difference > 0.01
     p, q = one.log_softmax(-1), other.log_softmax(-1)

@@ -14,7 +14,7 @@ from modeling_gated.training.loop import (
     Evaluation,
     Run,
     Stage,
-    check_output,
+    check_run_settings,
     has_ended,
     make_accelerator,
     read_losses,
@@ -23,7 +23,7 @@ from modeling_gated.training.loop import (
 
 
 @dataclass
-class Plan:
+class TinySchedule:
     length: int = 4
     steps: int = 20
     batch_size: int = 2
@@ -59,7 +59,7 @@ def trained(output: Path, evaluation: Evaluation | None, save_every: int = 5, ac
     accelerator = make_accelerator("no", accumulated)
     run = Run(output, accelerator, Numbers(), output, 2, accumulated, save_every, 0, progress=False)
     module = Loss()
-    return train(run, module, [{"params": list(module.parameters())}], Stage("short", Plan(), evaluation))
+    return train(run, module, [{"params": list(module.parameters())}], Stage("short", TinySchedule(), evaluation))
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_without_an_evaluation_all_steps_are_taken(tmp_path: Path) -> None:
 
 
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
-    check_output({"seed": 1}, tmp_path / "run")
-    check_output({"seed": 1}, tmp_path / "run")
+    check_run_settings({"seed": 1}, tmp_path / "run")
+    check_run_settings({"seed": 1}, tmp_path / "run")
     with pytest.raises(ValueError, match="was made with seed=1, not 2"):
-        check_output({"seed": 2}, tmp_path / "run")
+        check_run_settings({"seed": 2}, tmp_path / "run")
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="neither empty nor an output of such a run"):
-        check_output({"seed": 1}, tmp_path)
+        check_run_settings({"seed": 1}, tmp_path)
 
 
 def test_another_training_s_data_loader_does_not_count(tmp_path: Path) -> None:

@@ -63,19 +63,19 @@ class SinkDistillation(Distillation):
         with (
             self._found_sinks() as sinks,
             captured_attention(self.student.base_model) as captured,
-            _layer_outputs(self.student, _largest) as found,
+            _layer_outputs(self.student, _largest) as largest_states,
             _layer_outputs(self.teacher, _largest_of_tokens) as expected,
         ):
             divergence = super().forward(windows).kl_loss
         assert divergence is not None
-        given = [captured[layer].to_sinks(tokens, rows).sum(-1).mean() for layer, tokens in sinks.items()]
-        mass = torch.stack(given).mean() if given else divergence.new_zeros(())
-        others = torch.ones_like(windows, dtype=torch.bool)
-        others[:, 0] = False
+        sink_attention = [captured[layer].to_sinks(tokens, rows).sum(-1).mean() for layer, tokens in sinks.items()]
+        mass = torch.stack(sink_attention).mean() if sink_attention else divergence.new_zeros(())
+        is_other = torch.ones_like(windows, dtype=torch.bool)
+        is_other[:, 0] = False
         for tokens in sinks.values():
-            others &= ~tokens
-        limits = 0.5 * torch.stack([largest.masked_fill(~others, 0).amax() for largest in expected])
-        excess = torch.stack(found) / limits.clamp_min(self.hidden_limit) - 1
+            is_other &= ~tokens
+        limits = 0.5 * torch.stack([largest.masked_fill(~is_other, 0).amax() for largest in expected])
+        excess = torch.stack(largest_states) / limits.clamp_min(self.hidden_limit) - 1
         return divergence, mass, excess.clamp_min(0).square().mean()
 
     def _run(
@@ -91,25 +91,25 @@ class SinkDistillation(Distillation):
     @contextmanager
     def _found_sinks(self) -> Iterator[dict[int, torch.Tensor]]:
         """The teacher's sinks in the forward pass made meanwhile: bool [batch, tokens] by layer."""
-        found: dict[int, torch.Tensor] = {}
+        sinks: dict[int, torch.Tensor] = {}
         decoder: Any = self.teacher.base_model
         with ExitStack() as stack:
             for number, (layer, direction) in enumerate(zip(decoder.layers, self.directions, strict=True)):
                 if direction is not None:
-                    hook = partial(self._find_sinks, found, number, direction)
+                    hook = partial(self._find_sinks, sinks, number, direction)
                     stack.callback(layer.input_layernorm.register_forward_hook(hook).remove)
-            yield found
+            yield sinks
 
     def _find_sinks(
         self,
-        found: dict[int, torch.Tensor],
+        sinks: dict[int, torch.Tensor],
         layer: int,
         direction: SinkDirection,
         module: nn.Module,
         arguments: tuple[Any, ...],
         output: torch.Tensor,
     ) -> None:
-        found[layer] = direction.tokens(output)
+        sinks[layer] = direction.tokens(output)
 
 
 @contextmanager
@@ -117,13 +117,13 @@ def _layer_outputs(
     model: PreTrainedModel, summary: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[list[torch.Tensor]]:
     """A summary of the hidden states after each layer, in the forward pass made meanwhile."""
-    found: list[torch.Tensor] = []
+    summaries: list[torch.Tensor] = []
     decoder: Any = model.base_model
     with ExitStack() as stack:
         for layer in decoder.layers:
-            handle = layer.register_forward_hook(lambda module, arguments, output: found.append(summary(output)))
+            handle = layer.register_forward_hook(lambda module, arguments, output: summaries.append(summary(output)))
             stack.callback(handle.remove)
-        yield found
+        yield summaries
 
 
 def _largest(hidden_states: torch.Tensor) -> torch.Tensor:

@@ -129,10 +129,10 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 
 def _validation_windows(texts: Sequence[Text], length: int) -> list[torch.Tensor]:
     """Token ids [1, tokens] each, shorter where a text has fewer than `length`."""
-    found = []
+    windows = []
     for text in texts:
         if (most := min(length, len(text.validation))) > 1:
-            found += [window[None] for window in spread_windows(text.validation, most, _EVALUATED)]
-    if not found:
+            windows += [window[None] for window in spread_windows(text.validation, most, _EVALUATED)]
+    if not windows:
         raise AbsorptionError("no text is long enough to say when training is enough")
-    return found
+    return windows

@@ -59,8 +59,8 @@ class AttentionInputs:
         Returns:
             [batch, heads, rows, tokens], 0 where a token is no sink.
         """
-        others = torch.arange(sinks.shape[1], device=rows.device) != rows[:, None]
-        return self.probabilities(rows) * (sinks[:, None, None] & others)
+        is_other_token = torch.arange(sinks.shape[1], device=rows.device) != rows[:, None]
+        return self.probabilities(rows) * (sinks[:, None, None] & is_other_token)
 
 
 @contextmanager

@@ -88,8 +88,8 @@ def output_error(edited: LayerStates, sinks: LayerSinks) -> float:
     """||found - expected||² / ||expected||² of the attention block's outputs, over all windows."""
     lost = total = 0.0
     for hidden_states, expected in zip(edited.inputs(), sinks.outputs, strict=True):
-        found = edited.attend(hidden_states)[0].float().cpu()
-        lost += (found - expected).square().sum().item()
+        output = edited.attend(hidden_states)[0].float().cpu()
+        lost += (output - expected).square().sum().item()
         total += expected.square().sum().item()
     return lost / total
 
@@ -114,10 +114,10 @@ def _edit_keys(edited: LayerStates, sinks: LayerSinks, gated: torch.Tensor) -> t
     return helped
 
 
-def _by_group(chosen: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _by_group(chosen: torch.Tensor, chosen_weight: torch.Tensor, other_weight: torch.Tensor) -> torch.Tensor:
     """The rows of one weight [rows, hidden_size] for the chosen key-value heads, of the other for the rest."""
-    rows = chosen.to(one.device).repeat_interleave(len(one) // len(chosen))
-    return torch.where(rows[:, None], one, other)
+    rows = chosen.to(chosen_weight.device).repeat_interleave(len(chosen_weight) // len(chosen))
+    return torch.where(rows[:, None], chosen_weight, other_weight)
 
 
 @torch.no_grad()
@@ -149,9 +149,9 @@ def _set_gates(edited: LayerStates, sinks: LayerSinks, heads: torch.Tensor) -> t
     inputs = torch.cat([hidden_states.flatten(0, 1) for hidden_states in edited.inputs()])
     left = [1 - mass for mass in sinks.mass]
     closed = _closed_at_first(edited, sinks)
-    for part in left:
-        part[:, closed, 0] = 0
-    targets = torch.cat([part[:, heads].transpose(1, 2).flatten(0, 1) for part in left])
+    for batch_targets in left:
+        batch_targets[:, closed, 0] = 0
+    targets = torch.cat([batch_targets[:, heads].transpose(1, 2).flatten(0, 1) for batch_targets in left])
     fit = fit_gates(inputs, targets.to(device), scale=attention.gate_scale)
     rows = attention.g_proj.out_features // len(heads)
     chosen = heads.to(device).repeat_interleave(rows)

@@ -58,7 +58,7 @@ def fit_gates(
     with torch.no_grad():
         weight = weight / deviation
         bias = bias - weight @ mean
-        found = scale * torch.sigmoid(functional.linear(inputs[kept:], weight, bias))
-        lost = (found - targets[kept:]).square().sum(0)
+        fitted_gates = scale * torch.sigmoid(functional.linear(inputs[kept:], weight, bias))
+        lost = (fitted_gates - targets[kept:]).square().sum(0)
         spread = (targets[kept:] - targets[kept:].mean(0)).square().sum(0)
     return GateFit(weight, bias.detach(), 1 - lost / spread.clamp_min(1e-9))

@@ -38,17 +38,17 @@ class Refinement:
         """Train the attention block of a layer, whose parameters are frozen before and after."""
         attention = edited.layer.self_attn
         gates = [parameter for name, parameter in attention.named_parameters() if self.trains_gates and is_gate(name)]
-        others = [parameter for name, parameter in attention.named_parameters() if not is_gate(name)]
-        groups = [{"params": gates, "factor": self.gate_factor}, {"params": others, "factor": 1.0}]
+        projections = [parameter for name, parameter in attention.named_parameters() if not is_gate(name)]
+        groups = [{"params": gates, "factor": self.gate_factor}, {"params": projections, "factor": 1.0}]
         optimizer = torch.optim.AdamW(groups, self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        if any(parameter.dtype != torch.float32 for parameter in gates + others):  # else small updates round away
+        if any(parameter.dtype != torch.float32 for parameter in gates + projections):  # else small updates round away
             keep_float32_states(optimizer)
         generator = random.Random(self.seed * 1000 + edited.number)
         scale = sum(output.square().sum().item() for output in sinks.outputs)
         scale /= sum(output.shape[:2].numel() for output in sinks.outputs)
         steps = self.epochs * len(edited)
         order: list[int] = []
-        _train(gates + others, True)
+        _train(gates + projections, True)
         for step in range(steps):
             order = order or generator.sample(range(len(edited)), len(edited))
             batch = order.pop()
@@ -56,20 +56,20 @@ class Refinement:
                 group["lr"] = group["factor"] * self.learning_rate * _decay(step, steps)
             with torch.enable_grad():
                 self._loss(edited, sinks, batch, scale, generator).backward()
-            nn.utils.clip_grad_norm_(gates + others, 1.0)
+            nn.utils.clip_grad_norm_(gates + projections, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        _train(gates + others, False)
+        _train(gates + projections, False)
 
     def _loss(
         self, edited: LayerStates, sinks: LayerSinks, batch: int, scale: float, generator: random.Random
     ) -> torch.Tensor:
         hidden_states, expected, tokens = edited.input(batch), sinks.outputs[batch], sinks.tokens[batch]
-        found, inputs = edited.attend(hidden_states)
-        lost = (found.float() - expected.to(found.device)).square().sum(-1).mean() / scale
+        output, inputs = edited.attend(hidden_states)
+        lost = (output.float() - expected.to(output.device)).square().sum(-1).mean() / scale
         length = tokens.shape[1]
-        rows = torch.tensor(generator.sample(range(length), min(self.rows, length)), device=found.device)
-        return lost + self.sink_weight * inputs.to_sinks(tokens.to(found.device), rows).sum(-1).mean()
+        rows = torch.tensor(generator.sample(range(length), min(self.rows, length)), device=output.device)
+        return lost + self.sink_weight * inputs.to_sinks(tokens.to(output.device), rows).sum(-1).mean()
 
 
 def _decay(step: int, steps: int) -> float:

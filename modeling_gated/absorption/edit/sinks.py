@@ -54,13 +54,13 @@ def sink_direction(inputs: Iterable[torch.Tensor], ridge: float = 1e-2) -> SinkD
         inputs: of attention blocks, [batch, tokens, hidden_size], one batch at a time; only sums are kept of them.
         ridge: what keeps the inverse from following noise.
     """
-    first, moment, windows, others = torch.zeros(()), torch.zeros(()), 0, 0
+    first, moment, windows, other_tokens = torch.zeros(()), torch.zeros(()), 0, 0
     for states in inputs:
         rest = states[:, _FIRST_TOKENS:].float().flatten(0, 1)
         first = first + states[:, 0].float().sum(0).cpu()
         moment = moment + (rest.T @ rest).cpu()
-        windows, others = windows + len(states), others + len(rest)
-    direction, moment = first / windows, moment / others
+        windows, other_tokens = windows + len(states), other_tokens + len(rest)
+    direction, moment = first / windows, moment / other_tokens
     moment.diagonal().add_(ridge * moment.diagonal().mean())
     solved = torch.linalg.solve(moment, direction)
     return SinkDirection(direction, solved / (solved @ direction))
@@ -105,9 +105,9 @@ def layer_sinks(states: LayerStates) -> LayerSinks:
     for hidden_states in states.inputs():
         sinks = direction.tokens(hidden_states)
         output, inputs = states.attend(hidden_states)
-        given, received = _to_sinks(inputs, sinks)
+        query_mass, received = _to_sinks(inputs, sinks)
         tokens.append(sinks.cpu())
-        mass.append(given.cpu())
+        mass.append(query_mass.cpu())
         outputs.append(output.float().cpu())
         first.append(inputs.value[:, :, 0].float().cpu())
         by_group = received.unflatten(1, (-1, inputs.group)).sum(2)  # [batch, key-value heads, tokens]
@@ -119,18 +119,18 @@ def layer_sinks(states: LayerStates) -> LayerSinks:
 @torch.no_grad()
 def mass_on(states: LayerStates, sinks: list[torch.Tensor]) -> torch.Tensor:
     """How much attention goes to some tokens, bool [batch, tokens] of each batch; [heads], mean over all queries."""
-    given = [
+    masses = [
         _to_sinks(states.attend(hidden_states)[1], tokens.to(hidden_states.device))[0]
         for hidden_states, tokens in zip(states.inputs(), sinks, strict=True)
     ]
-    return torch.cat([part.transpose(0, 1).flatten(1) for part in given], dim=1).mean(1).cpu()
+    return torch.cat([mass.transpose(0, 1).flatten(1) for mass in masses], dim=1).mean(1).cpu()
 
 
 def _to_sinks(inputs: AttentionInputs, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What queries give to sinks, and what tokens get as sinks, both [batch, heads, tokens], some queries at a time."""
-    given, received = [], torch.zeros(())
+    masses, received = [], torch.zeros(())
     for rows in torch.arange(sinks.shape[1], device=sinks.device).split(_ROWS):
         probabilities = inputs.to_sinks(sinks, rows)
-        given.append(probabilities.sum(-1))
+        masses.append(probabilities.sum(-1))
         received = received.to(sinks.device) + probabilities.sum(2)
-    return torch.cat(given, dim=-1), received
+    return torch.cat(masses, dim=-1), received

@@ -49,8 +49,8 @@ def find_writers(model: PreTrainedModel, windows: Iterable[torch.Tensor], share:
 
     def watch(number: int) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            found = arguments[0].abs().flatten(0, -2).amax(0).float()
-            maxima[number] = torch.maximum(maxima.get(number, found), found)
+            largest = arguments[0].abs().flatten(0, -2).amax(0).float()
+            maxima[number] = torch.maximum(maxima.get(number, largest), largest)
 
         return hook
 
