@@ -171,29 +171,31 @@ def _check_base_tensors(
     for name, shape in base_tensor_shapes(config):
         module, _, kind = name.rpartition(".")
         if is_quantized and module.endswith(LINEARS):
-            parts = [tensor for tensor in tensors if tensor.startswith(f"{module}.")]
-            if kind == "weight" and not parts:
+            module_tensors = [tensor for tensor in tensors if tensor.startswith(f"{module}.")]
+            if kind == "weight" and not module_tensors:
                 raise ConversionError(f"{checkpoint.directory}: config.json asks for {module}, which is {_IN_NO_SHARD}")
-            stored = sum(tensors[part][1].size for part in parts)
+            stored = sum(tensors[tensor][1].size for tensor in module_tensors)
             if kind == "weight" and prod(shape) > 16 * stored:  # no scheme has less than half a bit for a weight
                 raise ConversionError(
                     f"{checkpoint.directory}: config.json asks for {module} of shape {list(shape)}, "
                     f"which its {stored} bytes cannot hold"
                 )
-            read.update(parts)
+            read.update(module_tensors)
             quantized.add(module)
             continue
         if name not in tensors:
             raise ConversionError(f"{checkpoint.directory}: config.json asks for {name}, which is {_IN_NO_SHARD}")
-        shard, found = tensors[name]
+        shard, stored_tensor = tensors[name]
         if fused is not None and ".self_attn.q_proj." in name:
             shape = (fused.rows, *shape[1:])
-        if found.shape != shape:
+        if stored_tensor.shape != shape:
             raise ConversionError(
-                f"{shard.path}: {name} has shape {list(found.shape)}, config.json asks for {list(shape)}"
+                f"{shard.path}: {name} has shape {list(stored_tensor.shape)}, config.json asks for {list(shape)}"
             )
-        if found.dtype not in FLOATING_DTYPES and not is_quantized:
-            raise ConversionError(f"{shard.path}: {name} is {found.dtype}, not among {', '.join(FLOATING_DTYPES)}")
+        if stored_tensor.dtype not in FLOATING_DTYPES and not is_quantized:
+            raise ConversionError(
+                f"{shard.path}: {name} is {stored_tensor.dtype}, not among {', '.join(FLOATING_DTYPES)}"
+            )
         read.add(name)
     # A tied checkpoint may store its head: Transformers then reads it.
     read |= {"lm_head.weight"} & tensors.keys()

@@ -93,9 +93,9 @@ def card_metadata(source: Source, directory: Path) -> str:
     return data.to_yaml()
 
 
-def with_verification(card: str, found: dict[str, Any]) -> str:
+def with_verification(card: str, findings: dict[str, Any]) -> str:
     """A model card with the result of a verification in place of the last one's; unchanged without such a place."""
-    rows = "\n".join(f"| {cell(name.replace('_', ' '))} | {cell(value)} |" for name, value in found.items())
+    rows = "\n".join(f"| {cell(name.replace('_', ' '))} | {cell(value)} |" for name, value in findings.items())
     section = f"{_BEGIN}\n| | |\n| --- | --- |\n{rows}\n{_END}"
     return re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", lambda _: section, card, count=1, flags=re.DOTALL)
 
@@ -109,7 +109,7 @@ def with_context(card: str, described: str) -> str:
         return card
     row = f"| context | extended to {cell(described)} |\n"
     card = re.sub(r"^\| context \| extended to .*\n", "", card, count=1, flags=re.MULTILINE)
-    card = re.sub(r"^\| gates \| .*\n", lambda found: found[0] + row, card, count=1, flags=re.MULTILINE)
+    card = re.sub(r"^\| gates \| .*\n", lambda match: match[0] + row, card, count=1, flags=re.MULTILINE)
     return with_verification(card, {"verdict": "not verified since the context was extended"})
 
 

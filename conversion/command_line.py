@@ -19,7 +19,7 @@ def command_line(
         if value is True:
             words.append(f"--{name.replace('_', '-')}")
         elif isinstance(value, list):
-            words += [word for one in value for word in (f"--{name.replace('_', '-')}", str(one))]
+            words += [word for item in value for word in (f"--{name.replace('_', '-')}", str(item))]
         elif value is not None and value is not False and (name, value) != ("place", "auto"):
             words += [f"--{name.replace('_', '-')}", str(value).removeprefix("torch.")]
     return shlex.join(words + ["--overwrite"] * overwrite)

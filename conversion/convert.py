@@ -95,8 +95,8 @@ def convert_checkpoint(
         ConversionError: if the source cannot be converted or the output not be written. Nothing is left behind.
     """
     started = time.perf_counter()
-    given = {"granularity": granularity, "gate_init": gate_init, "place": place, "dtype": dtype, "revision": revision}
-    command = command_line("convert", source, output, given | context_flags(context), overwrite)
+    options = {"granularity": granularity, "gate_init": gate_init, "place": place, "dtype": dtype, "revision": revision}
+    command = command_line("convert", source, output, options | context_flags(context), overwrite)
     with errors_naming(output):
         output = Path(output).resolve()
         clear_leftovers(output)
@@ -161,30 +161,30 @@ def plan_conversion(
         ConversionError: if the conversion cannot be done.
     """
     with errors_naming(output):
-        found = find_source(os.fspath(source), revision)
-        check_output(found.path, Path(output).resolve(), overwrite)
-        if found.is_gguf and place in ("reflink", "link"):
-            raise ConversionError(f"place={place!r}: {found.path} is dequantized, so there is nothing to share")
-        if dtype is not None and not found.is_gguf:
-            raise ConversionError(f"dtype={dtype}: {found.path} is not a GGUF file, so its tensors keep their dtype")
+        location = find_source(os.fspath(source), revision)
+        check_output(location.path, Path(output).resolve(), overwrite)
+        if location.is_gguf and place in ("reflink", "link"):
+            raise ConversionError(f"place={place!r}: {location.path} is dequantized, so there is nothing to share")
+        if dtype is not None and not location.is_gguf:
+            raise ConversionError(f"dtype={dtype}: {location.path} is not a GGUF file, so its tensors keep their dtype")
         if gate_init is not None:
             try:
                 open_gate(gate_init)
             except ValueError as error:
                 raise ConversionError(error) from None
         checkpoint = (
-            gguf_headers(found.path, dtype or getattr(torch, GGUF_DTYPE))
-            if found.is_gguf
-            else open_checkpoint(found.path)
+            gguf_headers(location.path, dtype or getattr(torch, GGUF_DTYPE))
+            if location.is_gguf
+            else open_checkpoint(location.path)
         )
         extensions = (context,) if context is not None else ()
-        return make_plan(found, checkpoint, _gate_options(granularity, gate_init), extensions)
+        return make_plan(location, checkpoint, _gate_options(granularity, gate_init), extensions)
 
 
 def _gate_options(granularity: Granularity | None, gate_init: float | None) -> dict[str, Any]:
     """The gate's fields that were given."""
-    given = {"gate_granularity": granularity, "gate_init": gate_init}
-    return {name: value for name, value in given.items() if value is not None}
+    options = {"gate_granularity": granularity, "gate_init": gate_init}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _write(

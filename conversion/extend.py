@@ -97,20 +97,22 @@ def extend_checkpoint(
         check_output(source.path, output, overwrite)
         if source.is_gguf:
             raise ConversionError(f"{source.path}: a GGUF file; gated-llama convert takes the same options for it")
-        found = open_checkpoint(source.path)
-        config = read_config(found)
+        source_checkpoint = open_checkpoint(source.path)
+        config = read_config(source_checkpoint)
         before = deepcopy(config)
-        with naming(found.config_path):
+        with naming(source_checkpoint.config_path):
             extension = extend_context(config, **context)
-        new_config = _new_config(found, config)
-        index_notes = check_index_of_any(found, config)
-        left_out = source.left_out | found.left_out()
-        manifest = read_manifest(found.directory)
+        new_config = _new_config(source_checkpoint, config)
+        index_notes = check_index_of_any(source_checkpoint, config)
+        left_out = source.left_out | source_checkpoint.left_out()
+        manifest = read_manifest(source_checkpoint.directory)
         with replacing(output, overwrite) as staging:
-            records, shared = _write(found, new_config, describe_context(config), staging, output, place, progress)
+            records, shared = _write(
+                source_checkpoint, new_config, describe_context(config), staging, output, place, progress
+            )
             if manifest is not None:
-                _update_manifest(manifest, found, records, command, context, left_out).write(staging)
-    total = sum(shard.file_bytes for shard in found.shards)
+                _update_manifest(manifest, source_checkpoint, records, command, context, left_out).write(staging)
+    total = sum(shard.file_bytes for shard in source_checkpoint.shards)
     return ExtendedCheckpoint(
         output=output,
         extension=extension,
@@ -137,7 +139,7 @@ def _new_config(checkpoint: Checkpoint, config: PreTrainedConfig) -> str:
         raise ConversionError(
             f"{checkpoint.config_path}: {config.rope_parameters} would be read as {read.rope_parameters}"
         )
-    check_configs_run(changed, lambda found: [read_config(found)])
+    check_configs_run(changed, lambda small: [read_config(small)])
     return json.dumps(raw, indent=2, sort_keys=True) + "\n"
 
 
@@ -175,15 +177,15 @@ def _update_manifest(
 ) -> Manifest:
     """The manifest of the result: what came from the first source keeps its place, if it is still what it was."""
     files = {}
-    for name, found in records.items():
+    for name, file_record in records.items():
         known = manifest.files.get(name)
-        files[name] = found
+        files[name] = file_record
         if known is None or name in (CONFIG_NAME, CARD_NAME):
             continue
         check_stamp(checkpoint.directory / name, known)
-        if known.sha256 is not None and found.sha256 not in (None, known.sha256):
+        if known.sha256 is not None and file_record.sha256 not in (None, known.sha256):
             raise ConversionError(f"{checkpoint.directory / name}: is not what conversion wrote {_WHY}")
-        files[name] = replace(found, sha256=found.sha256 or known.sha256, source=known.source)
+        files[name] = replace(file_record, sha256=file_record.sha256 or known.sha256, source=known.source)
     expected = [name for name, known in manifest.files.items() if known.source is not None and name not in left_out]
     if gone := [name for name in expected if name not in files]:
         raise ConversionError(

@@ -54,10 +54,10 @@ def changed_gate_layers(checkpoint: Checkpoint, config: GatedLlamaConfig) -> lis
     for name, shape in gate_tensor_shapes(config):
         if name not in tensors:
             continue
-        shard, found = tensors[name]
+        shard, tensor = tensors[name]
         if (
-            found.shape != shape
-            or found.dtype not in FLOATING_DTYPES
+            tensor.shape != shape
+            or tensor.dtype not in FLOATING_DTYPES
             or not _is_open(shard.read(name), name, config.gate_init)
         ):
             layer = int(name.split(".")[2])

@@ -71,11 +71,11 @@ def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | 
             except ConversionError as error:  # nothing can be found out
                 raise ConversionError(str(error).replace(folder, str(source or directory))) from None
             config = read_bytes(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES).decode()
-            changes, found = tokenizer_changes(original, directory, files, config)
+            changes, differences = tokenizer_changes(original, directory, files, config)
         if changes is None:
             raise ConversionError(
-                f"{directory}: the tokenizer would still differ from the source's: {'; '.join(found[:3])}; copy the "
-                "source's tokenizer files into the directory, then repair it again"
+                f"{directory}: the tokenizer would still differ from the source's: {'; '.join(differences[:3])}; copy "
+                "the source's tokenizer files into the directory, then repair it again"
             )
         new = {name: content for name, content in changes.items() if file_content(directory, name) != content}
         contents = {file_to_replace(directory, name): content for name, content in new.items()}
@@ -90,11 +90,11 @@ def _view_source(
 ) -> str | None:
     """Make a directory of what `AutoTokenizer` reads of the source; return the source's name on the hub."""
     if source is not None:
-        found = find_source(os.fspath(source))
-        if not found.path.is_dir():
+        location = find_source(os.fspath(source))
+        if not location.path.is_dir():
             raise ConversionError(f"{source}: must be the directory of the source, or its name on the hub")
-        link_files(found.path, view, [CONFIG_NAME, *open_checkpoint(found.path).side_files()])
-        return found.repo_id
+        link_files(location.path, view, [CONFIG_NAME, *open_checkpoint(location.path).side_files()])
+        return location.repo_id
     if manifest is None or CONFIG_NAME not in manifest.replaced:
         raise ConversionError(
             f"{gated.directory}: has no {MANIFEST_NAME} that tells of its source; name the source as well: "

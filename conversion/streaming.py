@@ -145,6 +145,6 @@ class LogitsComparison:
             start += pair[0].shape[-1]
         self.top1_agreement = (best[0][1] == best[1][1]).float().mean().item()
         if self.max_difference:
-            for one, other in zip(first.logits(hidden[0]), second.logits(hidden[1]), strict=True):
-                log_p, log_q = one - log_sums[0][:, None], other - log_sums[1][:, None]
+            for first_logits, second_logits in zip(first.logits(hidden[0]), second.logits(hidden[1]), strict=True):
+                log_p, log_q = first_logits - log_sums[0][:, None], second_logits - log_sums[1][:, None]
                 self.kl_divergence += (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()

@@ -100,7 +100,7 @@ def tokenizer_changes(
         then how they differ.
     """
     kept = list(names)
-    found: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
     for changes in _candidates(directory / TOKENIZER_CONFIG_NAME, original):
         with tempfile.TemporaryDirectory() as folder:
             trial = Path(folder)
@@ -111,12 +111,12 @@ def tokenizer_changes(
             try:
                 loaded = load_tokenizer(trial)
             except ConversionError as error:
-                found = (str(error).replace(folder, str(directory)),)
+                problems = (str(error).replace(folder, str(directory)),)
                 continue
-        found = differences(original, loaded)
-        if not found and (type(loaded) is type(original) or TOKENIZER_NAME in changes):
+        problems = differences(original, loaded)
+        if not problems and (type(loaded) is type(original) or TOKENIZER_NAME in changes):
             return changes, ()
-    return None, found
+    return None, problems
 
 
 def is_tokenizer_file(name: str) -> bool:
@@ -164,28 +164,28 @@ def compare_tokenizers(source: Path, result: Path, repo_id: str | None) -> Token
     except ConversionError as error:
         return TokenizerComparison(0, (str(error),))
     texts = (*TEXTS, *_chats(original))
-    found = differences(original, loaded, texts)
-    return TokenizerComparison(len(_texts(original, texts)), found)
+    problems = differences(original, loaded, texts)
+    return TokenizerComparison(len(_texts(original, texts)), problems)
 
 
 def differences(
     first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, texts: Iterable[str] = TEXTS
 ) -> tuple[str, ...]:
     """Return in words how a second tokenizer differs from a first one in ids, decoded texts and settings."""
-    found = []
+    problems = []
     for name in _ATTRIBUTES:
         ours, theirs = (str(getattr(tokenizer, name, None)) for tokenizer in (first, second))
         if ours != theirs:
-            found.append(f"{name} is {theirs:.80}, not {ours:.80}")
+            problems.append(f"{name} is {theirs:.80}, not {ours:.80}")
     if first.get_vocab() != second.get_vocab():
-        found.append("its vocabulary is another")
+        problems.append("its vocabulary is another")
     for text in _texts(first, texts):
         ours, theirs = (_encoded(tokenizer, text) for tokenizer in (first, second))
         if ours != theirs:
-            found.append(f"{text[:40]!r} has other ids or another decoded text")
-    if not found and _backend(first) != _backend(second):
-        found.append("its normalizer, pre-tokenizer, model or decoder is another")
-    return tuple(found)
+            problems.append(f"{text[:40]!r} has other ids or another decoded text")
+    if not problems and _backend(first) != _backend(second):
+        problems.append("its normalizer, pre-tokenizer, model or decoder is another")
+    return tuple(problems)
 
 
 def _chats(tokenizer: PreTrainedTokenizerBase) -> list[str]:

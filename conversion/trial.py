@@ -95,8 +95,8 @@ def _run(config: PreTrainedConfig) -> None:
         model = AutoModelForCausalLM.from_config(_small(config), dtype=torch.float32, trust_remote_code=False).eval()
         ids = torch.arange(_PROMPT_TOKENS + 1)[None] % config.vocab_size
         cache: dict[str, Any] = {cache_argument(model.forward): DynamicCache(config=model.config)}
-        for part in ids.split([_PROMPT_TOKENS, 1], dim=-1):
-            logits = model(input_ids=part, **cache).logits
+        for tokens in ids.split([_PROMPT_TOKENS, 1], dim=-1):
+            logits = model(input_ids=tokens, **cache).logits
             if not torch.isfinite(logits).all():
                 raise ValueError("the logits are not finite")
 

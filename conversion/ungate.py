@@ -89,24 +89,25 @@ def _restore(
     manifest: Manifest, checkpoint: Checkpoint, output: Path, overwrite: bool, place: Place, progress: bool
 ) -> Restoration:
     directory = checkpoint.directory
-    files = {name: found for name, found in manifest.files.items() if found.source is not None}
+    files = {name: file_record for name, file_record in manifest.files.items() if file_record.source is not None}
     targets = [
-        _relative(directory, name) for name in (*(str(found.source) for found in files.values()), *manifest.replaced)
+        _relative(directory, name)
+        for name in (*(str(file_record.source) for file_record in files.values()), *manifest.replaced)
     ]
     if len(set(targets)) != len(targets) or any(parent in targets for path in targets for parent in path.parents):
         raise ConversionError(f"{directory / MANIFEST_NAME}: two files come from one")
-    total = 2 * sum(found.size for found in files.values())
+    total = 2 * sum(file_record.size for file_record in files.values())
     with replacing(output, overwrite) as staging:
         check_space(0, checkpoint.shards, staging, output, place)
         with tqdm(total=total, desc="Restoring", unit="B", unit_scale=True, disable=None if progress else True) as bar:
-            for name, found in files.items():
-                target = staging / str(found.source)
+            for name, file_record in files.items():
+                target = staging / str(file_record.source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 is_weights = target.suffix == ".safetensors"
                 path = resolve(directory, name)
-                check_stamp(path, found)
+                check_stamp(path, file_record)
                 place_file(path, target, place if is_weights else "copy", bar.update)
-                if found.sha256 is not None and sha256(target, bar.update) != found.sha256:
+                if file_record.sha256 is not None and sha256(target, bar.update) != file_record.sha256:
                     raise ConversionError(f"{directory / name}: is not what conversion wrote (another SHA-256)")
                 if place != "link" or not is_weights:
                     sync(target)

@@ -82,8 +82,8 @@ def take_cache(keywords: dict[str, Any]) -> Any:
     """
     cache = keywords.pop(CACHE_ARGUMENT, None)
     # With a cache in place, only the other version's name is looked for: this runs for every layer and token.
-    others = [keywords.get(_OTHER_NAME)] if cache is not None else keywords.values()
-    if given_cache(others) is not None:
+    values = [keywords.get(_OTHER_NAME)] if cache is not None else keywords.values()
+    if given_cache(values) is not None:
         names = ", ".join(name for name, value in keywords.items() if isinstance(value, Cache))
         raise RuntimeError(
             f"the KV cache must be passed as {CACHE_ARGUMENT!r}, got {names!r}: cached generation would be wrong with "

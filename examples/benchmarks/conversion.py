@@ -66,8 +66,8 @@ def write_checkpoint(directory: Path, layers: int) -> None:
     )
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in base_tensor_shapes(GatedLlamaConfig.from_source_config(config)):
-        part = int(name.split(".")[2]) // 2 + 1 if ".layers." in name else 0
-        shards.setdefault(f"model-part{part:03}.safetensors", {})[name] = shape
+        number = int(name.split(".")[2]) // 2 + 1 if ".layers." in name else 0
+        shards.setdefault(f"model-part{number:03}.safetensors", {})[name] = shape
     directory.mkdir(parents=True)
     for file, shapes in tqdm(shards.items(), desc="Writing the checkpoint"):
         path = directory / file
@@ -92,7 +92,7 @@ CONVERSIONS = {
 def commands(source: Path, target: Path, mergekit: Path | None) -> dict[str, list[str | Path]]:
     """What is run as a whole, by name; sync waits until everything is on disk, as conversion does."""
     gated_llama = Path(sys.executable).with_name("gated-llama")
-    found: dict[str, list[str | Path]] = {
+    command_lines: dict[str, list[str | Path]] = {
         "cp -r": ["cp", "-r", source, target],
         "cp -r; sync": ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', source, target],
         "import": [sys.executable, "-c", IMPORT],
@@ -103,8 +103,8 @@ def commands(source: Path, target: Path, mergekit: Path | None) -> dict[str, lis
         merge = target.with_name("passthrough.yaml")
         merge.write_text(json.dumps({"merge_method": "passthrough", "models": [{"model": str(source)}]}))
         flags = ["--no-copy-tokenizer", "--no-write-model-card", "--quiet", "--out-shard-size", "300M"]
-        found["mergekit-yaml passthrough"] = [mergekit, merge, target, *flags]
-    return found
+        command_lines["mergekit-yaml passthrough"] = [mergekit, merge, target, *flags]
+    return command_lines
 
 
 def measure(source: Path, target: Path, rounds: int, mergekit: Path | None) -> Iterator[tuple[str, float, int]]:

@@ -90,13 +90,13 @@ def compare(ungated: PreTrainedModel, name: str, case: Case, rounds: int) -> Cos
     pairs: list[tuple[float, float]] = []
     memory: list[tuple[int, int]] = []
     while (left := rounds - len(pairs)) > 0:
-        found, bytes_needed = _rounds(model, ungated, case, left)
-        pairs += found
+        new_pairs, bytes_needed = _rounds(model, ungated, case, left)
+        pairs += new_pairs
         memory.append(bytes_needed)
         gc.collect()
     ratios = [seconds / of_ungated for seconds, of_ungated in pairs]
     least = limit(model, ungated, case.workload, case.batch_size, case.tokens)
-    of_own, of_other = (sum(found) for found in zip(*memory, strict=True))
+    of_own, of_other = (sum(counts) for counts in zip(*memory, strict=True))
     of_memory = of_own / of_other if of_other else None
     return Cost(statistics.median(seconds for seconds, _ in pairs), ratios, least, of_memory)
 
@@ -107,22 +107,22 @@ def _rounds(
     """Some rounds of two workloads that are there for these alone, and the bytes that a pass of either needs."""
     is_compiled = case.mode == "compiled"
     arguments = case.batch_size, case.tokens, is_compiled
-    own, other = (WORKLOADS[case.workload](one, *arguments) for one in (model, ungated))
-    for workload in (own, other, own, other):
-        workload.seconds()  # the first is slower
+    workload, baseline = (WORKLOADS[case.workload](measured_model, *arguments) for measured_model in (model, ungated))
+    for warmed_up in (workload, baseline, workload, baseline):
+        warmed_up.seconds()  # the first is slower
     # Compiled code is of one cache, so that another has to be compiled for.
-    count = most if is_compiled else min(own.rounds, most)
-    return [_round(own, other) for _ in range(count)], (own.memory(), other.memory())
+    count = most if is_compiled else min(workload.rounds, most)
+    return [_round(workload, baseline) for _ in range(count)], (workload.memory(), baseline.memory())
 
 
-def _round(own: Workload, other: Workload) -> tuple[float, float]:
+def _round(workload: Workload, baseline: Workload) -> tuple[float, float]:
     """Seconds of a pass of either, after one another, in turns the one and the other first."""
-    seconds: dict[Workload, list[float]] = {own: [], other: []}
-    for number in range(2 * own.passes):
-        first, second = (own, other) if number % 2 else (other, own)
-        for workload in (first, second):
-            seconds[workload].append(workload.seconds())
-    return statistics.fmean(seconds[own]), statistics.fmean(seconds[other])
+    seconds: dict[Workload, list[float]] = {workload: [], baseline: []}
+    for number in range(2 * workload.passes):
+        first, second = (workload, baseline) if number % 2 else (baseline, workload)
+        for timed in (first, second):
+            seconds[timed].append(timed.seconds())
+    return statistics.fmean(seconds[workload]), statistics.fmean(seconds[baseline])
 
 
 def layers_that_fit(case: Case, device: torch.device) -> int:
@@ -132,28 +132,28 @@ def layers_that_fit(case: Case, device: torch.device) -> int:
     budget = free / 2 / copies / case.dtype.itemsize
     all_layers: int = SHAPES[case.shape]["num_hidden_layers"]
     config = llama_config(case.shape, 1, case.tokens)
-    one, two = (count_parameters(llama_config(case.shape, layers, case.tokens)) for layers in (1, 2))
+    one_layer, two_layers = (count_parameters(llama_config(case.shape, layers, case.tokens)) for layers in (1, 2))
     caches = 0
     if case.workload == "decode":  # keys and values, of either model
         caches = 2 * 2 * case.batch_size * case.tokens * (config.num_key_value_heads or 0) * (config.head_dim or 0)
-    return max(0, min(all_layers, int((budget - one - caches) / (two - one + caches)) + 1))
+    return max(0, min(all_layers, int((budget - one_layer - caches) / (two_layers - one_layer + caches)) + 1))
 
 
 def measure(case: Case, layers: int, names: Sequence[str], rounds: int, device: torch.device) -> dict[str, Cost | str]:
     """What each formulation costs, or in a line why that is not known."""
-    found: dict[str, Cost | str] = {}
+    costs: dict[str, Cost | str] = {}
     ungated = None
     for name in (progress := tqdm(names, desc=f"{case.shape} {case.mode} {case.workload}", leave=False)):
         progress.set_postfix_str(name)
         try:
             if ungated is None:
                 ungated = ungated_model(llama_config(case.shape, layers, case.tokens + 64), case.dtype, device)
-            found[name] = compare(ungated, name, case, rounds)
+            costs[name] = compare(ungated, name, case, rounds)
         except Exception as error:  # whatever it is, hours of other tables must not be lost
             first_line = str(error).strip().partition("\n")[0]
-            found[name] = f"{type(error).__name__}: {first_line}"
+            costs[name] = f"{type(error).__name__}: {first_line}"
         free_memory(device)  # the error had kept its tensors
-    return found
+    return costs
 
 
 def free_memory(device: torch.device) -> None:
@@ -203,13 +203,13 @@ def table_of(costs: dict[str, Cost | str]) -> Table:
     return table
 
 
-def chosen(given: str, known: Sequence[str], option: str) -> list[str]:
+def chosen(names: str, known: Sequence[str], option: str) -> list[str]:
     """The parts of a comma-separated option."""
-    parts = given.split(",")
-    for part in parts:
-        if part not in known:
-            sys.exit(f"error: {option} {part}: not one of {', '.join(known)}")
-    return parts
+    chosen_names = names.split(",")
+    for name in chosen_names:
+        if name not in known:
+            sys.exit(f"error: {option} {name}: not one of {', '.join(known)}")
+    return chosen_names
 
 
 def main(

@@ -85,12 +85,12 @@ def main() -> None:
     table.add_column("", no_wrap=True)
     for heading in ("seconds", "min - max", "ratio", "to"):
         table.add_column(heading, justify="left" if heading == "to" else "right", no_wrap=True)
-    for name, found in seconds.items():
+    for name, measured in seconds.items():
         other = compared.get(name)
-        ratios = [own / its for own, its in zip(found, seconds[other], strict=True)] if other else []
+        ratios = [measurement / its for measurement, its in zip(measured, seconds[other], strict=True)] if other else []
         ratio = f"{statistics.median(ratios):.3f}" if ratios else ""
         table.add_row(
-            name, f"{statistics.median(found):.2f}", f"{min(found):.2f} - {max(found):.2f}", ratio, other or ""
+            name, f"{statistics.median(measured):.2f}", f"{min(measured):.2f} - {max(measured):.2f}", ratio, other or ""
         )
     Console(width=120).print(table)
 

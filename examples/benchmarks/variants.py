@@ -113,19 +113,19 @@ def equal_parameters(config: GatedLlamaConfig) -> dict[str, Variant]:
         config: the sizes of the baseline. Where more heads do not divide, they are left out.
     """
     heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
-    found = {}
+    models = {}
     if heads % (2 * key_value_heads) == 0:
-        found["twice the kv heads"] = ungated("Y", num_key_value_heads=2 * key_value_heads)
+        models["twice the kv heads"] = ungated("Y", num_key_value_heads=2 * key_value_heads)
     if heads % 2 == 0 and heads * 3 // 2 % key_value_heads == 0:
-        found["1.5 times the query heads"] = ungated("Y", num_attention_heads=heads * 3 // 2)
+        models["1.5 times the query heads"] = ungated("Y", num_attention_heads=heads * 3 // 2)
     of_gates = (config.hidden_size + 1) * heads * config.head_dim
     narrower = config.intermediate_size - round(of_gates / (3 * config.hidden_size))
     if narrower > 0:
         formula = f"Y * sigmoid(X W_h), MLP of {narrower}"
-        found["G1 elementwise, narrower MLP"] = Variant(
+        models["G1 elementwise, narrower MLP"] = Variant(
             formula, VARIANTS["G1 elementwise"].fields | {"intermediate_size": narrower}
         )
-    return found
+    return models
 
 
 def parameters(config: GatedLlamaConfig) -> int:
@@ -172,7 +172,9 @@ def compare_steps(
     for training in both:
         training.step()  # the first one is slower
     pairs = [(both[0].step(), both[1].step()) for _ in range(steps)]
-    return statistics.median(own for own, _ in pairs), statistics.median(own / other for own, other in pairs)
+    return statistics.median(variant_seconds for variant_seconds, _ in pairs), statistics.median(
+        variant_seconds / baseline_seconds for variant_seconds, baseline_seconds in pairs
+    )
 
 
 def step_memory(config: GatedLlamaConfig, batch: tuple[int, int], device: torch.device) -> int:

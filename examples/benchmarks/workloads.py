@@ -94,12 +94,12 @@ def gated_model(name: str, ungated: PreTrainedModel) -> PreTrainedModel:
     of_ungated = dict(ungated.named_parameters())
     for path, parameter in list(model.named_parameters()):
         module, _, attribute = path.rpartition(".")
-        own = of_ungated.get(path)
-        if own is None or own.shape != parameter.shape:
-            own = nn.Parameter(
+        weight = of_ungated.get(path)
+        if weight is None or weight.shape != parameter.shape:
+            weight = nn.Parameter(
                 torch.empty_like(parameter, device=ungated.device, dtype=ungated.dtype).normal_(std=0.02)
             )
-        setattr(model.get_submodule(module), attribute, own)
+        setattr(model.get_submodule(module), attribute, weight)
     model.tie_weights()
     return model.to(ungated.device).eval()
 
@@ -253,9 +253,9 @@ def limit(model: PreTrainedModel, ungated: PreTrainedModel, workload: str, batch
 
 
 @contextmanager
-def kept_for_backward(others: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
+def kept_for_backward(tensors: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
     """The bytes that the operations made meanwhile keep for their backward pass, by place, without those of others."""
-    left_out = {tensor.untyped_storage().data_ptr() for tensor in others}
+    left_out = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

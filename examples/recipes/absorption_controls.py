@@ -62,28 +62,34 @@ def read_reports(output: Path) -> dict[str, dict[str, Any]]:
 
 def comparison(report: dict[str, Any], kind: str, tokens: int) -> dict[str, Any] | None:
     """What was measured on windows of some text, if it was: plain ones, if there are such of that length."""
-    found = (one for one in report["comparisons"] if (one["kind"], one["window_tokens"]) == (kind, tokens))
-    return min(found, key=lambda one: one["start"] != "plain", default=None)
+    measured = (
+        measurement
+        for measurement in report["comparisons"]
+        if (measurement["kind"], measurement["window_tokens"]) == (kind, tokens)
+    )
+    return min(measured, key=lambda measurement: measurement["start"] != "plain", default=None)
 
 
 def change(report: dict[str, Any], kind: str, tokens: int) -> float | None:
     """Of perplexity, in percent."""
-    found = comparison(report, kind, tokens)
-    return None if found is None else 100 * (found["perplexity_ratio"] - 1)
+    measured = comparison(report, kind, tokens)
+    return None if measured is None else 100 * (measured["perplexity_ratio"] - 1)
 
 
 def changes(report: dict[str, Any], tokens: int) -> list[float]:
     """Of all kinds of text that were measured."""
-    found = (change(report, kind, tokens) for kind in KINDS)
-    return [percent for percent in found if percent is not None]
+    percentages = (change(report, kind, tokens) for kind in KINDS)
+    return [percent for percent in percentages if percent is not None]
 
 
 def mean_of(report: dict[str, Any], field: str) -> float:
     """Of the edited model, over texts at 512 tokens."""
-    found = [one for one in (comparison(report, kind, 512) for kind in KINDS) if one is not None]
-    if not found:
+    measured = [
+        measurement for measurement in (comparison(report, kind, 512) for kind in KINDS) if measurement is not None
+    ]
+    if not measured:
         sys.exit(f"error: {report['output']}: was not measured on windows of 512 tokens")
-    return statistics.fmean(one["edited"][field] for one in found)
+    return statistics.fmean(measurement["edited"][field] for measurement in measured)
 
 
 def table_of(reports: dict[str, dict[str, Any]]) -> Table:
@@ -94,15 +100,15 @@ def table_of(reports: dict[str, dict[str, Any]]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, report in reports.items():
-        found = [change(report, kind, tokens) for tokens in (512, 2048) for kind in KINDS]
+        percentages = [change(report, kind, tokens) for tokens in (512, 2048) for kind in KINDS]
         table.add_row(
             name,
             f"{report['distilled_tokens']:,}",
             report["products"],
             f"{mean_of(report, 'first_token_attention'):.4f}",
             f"{mean_of(report, 'sink_rate_other'):.4f}",
-            f"{max(one['edited']['hidden_state_maximum'] for one in report['comparisons']):,.0f}",
-            *("-" if percent is None else f"{percent:+.1f} %" for percent in found),
+            f"{max(measurement['edited']['hidden_state_maximum'] for measurement in report['comparisons']):,.0f}",
+            *("-" if percent is None else f"{percent:+.1f} %" for percent in percentages),
         )
     return table
 
@@ -114,10 +120,10 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
     for number, (name, report) in enumerate(reports.items()):
         places = {by_tokens: report["distilled_tokens"], by_sinks: mean_of(report, "first_token_attention")}
         for (axes, place), (tokens, marker) in product(places.items(), ((512, "o"), (2048, "s"))):
-            if found := changes(report, tokens):
+            if percentages := changes(report, tokens):
                 color, label = f"C{number % 10}", name if tokens == 512 else None
-                axes.plot([place] * len(found), found, marker, color=color, alpha=0.25, markersize=4)
-                axes.plot(place, statistics.fmean(found), marker, color=color, label=label)
+                axes.plot([place] * len(percentages), percentages, marker, color=color, alpha=0.25, markersize=4)
+                axes.plot(place, statistics.fmean(percentages), marker, color=color, label=label)
     for axes in (by_tokens, by_sinks):
         axes.axhline(1, color="gray", linewidth=0.5)
     by_sinks.axvline(0.01, color="gray", linewidth=0.5)
@@ -132,17 +138,19 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
 def check_same(folder: Path, source: str, settings: AbsorptionSettings) -> None:
     """See that what is there was made of the same source with the same settings, of which windows may be shorter."""
     report = json.loads((folder / "absorption.json").read_text(encoding="utf-8"))
-    found = {"checkpoint": report["source"]["name"], **report["settings"]}
+    made_with = {"checkpoint": report["source"]["name"], **report["settings"]}
     for name, value in ({"checkpoint": source} | vars(settings)).items():
-        if found[name] != value and not name.endswith("window_tokens"):
-            sys.exit(f"error: {folder}: was made with {name}={found[name]!r}, not {value!r}; choose another --output")
+        if made_with[name] != value and not name.endswith("window_tokens"):
+            sys.exit(
+                f"error: {folder}: was made with {name}={made_with[name]!r}, not {value!r}; choose another --output"
+            )
 
 
-def numbers(given: str, option: str) -> list[int]:
+def numbers(text: str, option: str) -> list[int]:
     """The parts of a comma-separated option."""
-    if not all(part.isdecimal() for part in given.split(",")):
-        sys.exit(f"error: {option} {given}: not numbers with commas between them")
-    return [int(part) for part in given.split(",")]
+    if not all(word.isdecimal() for word in text.split(",")):
+        sys.exit(f"error: {option} {text}: not numbers with commas between them")
+    return [int(word) for word in text.split(",")]
 
 
 def main(

@@ -122,14 +122,14 @@ def evaluate(settings: Settings, run: Run, path: Path) -> dict[str, float]:
     evaluation = held_out(settings, run.text)
     teacher = load_teacher(settings, run.tokenizer)
     both = distillation(settings, load_student(settings, path), teacher).to(run.accelerator.device).eval()
-    found = measure(both.student, evaluation)
+    measured = measure(both.student, evaluation)
     losses = [
         Distillation.forward(both, sequence.tokens[None, :-1].to(run.accelerator.device)) for sequence in evaluation
     ]
     for name in ("kl_loss", "attention_loss"):
         if name in losses[0]:
-            found[name] = torch.stack([loss[name] for loss in losses]).mean().item()
-    return found | {"teacher's loss": measure(both.teacher, evaluation)["loss"]}
+            measured[name] = torch.stack([loss[name] for loss in losses]).mean().item()
+    return measured | {"teacher's loss": measure(both.teacher, evaluation)["loss"]}
 
 
 def distil(settings: Settings, run: Run) -> None:

@@ -98,18 +98,21 @@ def evaluate(run: Run, settings: Settings) -> dict[str, torch.Tensor]:
     """The loss of each model at each position, [yarn_length], the mean over windows that the processes share out."""
     accelerator = run.accelerator
     windows = run.text.held_out_windows(settings.yarn_length, settings.evaluation_windows)
-    found = {}
+    losses = {}
     for name, model in compared_models(run, settings):
         model.to(accelerator.device).eval()
-        own = windows[accelerator.process_index :: accelerator.num_processes]
+        own_windows = windows[accelerator.process_index :: accelerator.num_processes]
         total = torch.zeros(settings.yarn_length)
         with tqdm(
-            desc=f"evaluating {name}", total=own[:, 1:].numel(), unit=" tokens", disable=not accelerator.is_main_process
+            desc=f"evaluating {name}",
+            total=own_windows[:, 1:].numel(),
+            unit=" tokens",
+            disable=not accelerator.is_main_process,
         ) as progress:
-            for window in own:
+            for window in own_windows:
                 total += loss_by_position(model, window, advance=progress.update)
-        found[name] = accelerator.reduce(total.to(accelerator.device), "sum").cpu() / len(windows)
-    return found
+        losses[name] = accelerator.reduce(total.to(accelerator.device), "sum").cpu() / len(windows)
+    return losses
 
 
 def tokenizer_folder(settings: Settings, output: Path) -> Path:

@@ -36,11 +36,11 @@ def gated_original(source: Source, folder: Path, progress: bool) -> Path:
         path = source.path
     elif not folder.is_dir():
         convert_checkpoint(source.path, folder, progress=progress)
-    found = open_checkpoint(path)
-    if found.raw_config.get("quantization_config"):
+    checkpoint = open_checkpoint(path)
+    if checkpoint.raw_config.get("quantization_config"):
         raise AbsorptionError(f"{source.path}: is quantized, so its weights cannot be edited")
-    config = read_gated_config(found)
-    if changed := changed_gate_layers(found, config):
+    config = read_gated_config(checkpoint)
+    if changed := changed_gate_layers(checkpoint, config):
         raise AbsorptionError(
             f"{source.path}: its gates are not 1 any more in layers {ranges(changed)}, but trained or imported"
         )

@@ -131,7 +131,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int],
             f"once and with something before the question, got {whole!r}"
         )
     before, between, after = whole.split(_MARK)
-    ids = [encode(tokenizer, part, "the chat template") for part in (before, between, after)]
+    ids = [encode(tokenizer, text, "the chat template") for text in (before, between, after)]
     return ids[0], ids[1], ids[2]
 
 

@@ -183,8 +183,8 @@ def _why_not_loaded(directory: Path, error: BaseException) -> str:
         except (OSError, ValueError, RecursionError) as damage:
             return f"{path}: must be a JSON file, got {_reason(damage)}; {_WHAT_TO_DO}"
         if not isinstance(contents[name], dict):
-            found = type(contents[name]).__name__
-            return f"{path}: must hold a JSON object, got a {found}; {_WHAT_TO_DO}"
+            type_name = type(contents[name]).__name__
+            return f"{path}: must hold a JSON object, got a {type_name}; {_WHAT_TO_DO}"
     for path in (directory / _TEMPLATE, *sorted(directory.glob(_MORE_TEMPLATES))):
         try:
             path.read_text(encoding="utf-8")

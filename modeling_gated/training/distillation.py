@@ -203,13 +203,18 @@ def share_frozen_parameters(student: PreTrainedModel, teacher: PreTrainedModel) 
     Returns:
         How many bytes both have in common then.
     """
-    theirs = dict(teacher.named_parameters(remove_duplicate=False))
+    teacher_parameters = dict(teacher.named_parameters(remove_duplicate=False))
     shared: dict[int, int] = {}
     for name, parameter in student.named_parameters(remove_duplicate=False):
-        own = theirs.get(name)
-        if own is None or parameter.requires_grad or own.dtype != parameter.dtype or own.device != parameter.device:
+        teacher_parameter = teacher_parameters.get(name)
+        if (
+            teacher_parameter is None
+            or parameter.requires_grad
+            or teacher_parameter.dtype != parameter.dtype
+            or teacher_parameter.device != parameter.device
+        ):
             continue
-        if own is parameter or torch.equal(own, parameter):
+        if teacher_parameter is parameter or torch.equal(teacher_parameter, parameter):
             _set_parameter(teacher, name, parameter)
             shared[id(parameter)] = parameter.numel() * parameter.element_size()
     return sum(shared.values())
