@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest test-previous test-torchao test-vllm style quality wheel-check benchmark benchmark-conversion benchmark-start clean
+.PHONY: demo test test-fast test-oldest test-previous test-torchao test-vllm style quality wheel-check benchmark benchmark-conversion benchmark-start clean
 
 ## The main job on the real SmolLM2-135M-Instruct: convert, load, compare, generate.
 demo: .venv/ready
@@ -10,6 +10,10 @@ demo: .venv/ready
 ## The whole test suite. No network is needed once the environment is set up.
 test: .venv/ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+## The most telling tests of every room, in under two minutes.
+test-fast: .venv/ready
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m fast -n 2 --dist worksteal $(ARGS)
 
 CORE := tests/configuration tests/model tests/cli tests/evaluation tests/conversion/test_identity.py tests/conversion/test_verify.py \
 	tests/conversion/test_refresh.py tests/integration/test_remote_code.py tests/integration/test_trainer.py tests/training \

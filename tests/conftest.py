@@ -1,4 +1,4 @@
-"""Tiny ungated models and checkpoints of them."""
+"""Tiny ungated models and checkpoints of them, and the choice of fast tests."""
 
 from pathlib import Path
 
@@ -8,6 +8,22 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from modeling_gated.conversion import convert_checkpoint
 from tests.helpers.source_models import SIZES, SOURCES, randomize
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Skip files without fast tests: importing all files takes longer than the fast tests themselves."""
+    if config.option.markexpr == "fast" and collection_path.suffix == ".py":
+        return "pytest.mark.fast" not in collection_path.read_text() or None
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Take the fast marker from cases of a parametrized test whose id does not contain its `only`."""
+    for item in items:
+        marker = item.get_closest_marker("fast")
+        if marker is not None and marker.kwargs.get("only", "") not in item.name:
+            item.own_markers.remove(marker)
 
 
 @pytest.fixture(params=list(SOURCES))

@@ -15,11 +15,13 @@ from modeling_gated.conversion.quantization import SCHEMES
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
+@pytest.mark.fast
 def test_the_families_are_those_that_are_converted() -> None:
     section = README.partition("## Supported families")[2].partition("Each is mapped exactly")[0]
     assert set(re.findall(r"`([a-z0-9_]+)`", section)) - {"model_type", "residual_dropout"} == SOURCE_FAMILIES.keys()
 
 
+@pytest.mark.fast
 def test_every_quantization_scheme_is_in_the_table() -> None:
     section = README.partition("| scheme (`quant_method`)")[2].partition("## ")[0]
     *known, refused = [line for line in section.splitlines()[1:] if line.startswith("| ")][1:]
@@ -28,6 +30,7 @@ def test_every_quantization_scheme_is_in_the_table() -> None:
         assert method not in re.findall(r"[\w-]+", refused)
 
 
+@pytest.mark.fast
 def test_the_base_that_the_rule_gives_the_paper_s_model() -> None:
     """The paper takes 4,096 tokens to 32,768."""
     config = GatedLlamaConfig(hidden_size=2048, num_attention_heads=16, max_position_embeddings=4096)
@@ -42,6 +45,7 @@ def variants() -> list[tuple[str, str, str]]:
     return [(name, fields, count) for name, fields, _, count, _ in cells]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("name", "fields", "count"), variants())
 def test_a_variant_s_fields_add_the_parameters_that_the_table_says(name: str, fields: str, count: str) -> None:
     sizes = {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 4}

@@ -97,6 +97,7 @@ def rows(section: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("section", list(used()))
 def test_every_name_has_a_row_and_every_row_a_name(section: str) -> None:
     listed = {name.strip("`"): set(re.findall(r"`([^`]+)`", files)) for name, files, _, _ in rows(section)}
@@ -112,6 +113,7 @@ def test_every_row_says_why_and_names_a_test_that_there_is(section: str) -> None
         assert re.search(rf"^def {function}\(", (ROOT / file).read_text(), flags=re.MULTILINE), test
 
 
+@pytest.mark.fast
 def test_no_call_writes_the_name_of_the_cache() -> None:
     """It is `past_key_values` before Transformers 5.24 and `cache` since: modeling_gated/kv_cache.py reads it."""
     for file, tree in sources():

@@ -283,6 +283,7 @@ def test_gates_that_were_trained_are_refused(source: Path, tmp_path: Path) -> No
     assert not list(tmp_path.glob("again*"))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -41,6 +41,7 @@ def loss_of_predictions(original, edited) -> float:
     return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(-1)[:, 1:].mean().item()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("scale", [1.0, 1 / 0.85])
 def test_gates_that_are_logistic_are_found(scale: float) -> None:
     """Those of known weights come back, on tokens that the fit has not seen."""
@@ -56,6 +57,7 @@ def test_gates_that_are_logistic_are_found(scale: float) -> None:
     assert (fit_gates(inputs, noise, scale=1.0).score.abs() < 0.05).all()
 
 
+@pytest.mark.fast
 def test_writers_are_the_neurons_that_were_built_in() -> None:
     model = converted(sink_model())
     writers = find_writers(model, TOKENS.split(4))
@@ -134,6 +136,7 @@ def test_a_layer_without_sinks_stays_as_it_is() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.base_model.layers[0].named_parameters())
 
 
+@pytest.mark.fast
 def test_what_an_edit_takes_away_and_what_it_leaves() -> None:
     """The sink and the spike go, predictions stay near; with the same keys and no gates they do not."""
     model, original = edited_and_original()

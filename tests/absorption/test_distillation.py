@@ -45,6 +45,7 @@ def log_probabilities(model: Any, tokens: torch.Tensor) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("limit", "teachers_own_counts"), [(500.0, False), (0.01, True)])
 def test_the_loss(sinks: list[Any], limit: float, teachers_own_counts: bool) -> None:
     """KL divergence, attention to sinks in the layers that have some, and hidden states above the limit."""

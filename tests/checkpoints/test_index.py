@@ -102,6 +102,7 @@ HARMLESS: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
 }
 
 
+@pytest.mark.fast(only="unlisted")
 @pytest.mark.parametrize("case", list(HARMLESS))
 def test_what_transformers_loads_the_same_is_converted_and_noted(
     case: str, request: pytest.FixtureRequest, tmp_path: Path, tokens: torch.Tensor

@@ -16,6 +16,7 @@ from modeling_gated.checkpoints.safetensors_file import (
 )
 
 
+@pytest.mark.fast
 def test_the_library_reads_what_the_writer_wrote(tmp_path: Path) -> None:
     for dtype in FLOATING_DTYPES.values():
         tensors = {"b": torch.randn(3, 5), "a": torch.randn(7), "empty": torch.empty(0, 4), "scalar": torch.tensor(2.5)}

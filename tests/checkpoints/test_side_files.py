@@ -76,6 +76,7 @@ def sizes(files: dict[str, bytes]) -> dict[str, int]:
     return {name: len(content) for name, content in files.items()}
 
 
+@pytest.mark.fast
 def test_small_files_come_along_and_weights_in_other_forms_do_not(llama: Path, tmp_path: Path) -> None:
     add(llama, KEPT | LEFT_OUT | HIDDEN)
     done = convert_checkpoint(llama, tmp_path / "gated")

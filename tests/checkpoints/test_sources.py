@@ -144,6 +144,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("case", list(BAD_FILES))
 def test_links_that_lead_out_and_files_that_are_none_are_refused(llama: Path, tmp_path: Path, case: str) -> None:
     spoil, message = BAD_FILES[case]

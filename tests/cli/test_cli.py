@@ -24,6 +24,7 @@ def run(*arguments: str | Path) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
+@pytest.mark.fast
 def test_help_needs_neither_torch_nor_transformers() -> None:
     command = Path(sys.executable).with_name("gated-llama")
     subcommands = ("convert", "verify", "ungate", "absorb")
@@ -156,6 +157,7 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("case", list(BAD_SOURCES))
 def test_a_bad_source_gets_one_clear_line(sharded: Path, tmp_path: Path, case: str) -> None:
     spoil, words = BAD_SOURCES[case]
@@ -171,6 +173,7 @@ def test_a_bad_source_gets_one_clear_line(sharded: Path, tmp_path: Path, case: s
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -226,6 +229,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(llama: Path, tmp_path: Pat
     assert run("convert", llama, tmp_path / "gated", "--dry-run")[0] == 1  # exists
 
 
+@pytest.mark.fast
 def test_verify_tells_by_its_exit_code(llama: Path, tmp_path: Path) -> None:
     run("convert", llama, tmp_path / "gated", "--place", "copy")
     code, out, err = run("verify", llama, tmp_path / "gated", "--tokens", "20")

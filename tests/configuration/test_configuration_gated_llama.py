@@ -13,6 +13,7 @@ from modeling_gated import GatedLlamaConfig
 from modeling_gated.configuration import initial_gate_bias, open_gate
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -102,6 +103,7 @@ def test_layer_types_follow_the_sliding_window() -> None:
     assert GatedLlamaConfig(num_hidden_layers=2, sliding_window=8).layer_types == ["sliding_attention"] * 2
 
 
+@pytest.mark.fast
 def test_save_and_load_keep_every_field(tmp_path: Path) -> None:
     config = GatedLlamaConfig(
         num_hidden_layers=2,
@@ -134,6 +136,7 @@ def test_save_and_load_keep_every_field(tmp_path: Path) -> None:
     assert "attn_output_gate" not in json.loads((tmp_path / "config.json").read_text())
 
 
+@pytest.mark.fast
 def test_from_source_config_keeps_what_the_source_says(source_config: PreTrainedConfig) -> None:
     before = source_config.to_dict()
     config = GatedLlamaConfig.from_source_config(source_config, gate_granularity="elementwise")
@@ -230,6 +233,7 @@ def test_a_config_that_became_nonsense_makes_no_model(fields: dict, message: str
         AutoModelForCausalLM.from_config(config)
 
 
+@pytest.mark.fast
 @settings(deadline=None, max_examples=300)
 @given(st.floats(1e-4, 1 - 1e-4))
 @example(0.85)
@@ -268,6 +272,7 @@ ACTIVATIONS = {
 }
 
 
+@pytest.mark.fast
 @settings(deadline=None)
 @given(st.floats(1e-3, 1 - 1e-3), st.sampled_from(list(ACTIVATIONS)))
 def test_a_gate_starts_where_the_config_says(gate_init: float, activation: str) -> None:

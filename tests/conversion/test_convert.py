@@ -24,6 +24,7 @@ def files(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.mark.fast
 def test_the_result_is_the_source_with_one_shard_more(sharded: Path, tmp_path: Path) -> None:
     done = convert_checkpoint(sharded, tmp_path / "gated")
     source = json.loads((sharded / "model.safetensors.index.json").read_text())
@@ -100,6 +101,7 @@ def test_a_source_of_symbolic_links_gives_regular_files(llama: Path, tmp_path: P
     convert_checkpoint(snapshot / "model.safetensors", tmp_path / "from one file")
 
 
+@pytest.mark.fast
 def test_places(llama: Path, tmp_path: Path) -> None:
     source = llama / "model.safetensors"
     shard = "model-00001-of-00002.safetensors"
@@ -165,6 +167,7 @@ def test_what_is_not_a_checkpoint_is_not_overwritten(llama: Path, tmp_path: Path
     assert files(tmp_path) == before
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failure_leaves_nothing_and_what_was_there(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException

@@ -12,6 +12,7 @@ from modeling_gated.conversion import convert_checkpoint
 from tests.helpers.checkpoints import contents, forget_gates
 
 
+@pytest.mark.fast(only="bfloat16-headwise-single")
 @pytest.mark.parametrize("max_shard_size", ["50GB", "60KB"], ids=["single", "sharded"])
 @pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -89,6 +90,7 @@ def test_fields_that_the_source_does_not_read_change_nothing(
         assert torch.equal(gated(tokens).logits, source(tokens).logits)
 
 
+@pytest.mark.fast
 def test_padding_and_training_mode_are_identical_too(llama: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
     convert_checkpoint(llama, tmp_path / "gated")
     source = AutoModelForCausalLM.from_pretrained(llama).train()
@@ -103,6 +105,7 @@ def test_padding_and_training_mode_are_identical_too(llama: Path, tokens: torch.
         assert torch.equal(gradients[name].grad, parameter.grad), name
 
 
+@pytest.mark.fast
 def test_gates_learn_from_the_first_step(llama: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
     convert_checkpoint(llama, tmp_path / "gated")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "gated")

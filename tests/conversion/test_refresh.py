@@ -75,6 +75,7 @@ def test_an_old_checkpoint_generates_rightly_again(llama: Path, old: Path) -> No
     assert generated_without_the_package(old) == expected[0, 24:].tolist()
 
 
+@pytest.mark.fast
 def test_nothing_else_is_touched(llama: Path, old: Path, tmp_path: Path) -> None:
     verify_checkpoint(llama, old)
     before, stamps = contents(old), {path.name: path.stat().st_mtime_ns for path in old.iterdir()}

@@ -90,6 +90,7 @@ def behaviour(found: PreTrainedTokenizerBase) -> list[Any]:
     return [ids, [found.decode(each) for each in ids], special, found.model_max_length, found.get_vocab()]
 
 
+@pytest.mark.fast(only="[mistral-")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_result_tokenizes_as_its_source(tmp_path: Path, family: str, kind: str) -> None:

@@ -16,6 +16,7 @@ from tests.helpers.checkpoints import contents, forget_gates
 from tests.helpers.paper_variants import CONFIGS, random_model
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("place", ["copy", "link", "auto"])
 @pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
 def test_the_source_comes_back_byte_for_byte(sharded: Path, tmp_path: Path, place: str, granularity: str) -> None:

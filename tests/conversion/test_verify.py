@@ -23,6 +23,7 @@ from tests.helpers.source_models import SIZES
 from tests.helpers.word_tokenizer import save_word_tokenizer
 
 
+@pytest.mark.fast(only="float32")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_conversion_passes(source_model: PreTrainedModel, tmp_path: Path, dtype: torch.dtype) -> None:
     source_model.to(dtype).save_pretrained(tmp_path / "source", max_shard_size="60KB")
@@ -93,6 +94,7 @@ def forget_the_padding(self: GatedLlamaAttention, keywords: dict) -> None:
         keywords["attention_mask"] = None
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("spoil", "line"),
     [
@@ -214,6 +216,7 @@ def change(directory: Path, name: str) -> None:
     save_file(tensors, shard, metadata={"format": "pt"})
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "line"),
     [

@@ -33,6 +33,7 @@ def plain_losses(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     return -logits[:-1].log_softmax(-1).gather(-1, tokens[1:, None])[:, 0]
 
 
+@pytest.mark.fast(only="7")
 @pytest.mark.parametrize("chunk_size", [1, 7, 64])
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_losses_are_those_of_one_forward_pass(variant: str, chunk_size: int, tokens: torch.Tensor) -> None:
@@ -54,6 +55,7 @@ def test_no_tensor_grows_with_the_square_of_the_length() -> None:
     assert largest[4096].float32 < 4096 * 258 / 50
 
 
+@pytest.mark.fast(only="900")
 @pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("length", [900, 1500])
 @pytest.mark.parametrize("name", list(TASKS))
@@ -159,6 +161,7 @@ class Reader:
         return torch.cat([input_ids, torch.tensor([answer], dtype=torch.int64)], 1)
 
 
+@pytest.mark.fast
 def test_who_reads_to_the_needle_scores() -> None:
     """A reader of the first part of the prompt finds what lies there; depths are spread over the whole."""
     tokenizer = byte_tokenizer()

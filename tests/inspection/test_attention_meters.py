@@ -49,6 +49,7 @@ def entropy(probabilities: np.ndarray) -> np.ndarray:
 
 
 # gpt_oss takes packed sequences for one.
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "kind"), [pair for pair in product(MODELS, INPUTS) if pair != ("gpt_oss, learned sinks", "packed")]
 )
@@ -71,6 +72,7 @@ def test_they_are_those_of_eager_attention(name: str, kind: str) -> None:
     assert first_token.result().mean() > 0.01  # or nothing would have been compared
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("tokens", [None, 16])
 @pytest.mark.parametrize("kind", list(INPUTS))
 @pytest.mark.parametrize("name", ["llama, grouped queries", "mistral, sliding window"])

@@ -47,6 +47,7 @@ def attention_inputs(model: PreTrainedModel, inputs: dict[str, Any]) -> list[np.
     return found
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", list(INPUTS))
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.gate_position])
 def test_gate_scores_are_those_of_the_formula(name: str, kind: str) -> None:

@@ -33,6 +33,7 @@ def logits(model: PreTrainedModel, kind: str = "plain") -> torch.Tensor:
     return model(**inputs_of(kind)).logits
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_closed_and_open_gates(variant: str) -> None:
     """Closed: as with a bias of minus infinity. Open: as the same model without gates."""
@@ -109,6 +110,7 @@ def test_shuffling_gates_that_do_not_depend_on_the_token_changes_nothing() -> No
         assert torch.equal(logits(model), before)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("kind", "implementation", "after"), [*product(INPUTS, ["eager", "sdpa"], [0, 6]), ("plain", "flex_attention", 6)]
 )

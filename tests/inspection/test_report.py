@@ -75,6 +75,7 @@ def windows(count: int, length: int) -> list[torch.Tensor]:
     return [torch.tensor([[256, *letters[number * step : number * step + length - 1]]]) for number in range(count)]
 
 
+@pytest.mark.fast
 def test_numbers_are_those_of_the_windows(gated: ModelReport) -> None:
     """Loss and meters, in the mean over all windows; the summary is the mean over layers and heads."""
     model, meter = gated_model(**SIZES), FirstTokenAttention()
@@ -92,6 +93,7 @@ def test_numbers_are_those_of_the_windows(gated: ModelReport) -> None:
     assert gated.hidden_states["embeddings"]["top"][0]["token"] in (*TEXT, "<s>")
 
 
+@pytest.mark.fast
 def test_interventions_change_the_loss(gated: ModelReport) -> None:
     """Each by as much as its loss differs, closed gates most; those of gates are left out without gates."""
     names = [change.name for change in gated.interventions]
@@ -103,6 +105,7 @@ def test_interventions_change_the_loss(gated: ModelReport) -> None:
     assert plain.notes[0].startswith("the model has no gates")
 
 
+@pytest.mark.fast(only="gated")
 @pytest.mark.parametrize("which", ["gated", "mamba", "both"])
 def test_report_json_is_as_its_schema_has_it(which: str, gated: ModelReport, mamba: ModelReport) -> None:
     reports = {"gated": [gated], "mamba": [mamba], "both": [gated, mamba]}[which]

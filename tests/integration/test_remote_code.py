@@ -204,6 +204,7 @@ def test_an_adapter_finds_its_base_s_code(tmp_path: Path) -> None:
         assert torch.equal(torch.load(tmp_path / "logits"), tuned(TOKENS).logits)
 
 
+@pytest.mark.fast
 def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
     """Line for line, but for imports of other files, which are written in; and the package is not imported."""
     GatedLlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)

@@ -52,6 +52,7 @@ def numpy_weights(model: PreTrainedModel) -> dict[str, np.ndarray]:
     return {name: tensor.double().numpy() for name, tensor in model.layers[0].state_dict().items()}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("variant", list(ALL))
 def test_a_block_follows_the_equations(variant: str, implementation: str) -> None:
@@ -67,6 +68,7 @@ def test_a_block_follows_the_equations(variant: str, implementation: str) -> Non
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("variant", list(ALL))
 def test_gradients_follow_the_equations(variant: str) -> None:
     """The loss's slope along a random direction of all weights, against a difference quotient of the equations."""
@@ -91,6 +93,7 @@ def test_gradients_follow_the_equations(variant: str) -> None:
     assert slope == pytest.approx((loss(1e-6) - loss(-1e-6)) / 2e-6, rel=1e-3)
 
 
+@pytest.mark.fast
 def test_the_gate_has_a_gradient_where_a_bfloat16_sigmoid_has_none() -> None:
     config = GatedLlamaConfig(
         vocab_size=16, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2

@@ -27,6 +27,7 @@ from tests.helpers.gated_models import (
 )
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("head", list(HEADS))
 @pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
 def test_new_gates_start_open_and_all_else_as_in_llama(granularity: str, head: str) -> None:
@@ -55,6 +56,7 @@ def test_gates_without_a_bias_start_near_one_half() -> None:
         assert gate.weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("head", list(HEADS))
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_loading_keeps_gates_and_opens_the_missing_ones_alone(variant: str, head: str, tmp_path: Path) -> None:
@@ -245,6 +247,7 @@ def test_no_head_drops_a_gate(head: str, tokens: torch.Tensor) -> None:
         assert torch.allclose(first, second, atol=1e-6) == closed
 
 
+@pytest.mark.fast
 def test_every_layer_is_gated(tokens: torch.Tensor) -> None:
     """Closing the gates of one layer changes the logits, with and without a cache."""
     model = gated_model()

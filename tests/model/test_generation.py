@@ -31,6 +31,7 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return gated_model(request.param)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("cache", list(CACHES))
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_cached_generation_equals_the_full_forward(
@@ -86,6 +87,7 @@ def test_transformers_quantized_caches_refuse_sliding_windows() -> None:
         QuantizedCache(backend="quanto", config=gated_model("sliding upper layers").config)
 
 
+@pytest.mark.fast
 def test_padded_prompts_generate_as_on_their_own(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     prompts = [tokens[0, :9], tokens[1, :5]]
     expected = [

@@ -50,6 +50,7 @@ def as_ever(layer: Any, hidden_states: torch.Tensor, **keywords: Any) -> torch.T
 CHANGES = [under_a_third_name, not_at_all, with_nothing_but_what_it_knows]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("sandwich", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_cache_that_does_not_arrive_is_an_error(
@@ -73,6 +74,7 @@ def test_a_cache_that_does_not_arrive_is_an_error_in_compiled_models_too(
         compiled(tokens[:, :9], use_cache=True, **with_cache(DynamicCache(config=gated_model().config)))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("use_cache", [None, False])
 def test_the_name_of_another_version_is_an_error(use_cache: bool | None, tokens: torch.Tensor) -> None:
     """Before 5.24 `cache` would be ignored; since, Transformers takes `past_key_values` for it, until 5.40."""

@@ -48,6 +48,7 @@ def build() -> GatedLlamaForCausalLM:
     return GatedLlamaForCausalLM(GatedLlamaConfig(**SIZES))
 
 
+@pytest.mark.fast
 def test_it_runs_once_and_passes(untested: None, runs: list[float | None]) -> None:
     build(), build()
     (difference,) = runs
@@ -59,6 +60,7 @@ def test_it_does_not_run_on_a_tested_version(runs: list[float | None]) -> None:
     assert runs == []
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("way", ["constructor", "from_pretrained", "from_config"])
 def test_a_cache_that_is_not_used_is_one_clear_error(
     way: str, untested: None, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

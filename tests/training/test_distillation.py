@@ -90,6 +90,7 @@ def reference(
     return sum(ratios) / len(ratios), (divergences * weights).sum() / weights.sum()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mask", list(masks()))
 def test_a_converted_model_has_nothing_to_learn(mask: str, tokens: torch.Tensor) -> None:
     teacher = source()
@@ -101,6 +102,7 @@ def test_a_converted_model_has_nothing_to_learn(mask: str, tokens: torch.Tensor)
             assert abs(value.item()) < 1e-6
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("mask", list(masks()))
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 2.0)])
 def test_losses_are_what_the_formulas_say(weights: tuple[float, float], mask: str, tokens: torch.Tensor) -> None:

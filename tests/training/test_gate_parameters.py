@@ -16,6 +16,7 @@ from modeling_gated.training import gate_param_groups, gate_peft_config
 from tests.helpers.gated_models import SIZES, gated_model
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     "name",
     [
@@ -77,6 +78,7 @@ def group_of(groups: list[dict[str, Any]], parameter: nn.Parameter) -> dict[str,
     return group
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("gate_lr", [None, 3e-3])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_every_parameter_has_its_learning_rate_and_decay(name: str, gate_lr: float | None) -> None:

@@ -62,6 +62,7 @@ def trained(output: Path, evaluation: Evaluation | None, save_every: int = 5, ac
     return train(run, module, [{"params": list(module.parameters())}], Stage("short", TinySchedule(), evaluation))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("losses", "ended"),
     [
@@ -79,6 +80,7 @@ def test_when_enough_is_enough(losses: list[float], ended: bool) -> None:
     assert has_ended(losses, 2) == ended
 
 
+@pytest.mark.fast
 def test_training_ends_when_held_out_losses_do_not_fall(tmp_path: Path) -> None:
     given = iter([5.0, 4.0, 4.5, 4.2, 1.0])
     trained(tmp_path, Evaluation(lambda module: next(given), every=3, patience=2))

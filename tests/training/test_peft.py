@@ -83,6 +83,7 @@ def test_peft_s_tables_have_the_model() -> None:
     assert package_first["TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"][1] == ["q_proj", "v_proj"]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("method", [IA3Config, LNTuningConfig, LoraConfig, AdaLoraConfig])
 @pytest.mark.parametrize("family", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
 def test_default_targets_are_the_source_s(family: Any, method: Any) -> None:
@@ -148,6 +149,7 @@ def model_with_gates(name: str) -> tuple[PreTrainedModel, tuple[str, ...], dict[
     return model, tuple(PROJECTIONS[position] for position in positions), told
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("positions", list(POSITIONS))
 def test_gates_alone_are_trained_in_full(positions: str) -> None:
     model, layers, told = model_with_gates(positions)

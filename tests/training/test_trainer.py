@@ -57,6 +57,7 @@ def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.fast
 def test_groups_are_right_from_the_start(tmp_path: Path) -> None:
     own = trainer(tmp_path, gate_learning_rate=1e-2, weight_decay=0.1)
     optimizer = own.create_optimizer()
