@@ -58,29 +58,6 @@ if not IS_TESTED_VERSION:
 GATE_PROJECTIONS = {"G1": "g_proj", "G2": "g_v_proj", "G3": "g_k_proj", "G4": "g_q_proj", "G5": "g_o_proj"}
 
 
-class _TensorParallelPlan:
-    """
-    The tensor-parallel style of each kind of layer that a config's model has; read from the class, of its defaults'.
-
-    It follows the config's fields. What somebody assigns to a config goes before it, as it has no `__set__`.
-    """
-
-    def __get__(self, config: "GatedLlamaConfig | None", owner: type) -> dict[str, str]:
-        plan = dict(LlamaConfig.base_model_tp_plan or {})
-        if config is None:
-            return plan | {"layers.*.self_attn.g_proj": "colwise"}
-        if not config.use_glu:
-            plan.pop("layers.*.mlp.gate_proj", None)
-        # Gates of heads are split with the heads. Those that all heads share are whole on every rank, as is what G5's
-        # are applied to.
-        of_heads = "shared_gate" if config.gate_head_shared else "colwise"
-        for position, name in GATE_PROJECTIONS.items():
-            if position in config.gate_position:
-                plan[f"layers.*.self_attn.{name}"] = "colwise_gather_output" if position == "G5" else of_heads
-        norms = ["q_norm", "k_norm"] * config.use_qk_norm + ["o_norm"] * config.use_attention_output_norm
-        return plan | {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms}
-
-
 @strict
 class GatedLlamaConfig(LlamaConfig):
     r"""
@@ -117,7 +94,7 @@ class GatedLlamaConfig(LlamaConfig):
     - **sliding_window** (`int`, *optional*) -- Tokens that a sliding layer's queries see; at least 1.
     - **layer_types** (`list[str]`, *optional*) -- `"full_attention"` or `"sliding_attention"` per layer. If not
       given, every layer slides when `sliding_window` is set, as in Mistral, and none otherwise. Layers that are all
-      alike stay so when `num_hidden_layers` or `sliding_window` is changed later.
+      alike stay so when `from_pretrained` is given another `num_hidden_layers` or `sliding_window`.
     - **num_attention_heads** (`int`, defaults to 32) -- Query heads; a multiple of `num_key_value_heads`.
     - **num_key_value_heads** (`int`, *optional*) -- Key and value heads; `num_attention_heads` if not given.
     - **head_dim** (`int`, *optional*) -- Channels per head, even. If not given, `hidden_size / num_attention_heads`,
@@ -179,7 +156,6 @@ class GatedLlamaConfig(LlamaConfig):
     """
 
     model_type = "gated_llama"
-    base_model_tp_plan = _TensorParallelPlan()
 
     gate_granularity: Literal["headwise", "elementwise"] = "headwise"
     gate_init: float = interval(min=0, max=1, exclude_min=True, exclude_max=True)(default=0.85)
@@ -216,15 +192,34 @@ class GatedLlamaConfig(LlamaConfig):
             self.layer_types = [layer_type] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
-    def __setattr__(self, name: str, value: Any):
-        super().__setattr__(name, value)
-        # As in Llama and Mistral, whose configs say nothing of single layers: from_pretrained(num_hidden_layers=2).
-        layer_types = self.layer_types or []
-        if name in ("num_hidden_layers", "sliding_window") and len(set(layer_types)) == 1:
-            layer_type = layer_types[0]
-            if name == "sliding_window":
-                layer_type = "full_attention" if value is None else "sliding_attention"
-            self.layer_types = [layer_type] * self.num_hidden_layers
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        Make a config from a dict, with fields of `kwargs` in place of the dict's, as `from_pretrained` does.
+
+        Layers of one type follow `num_hidden_layers` and `sliding_window`, as in Llama and Mistral.
+        """
+        overrides = {name: kwargs[name] for name in ("num_hidden_layers", "sliding_window") if name in kwargs}
+        layer_types = config_dict.get("layer_types") or []
+        if overrides and len(set(layer_types)) == 1:
+            # None: derived from sliding_window.
+            layer_types = None if "sliding_window" in overrides else layer_types[:1] * overrides["num_hidden_layers"]
+            config_dict = config_dict | overrides | {"layer_types": layer_types}
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # depends on the fields
+        """Tensor-parallel style of each kind of layer in the model."""
+        plan = dict(LlamaConfig.base_model_tp_plan or {})
+        if not self.use_glu:
+            del plan["layers.*.mlp.gate_proj"]
+        # Gates are split with their heads. Shared gates are whole on every rank, and so is what G5's are applied to.
+        head_style = "shared_gate" if self.gate_head_shared else "colwise"
+        for position in self.gate_position:
+            style = "colwise_gather_output" if position == "G5" else head_style
+            plan[f"layers.*.self_attn.{GATE_PROJECTIONS[position]}"] = style
+        norms = ["q_norm", "k_norm"] * self.use_qk_norm + ["o_norm"] * self.use_attention_output_norm
+        return plan | {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms}
 
     @classmethod
     def from_source_config(cls, config: PreTrainedConfig, **gate_options: Any) -> "GatedLlamaConfig":
