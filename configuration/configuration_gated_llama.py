@@ -58,29 +58,6 @@ if not IS_TESTED_VERSION:
 GATE_PROJECTIONS = {"G1": "g_proj", "G2": "g_v_proj", "G3": "g_k_proj", "G4": "g_q_proj", "G5": "g_o_proj"}
 
 
-class _TensorParallelPlan:
-    """
-    The tensor-parallel style of each kind of layer that a config's model has; read from the class, of its defaults'.
-
-    It follows the config's fields. What somebody assigns to a config goes before it, as it has no `__set__`.
-    """
-
-    def __get__(self, config: "GatedLlamaConfig | None", owner: type) -> dict[str, str]:
-        plan = dict(LlamaConfig.base_model_tp_plan or {})
-        if config is None:
-            return plan | {"layers.*.self_attn.g_proj": "colwise"}
-        if not config.use_glu:
-            plan.pop("layers.*.mlp.gate_proj", None)
-        # Gates of heads are split with the heads. Those that all heads share are whole on every rank, as is what G5's
-        # are applied to.
-        of_heads = "shared_gate" if config.gate_head_shared else "colwise"
-        for position, name in GATE_PROJECTIONS.items():
-            if position in config.gate_position:
-                plan[f"layers.*.self_attn.{name}"] = "colwise_gather_output" if position == "G5" else of_heads
-        norms = ["q_norm", "k_norm"] * config.use_qk_norm + ["o_norm"] * config.use_attention_output_norm
-        return plan | {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms}
-
-
 @strict
 class GatedLlamaConfig(LlamaConfig):
     r"""
@@ -88,81 +65,85 @@ class GatedLlamaConfig(LlamaConfig):
 
         Y' = Y * gate_scale * sigmoid(X W + b)
 
-    with X the attention block's input after the pre-norm and Y, by default, the attention output before `o_proj`
-    ("Gated Attention for Large Language Models", arXiv 2505.06708, Section 2.2). The fields span the paper's design
-    space, its baselines included.
+    X is the attention block's input after the pre-norm. Y is, by default, the attention output before `o_proj`
+    ("Gated Attention for Large Language Models", arXiv 2505.06708, Section 2.2).
 
-    Gate:
+    Gates:
 
-    - **gate_position** (`list[str]`, defaults to `["G1"]`) -- What is gated, in the paper's numbers: any of `"G1"`, the
-      attention output of each head, before `o_proj` (gates from `g_proj`); `"G2"`, the values (`g_v_proj`); `"G3"`,
-      the keys (`g_k_proj`); `"G4"`, the queries (`g_q_proj`); `"G5"`, the output of `o_proj` (`g_o_proj`). Queries,
-      keys and values are gated as they leave their projections, before QK-norm and RoPE. `[]` is the ungated baseline.
-    - **gate_granularity** (`str`, defaults to `"headwise"`) -- `"headwise"`: one gate per head (for values and keys per
-      key-value head), so `g_proj` has `num_attention_heads` rows. `"elementwise"`: one gate per channel of each head,
-      `num_attention_heads * head_dim` rows; at G5, which has no heads, one per channel, `hidden_size` rows.
-    - **gate_head_shared** (`bool`, defaults to `False`) -- Whether all heads share their gates: elementwise, `head_dim`
-      rows; headwise, one gate per layer. Not for G5.
-    - **gate_form** (`str`, defaults to `"multiplicative"`) -- `"multiplicative"`: Y' = Y * gate. `"additive"`:
-      Y' = Y + gate, for activations that can be 0: `"silu"`, `"tanh"`, `"relu"` and `"linear"`.
-    - **gate_activation** (`str`, defaults to `"sigmoid"`) -- `"sigmoid"`, `"ns_sigmoid"` (the paper's non-sparse
-      sigmoid, 0.5 + 0.5 sigmoid), `"silu"`, `"tanh"`, `"relu"` or `"linear"` (the identity), computed in float32.
-    - **gate_input_independent** (`bool`, defaults to `False`) -- Whether gates are parameters of the layer, the same
-      for all tokens: Y' = Y * gate_scale * sigmoid(w), with one row of `g_proj.weight`, of shape [rows, 1], per gate.
-      An optimizer that decays weights, and not biases, draws these towards 0.
-    - **gate_bias** (`bool`, defaults to `True`) -- Whether gates have a bias b. With it they start at `gate_init`:
-      sigmoid(b) = `gate_init`, and each element of W is 2^-60, which is too small to change a gate, or 0 for additive
-      gates and in float16. Without it, W ~ N(0, `initializer_range`) and sigmoid gates start near 0.5, the paper's
-      setting.
+    - **gate_granularity** (`str`, defaults to `"headwise"`) -- `"headwise"`: one gate per head, so `g_proj` has
+      `num_attention_heads` rows. `"elementwise"`: one gate per channel of each head, so `g_proj` has
+      `num_attention_heads * head_dim` rows.
     - **gate_init** (`float`, defaults to 0.85) -- The activation of b at the start; strictly between 0 and 1, for
       `"ns_sigmoid"` between 0.5 and 1. b is a bfloat16 number, so a sigmoid gate starts within 0.004 of this value,
       below 0.4 within 0.015. Gates that a checkpoint lacks start so too. Additive gates start at 0 instead.
     - **gate_scale** (`float`, defaults to 1.0) -- The constant factor, positive. Conversion sets 1 / sigmoid(b), with
       which a gate that is still at its start is exactly 1.
+    - **gate_bias** (`bool`, defaults to `True`) -- Whether gates have a bias b. With it they start at `gate_init`:
+      sigmoid(b) = `gate_init`, and each element of W is 2^-60, which is too small to change a gate, or 0 for additive
+      gates and in float16. Without it, W ~ N(0, `initializer_range`) and sigmoid gates start near 0.5, the paper's
+      setting.
     - **gate_dtype** (`str`, *optional*) -- `"float32"`: the gates' parameters are float32 whatever dtype the model is
       loaded in, so that their small updates don't round away: `from_pretrained(path, gate_dtype="float32")`.
 
     Attention:
 
-    - **num_attention_heads** (`int`, defaults to 32) -- Query heads; a multiple of `num_key_value_heads`.
-    - **num_key_value_heads** (`int`, *optional*) -- Key and value heads; `num_attention_heads` if not given.
-    - **head_dim** (`int`, *optional*) -- Channels per head, even. If not given, `hidden_size / num_attention_heads`,
-      which must then divide.
     - **attention_bias** (`bool`, defaults to `False`) -- Whether `q_proj`, `k_proj` and `v_proj` have biases.
     - **attention_output_bias** (`bool`, defaults to `False`) -- Whether `o_proj` has a bias.
     - **use_qk_norm** (`bool`, defaults to `False`) -- Whether queries and keys pass an RMSNorm over `head_dim`, as in
       Qwen3.
-    - **use_attention_output_norm** (`bool`, defaults to `False`) -- Whether each head's attention output Y passes an
-      RMSNorm over `head_dim`, with one weight for all heads, before it is gated.
-    - **attention_output_activation** (`str`, *optional*) -- A function that is applied to Y itself, after that norm and
-      before the gate: `"sigmoid"`, `"silu"`, `"tanh"` or `"relu"`. With `"silu"`, Y' = SiLU(Y).
     - **sliding_window** (`int`, *optional*) -- Tokens that a sliding layer's queries see; at least 1.
     - **layer_types** (`list[str]`, *optional*) -- `"full_attention"` or `"sliding_attention"` per layer. If not
       given, every layer slides when `sliding_window` is set, as in Mistral, and none otherwise. Layers that are all
-      alike stay so when `num_hidden_layers` or `sliding_window` is changed later.
-    - **attention_dropout** (`float`, defaults to 0.0) -- Dropout of the attention probabilities in training.
+      alike stay so when `from_pretrained` is given another `num_hidden_layers` or `sliding_window`.
+    - **num_attention_heads** (`int`, defaults to 32) -- Query heads; a multiple of `num_key_value_heads`.
+    - **num_key_value_heads** (`int`, *optional*) -- Key and value heads; `num_attention_heads` if not given.
+    - **head_dim** (`int`, *optional*) -- Channels per head, even. If not given, `hidden_size / num_attention_heads`,
+      which must then divide.
     - **rope_parameters** (`dict`, *optional*) -- RoPE in Transformers' form (`rope_type`, `rope_theta`, ...); a
       `rope_theta` of 10000 if not given.
     - **max_position_embeddings** (`int`, defaults to 2048) -- The longest sequence the model is meant for.
+    - **attention_dropout** (`float`, defaults to 0.0) -- Dropout of the attention probabilities in training.
 
     Rest of the decoder, as in [`LlamaConfig`]:
 
+    - **source_model_type** (`str`, *optional*) -- Model type that the checkpoint was converted from. `transformers
+      serve` finds tool calls and reasoning as for that type.
     - **vocab_size** (32000), **hidden_size** (4096), **intermediate_size** (11008), **num_hidden_layers** (32): `int`,
       at least 1.
-    - **use_glu** (`bool`, defaults to `True`) -- Whether the MLP is a gated linear unit, down(act(gate(x)) * up(x)), or
-      plain, down(act(up(x))), without `gate_proj`.
     - **hidden_act** (`str`, defaults to `"silu"`) -- The MLP's activation, any name in Transformers' `ACT2FN`. The
       gated linear unit is GLU with `"sigmoid"`, GeGLU with `"gelu"`, ReGLU with `"relu"`, SwiGLU with `"silu"`.
-    - **use_sandwich_norm** (`bool`, defaults to `False`) -- Whether the outputs of attention and MLP each pass an
-      RMSNorm of their own, `post_self_attn_layernorm` and `post_mlp_layernorm`, before they are added, as in GLM-4.
     - **mlp_bias** (`bool`, defaults to `False`) -- Whether the MLP's projections have biases.
     - **rms_norm_eps** (`float`, defaults to 1e-6) -- Epsilon of every RMSNorm.
     - **initializer_range** (`float`, defaults to 0.02) -- Standard deviation of new weights, from 0 to 1.
     - **tie_word_embeddings** (`bool`, defaults to `False`) -- Whether `lm_head` shares the input embeddings.
-    - **source_model_type** (`str`, *optional*) -- Model type that the checkpoint was converted from. `transformers
-      serve` finds tool calls and reasoning as for that type.
     - **use_cache** (`True`), **bos_token_id** (1), **eos_token_id** (2), **pad_token_id** (`None`),
       **pretraining_tp** (1, unused): as in `LlamaConfig`.
+
+    Research variants of the paper, its baselines included:
+
+    - **gate_position** (`list[str]`, defaults to `["G1"]`) -- What is gated, in the paper's numbers: any of `"G1"`, the
+      attention output of each head, before `o_proj` (gates from `g_proj`); `"G2"`, the values (`g_v_proj`); `"G3"`,
+      the keys (`g_k_proj`); `"G4"`, the queries (`g_q_proj`); `"G5"`, the output of `o_proj` (`g_o_proj`). Queries,
+      keys and values are gated as they leave their projections, before QK-norm and RoPE. Headwise gates of values and
+      keys are one per key-value head. G5 has no heads: its gates are elementwise, `hidden_size` rows. `[]` is the
+      ungated baseline.
+    - **gate_form** (`str`, defaults to `"multiplicative"`) -- `"multiplicative"`: Y' = Y * gate. `"additive"`:
+      Y' = Y + gate, for activations that can be 0: `"silu"`, `"tanh"`, `"relu"` and `"linear"`.
+    - **gate_activation** (`str`, defaults to `"sigmoid"`) -- `"sigmoid"`, `"ns_sigmoid"` (the paper's non-sparse
+      sigmoid, 0.5 + 0.5 sigmoid), `"silu"`, `"tanh"`, `"relu"` or `"linear"` (the identity), computed in float32.
+    - **gate_head_shared** (`bool`, defaults to `False`) -- Whether all heads share their gates: elementwise, `head_dim`
+      rows; headwise, one gate per layer. Not for G5.
+    - **gate_input_independent** (`bool`, defaults to `False`) -- Whether gates are parameters of the layer, the same
+      for all tokens: Y' = Y * gate_scale * sigmoid(w), with one row of `g_proj.weight`, of shape [rows, 1], per gate.
+      An optimizer that decays weights, and not biases, draws these towards 0.
+    - **use_attention_output_norm** (`bool`, defaults to `False`) -- Whether each head's attention output Y passes an
+      RMSNorm over `head_dim`, with one weight for all heads, before it is gated.
+    - **attention_output_activation** (`str`, *optional*) -- A function that is applied to Y itself, after that norm and
+      before the gate: `"sigmoid"`, `"silu"`, `"tanh"` or `"relu"`. With `"silu"`, Y' = SiLU(Y).
+    - **use_sandwich_norm** (`bool`, defaults to `False`) -- Whether the outputs of attention and MLP each pass an
+      RMSNorm of their own, `post_self_attn_layernorm` and `post_mlp_layernorm`, before they are added, as in GLM-4.
+    - **use_glu** (`bool`, defaults to `True`) -- Whether the MLP is a gated linear unit, down(act(gate(x)) * up(x)), or
+      plain, down(act(up(x))), without `gate_proj`.
 
     A value of the wrong type, or outside its range, raises an error that names the field and the value.
 
@@ -175,27 +156,28 @@ class GatedLlamaConfig(LlamaConfig):
     """
 
     model_type = "gated_llama"
-    base_model_tp_plan = _TensorParallelPlan()
 
+    gate_granularity: Literal["headwise", "elementwise"] = "headwise"
+    gate_init: float = interval(min=0, max=1, exclude_min=True, exclude_max=True)(default=0.85)
+    gate_scale: float | int = 1.0
+    gate_bias: bool = True
+    gate_dtype: Literal["float32"] | None = None
     attention_output_bias: bool = False
     use_qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
+    source_model_type: str | None = None
+
+    # Research variants of the paper.
     gate_position: list[str] = field(default_factory=lambda: ["G1"])
-    gate_granularity: Literal["headwise", "elementwise"] = "headwise"
-    gate_head_shared: bool = False
     gate_form: Literal["multiplicative", "additive"] = "multiplicative"
     gate_activation: Literal["sigmoid", "ns_sigmoid", "silu", "tanh", "relu", "linear"] = "sigmoid"
+    gate_head_shared: bool = False
     gate_input_independent: bool = False
-    gate_bias: bool = True
-    gate_init: float = interval(min=0, max=1, exclude_min=True, exclude_max=True)(default=0.85)
-    gate_scale: float | int = 1.0
-    gate_dtype: Literal["float32"] | None = None
     use_attention_output_norm: bool = False
     attention_output_activation: Literal["sigmoid", "silu", "tanh", "relu"] | None = None
     use_sandwich_norm: bool = False
     use_glu: bool = True
-    source_model_type: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
@@ -210,15 +192,34 @@ class GatedLlamaConfig(LlamaConfig):
             self.layer_types = [layer_type] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
-    def __setattr__(self, name: str, value: Any):
-        super().__setattr__(name, value)
-        # As in Llama and Mistral, whose configs say nothing of single layers: from_pretrained(num_hidden_layers=2).
-        layer_types = self.layer_types or []
-        if name in ("num_hidden_layers", "sliding_window") and len(set(layer_types)) == 1:
-            layer_type = layer_types[0]
-            if name == "sliding_window":
-                layer_type = "full_attention" if value is None else "sliding_attention"
-            self.layer_types = [layer_type] * self.num_hidden_layers
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        Make a config from a dict, with fields of `kwargs` in place of the dict's, as `from_pretrained` does.
+
+        Layers of one type follow `num_hidden_layers` and `sliding_window`, as in Llama and Mistral.
+        """
+        overrides = {name: kwargs[name] for name in ("num_hidden_layers", "sliding_window") if name in kwargs}
+        layer_types = config_dict.get("layer_types") or []
+        if overrides and len(set(layer_types)) == 1:
+            # None: derived from sliding_window.
+            layer_types = None if "sliding_window" in overrides else layer_types[:1] * overrides["num_hidden_layers"]
+            config_dict = config_dict | overrides | {"layer_types": layer_types}
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # depends on the fields
+        """Tensor-parallel style of each kind of layer in the model."""
+        plan = dict(LlamaConfig.base_model_tp_plan or {})
+        if not self.use_glu:
+            del plan["layers.*.mlp.gate_proj"]
+        # Gates are split with their heads. Shared gates are whole on every rank, and so is what G5's are applied to.
+        head_style = "shared_gate" if self.gate_head_shared else "colwise"
+        for position in self.gate_position:
+            style = "colwise_gather_output" if position == "G5" else head_style
+            plan[f"layers.*.self_attn.{GATE_PROJECTIONS[position]}"] = style
+        norms = ["q_norm", "k_norm"] * self.use_qk_norm + ["o_norm"] * self.use_attention_output_norm
+        return plan | {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms}
 
     @classmethod
     def from_source_config(cls, config: PreTrainedConfig, **gate_options: Any) -> "GatedLlamaConfig":
@@ -239,7 +240,7 @@ class GatedLlamaConfig(LlamaConfig):
         check_source_family(config.model_type)
         if config.is_heterogeneous:
             raise ValueError("per_layer_config: models whose layers differ in shape are not supported")
-        architecture = source_fields(config, {own.name for own in fields(cls)})
+        architecture = source_fields(config, {config_field.name for config_field in fields(cls)})
         gated = cls(**architecture | {"source_model_type": config.model_type} | gate_options)
         kind = gated.gate_activation, gated.gate_form, gated.gate_bias
         if gated.gate_position and kind == ("sigmoid", "multiplicative", True) and "gate_scale" not in gate_options:

@@ -62,7 +62,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from .class_names import register_class_names
-from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype
+from .gate_functions import GATE_ACTIVATIONS, RecomputedSigmoidGate, with_dtype
 from .kv_cache import PASSES_KWARGS_TO_CACHE, forward_with_cache, take_cache
 from .self_test import check_cached_generation
 from .tensor_parallel import register_shared_gate_style
@@ -150,32 +150,28 @@ class GatedLlamaAttention(LlamaAttention):
         self.is_headwise = config.gate_granularity == "headwise"
         self.is_additive = config.gate_form == "additive"
         self.is_input_independent = config.gate_input_independent
+        # Elsewhere autograd saves little, or nothing at all of the gates.
+        has_gate_per_channel = not (self.is_headwise or config.gate_head_shared or self.is_input_independent)
+        self.recomputes_gates = has_gate_per_channel and config.gate_activation == "sigmoid"
 
     def gate_values(self, logits: torch.Tensor) -> torch.Tensor:
-        """Gates, float32, of the shape of their logits: [batch, seq, rows of the projection], or [1, rows]."""
-        # In float32: in bfloat16 a sigmoid saturates, without gradient, from a logit of 6.25 on.
+        """Return float32 gates of the shape of their logits: [batch, seq, gates], or [1, gates]."""
+        # float32: a bfloat16 sigmoid saturates, without a gradient, at 6.25.
         return self.gate_act_fn(logits.float()) * self.gate_scale
 
     def with_gates(self, states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
-        """`states`, of shape [batch, seq, heads, channels], with gates as `gate_values` gives them."""
-        gates = self.gates_of_heads(with_dtype(gates, states.dtype), states)
+        """Apply gates, as `gate_values` returns them, to states [batch, seq, heads, channels]."""
+        gates = with_dtype(gates, states.dtype).view(*gates.shape[:-1], -1, 1 if self.is_headwise else states.shape[-1])
         return states + gates if self.is_additive else states * gates
 
-    def gates_of_heads(self, gates: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Gates of `states`, apart by heads and channels: [..., heads, channels], either 1 if it shares them."""
-        return gates.view(*gates.shape[:-1], -1, 1 if self.is_headwise else states.shape[-1])
-
     def gated(self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor) -> torch.Tensor:
-        """`states`, of shape [batch, seq, heads, channels], with the gates that `projection` makes of `gate_input`."""
+        """Apply the gates that `projection` computes from `gate_input` to states [batch, seq, heads, channels]."""
         if projection is None:
             return states
-        return self.gated_by(states, projection(gate_input))
-
-    def gated_by(self, states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """`states`, of shape [batch, seq, heads, channels], with the gates of these logits."""
-        # Who compiles decides what is kept.
-        if (states.requires_grad or logits.requires_grad) and not torch.compiler.is_compiling():
-            return GatedStates.apply(states, logits, self)
+        logits = projection(gate_input)
+        # torch.compile decides on its own what to save and what to recompute.
+        if self.recomputes_gates and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return RecomputedSigmoidGate.apply(states, logits.view(states.shape), self.gate_scale)
         return self.with_gates(states, self.gate_values(logits))
 
     def forward(

@@ -220,7 +220,8 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
         },
         "modeling_gated/modeling_gated_llama.py": {
             "from .class_names import register_class_names\n": model / "class_names.py",
-            "from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype\n": model / "gate_functions.py",
+            "from .gate_functions import GATE_ACTIVATIONS, RecomputedSigmoidGate, with_dtype\n": model
+            / "gate_functions.py",
             "from .kv_cache import PASSES_KWARGS_TO_CACHE, forward_with_cache, take_cache\n": model / "kv_cache.py",
             "from .self_test import check_cached_generation\n": model / "self_test.py",
             "from .tensor_parallel import register_shared_gate_style\n": model / "tensor_parallel.py",

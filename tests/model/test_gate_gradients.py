@@ -1,9 +1,6 @@
-"""Gates are made again for the backward pass: with the gradients of autograd, and less memory."""
+"""Elementwise gates are computed again for the backward pass: with the gradients of autograd, and less memory."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -12,35 +9,14 @@ from torch.func import functional_call, grad, hessian, jvp, vmap
 from transformers import PreTrainedModel
 
 from examples.benchmarks.workloads import kept_for_backward
-from modeling_gated.gate_functions import GATE_ACTIVATIONS, GatedStates
-from modeling_gated.inspection.watching.gate_hooks import hooked
 from tests.helpers.gated_models import gated_model
 from tests.helpers.paper_variants import CONFIGS, random_model
 
 
-FORMS = [
-    {"gate_activation": activation, "gate_form": form, "gate_granularity": granularity, "gate_bias": False}
-    for activation, form, granularity in product(
-        GATE_ACTIVATIONS, ("multiplicative", "additive"), ("headwise", "elementwise")
-    )
-    if form == "multiplicative" or "sigmoid" not in activation
-] + [{"gate_head_shared": True}, {"gate_input_independent": True}]
-KEPT = [
-    {"gate_granularity": "headwise"},
-    {"gate_granularity": "elementwise"},
-    {"gate_granularity": "elementwise", "gate_form": "additive", "gate_activation": "silu"},
-]
-
-
 def applied_plainly(model: PreTrainedModel) -> None:
-    """Let autograd see what gates are made of."""
+    """Let autograd save what it wants."""
     for layer in model.base_model.layers:
-        attention = layer.self_attn
-
-        def gated(states: torch.Tensor, projection: Any, gate_input: torch.Tensor, own: Any = attention) -> Any:
-            return states if projection is None else own.with_gates(states, own.gate_values(projection(gate_input)))
-
-        attention.gated = gated
+        layer.self_attn.recomputes_gates = False
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,26 +35,16 @@ def test_gradients_of_every_variant_are_autograd_s(name: str, dtype: torch.dtype
         assert difference < tolerance, path
 
 
-def block_and_inputs(fields: dict[str, Any]) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """An attention block, states [2, 3, 6, 8] and as many logits as it has gates, far from 0 and near it."""
-    attention = gated_model(**fields, gate_scale=1.3).model.layers[0].self_attn
-    rows = len(attention.g_proj.weight)
-    logits = torch.linspace(-9, 9, 6 * rows).view(2, 3, rows) + 0.1
-    if attention.is_input_independent:
-        logits = logits[1, :1]
-    return attention, torch.randn(2, 3, 6, 8, requires_grad=True), logits.requires_grad_()
-
-
-@pytest.mark.parametrize(
-    "fields", FORMS, ids=lambda fields: " ".join(map(str, [*fields][:1] + list(fields.values())[:3]))
-)
-def test_derivatives_of_every_kind_are_autograd_s(fields: dict[str, Any]) -> None:
+def test_derivatives_of_every_kind_are_autograd_s() -> None:
     """Gradients, gradients of gradients, forward mode by both of its ways, and those of torch.func."""
-    attention, states, logits = block_and_inputs(fields)
+    attention = gated_model("elementwise", gate_scale=1.3).model.layers[0].self_attn
+    assert attention.recomputes_gates
+    states = torch.randn(2, 3, 6, 8, requires_grad=True)
+    logits = (torch.linspace(-9, 9, states.numel()).view(2, 3, 48) + 0.1).requires_grad_()  # far from 0 and near it
     weights, changes = torch.randn(states.shape), (torch.randn(states.shape), torch.randn(logits.shape))
 
     def ours(states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        return GatedStates.apply(states, logits, attention)
+        return attention.gated(states, torch.nn.Identity(), logits)
 
     def plain(states: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return attention.with_gates(states, attention.gate_values(logits))
@@ -117,16 +83,12 @@ def test_gradients_of_single_texts(tokens: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fields", KEPT, ids=lambda fields: " ".join(fields.values()))
-def test_gates_keep_no_more_than_their_logits(fields: dict[str, Any], dtype: torch.dtype, trained: bool) -> None:
-    """Beside weights, their own input, and what they multiply."""
-    attention = gated_model(**fields).to(dtype).model.layers[0].self_attn.requires_grad_(trained)
+def test_elementwise_gates_keep_no_more_than_their_logits(dtype: torch.dtype, trained: bool) -> None:
+    """Next to weights, the input of the gates, and the states that they multiply."""
+    attention = gated_model("elementwise").to(dtype).model.layers[0].self_attn.requires_grad_(trained)
     hidden = torch.randn(2, 16, 48, dtype=dtype, requires_grad=True)
     states = torch.randn(2, 16, 6, 8, dtype=dtype, requires_grad=True)
-    multiplied = [] if attention.is_additive else [states]
-    for watched in (False, True):
-        watching = hooked(attention, watch=lambda *_: None) if watched else nullcontext()
-        with kept_for_backward([hidden, *multiplied, *attention.parameters()]) as kept, watching:
-            output = attention.gated(states, attention.g_proj, hidden)
-        assert output.requires_grad
-        assert sum(kept.values()) == 2 * 16 * len(attention.g_proj.weight) * dtype.itemsize
+    with kept_for_backward([hidden, states, *attention.parameters()]) as kept:
+        output = attention.gated(states, attention.g_proj, hidden)
+    assert output.requires_grad
+    assert sum(kept.values()) == 2 * 16 * len(attention.g_proj.weight) * dtype.itemsize

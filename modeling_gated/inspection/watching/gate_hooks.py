@@ -1,4 +1,4 @@
-"""Where a model's gates are computed, for those who watch and those who change them."""
+"""Hooks that watch or change a model's gates where they are computed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,27 +10,27 @@ from torch import nn
 from modeling_gated.configuration.configuration_gated_llama import GATE_PROJECTIONS
 
 
-# What is called with the attention block, the position of the paper and the gates as `gate_values` gives them.
+# Called with the attention block, the paper's position and the gates as `gate_values` returns them.
 Change = Callable[[Any, str, torch.Tensor], torch.Tensor]
 Watch = Callable[[Any, str, torch.Tensor], None]
 
 
 def gated_attentions(layers: nn.ModuleList) -> Iterator[tuple[int, Any]]:
-    """The attention blocks that have gates of this package, each with the number of its layer."""
+    """Yield the attention blocks that have gates of this package, each with the number of its layer."""
     for number, layer in enumerate(layers):
         for module in layer.modules():
-            if hasattr(module, "gated_by") and gate_positions(module):
+            if hasattr(module, "gate_values") and gate_positions(module):
                 yield number, module
 
 
 def gate_positions(attention: Any) -> dict[str, nn.Module]:
-    """The projections of an attention block's gates, by the paper's positions."""
-    found = {position: getattr(attention, name) for position, name in GATE_PROJECTIONS.items()}
-    return {position: projection for position, projection in found.items() if projection is not None}
+    """Return the projections of an attention block's gates, by the paper's positions."""
+    projections = {position: getattr(attention, name) for position, name in GATE_PROJECTIONS.items()}
+    return {position: projection for position, projection in projections.items() if projection is not None}
 
 
 def gates_of_a_head(attention: Any, position: str, rows: int) -> int:
-    """How many of a position's gates one head has; those of G5, and those that heads share, are of one head."""
+    """Return the number of gates per head at a position. Gates of G5, and shared ones, count as those of one head."""
     if attention.is_headwise:
         return 1
     return rows if position == "G5" else attention.head_dim
@@ -38,7 +38,7 @@ def gates_of_a_head(attention: Any, position: str, rows: int) -> int:
 
 @contextmanager
 def hooked(attention: Any, *, change: Change | None = None, watch: Watch | None = None) -> Iterator[None]:
-    """Change or watch an attention block's gates. Whoever watches sees them as all changes have left them."""
+    """Change or watch an attention block's gates. A watch is called after all changes, with gates without a graph."""
     hooks = vars(attention).get("gated")
     if hooks is None:
         hooks = attention.gated = _Hooks(attention)
@@ -58,7 +58,7 @@ def hooked(attention: Any, *, change: Change | None = None, watch: Watch | None 
 
 
 class _Hooks:
-    """Stands in the place of a block's own `gated`."""
+    """Replacement of an attention block's `gated`."""
 
     def __init__(self, attention: Any) -> None:
         self.attention = attention
@@ -69,12 +69,9 @@ class _Hooks:
     def __call__(self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor) -> torch.Tensor:
         if projection is None:
             return states
-        logits, position = projection(gate_input), self.position_of[projection]
-        # Whoever watches alone leaves the computation what it is, and what it keeps for the backward pass.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self.changes)):
-            gates = self.attention.gate_values(logits)
+        gates, position = self.attention.gate_values(projection(gate_input)), self.position_of[projection]
         for change in self.changes:
             gates = change(self.attention, position, gates)
         for watch in self.watches:
-            watch(self.attention, position, gates)
-        return self.attention.with_gates(states, gates) if self.changes else self.attention.gated_by(states, logits)
+            watch(self.attention, position, gates.detach())
+        return self.attention.with_gates(states, gates)
