@@ -41,7 +41,6 @@ from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
 from .gate_opening import initial_gate_bias, initial_gate_weight, open_gate  # noqa: F401
-from .response_templates import use_response_templates_of_sources  # noqa: F401 - acts when it is imported
 from .source_families import check_source_family, source_fields
 
 

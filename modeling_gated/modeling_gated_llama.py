@@ -61,11 +61,9 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
-from .class_names import register_class_names
 from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype
-from .kv_cache import PASSES_KWARGS_TO_CACHE, forward_with_cache, take_cache
-from .self_test import check_cached_generation
-from .tensor_parallel import register_shared_gate_style
+from .kv_cache import PASSES_KWARGS_TO_CACHE, check_cached_generation, forward_with_cache, take_cache
+from .lookups import register_class_names, register_shared_gate_style
 
 
 class GatedLlamaGate(nn.Linear):

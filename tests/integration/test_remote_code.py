@@ -211,18 +211,15 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
     folder, model = root / "configuration", root / "modeling_gated"
     replaced = {
         "configuration/configuration_gated_llama.py": {
-            "from .response_templates import use_response_templates_of_sources  # noqa: F401 - acts when it is imported"
-            "\n": folder / "response_templates.py",
             "from .gate_opening import initial_gate_bias, initial_gate_weight, open_gate  # noqa: F401\n": folder
             / "gate_opening.py",
             "from .source_families import check_source_family, source_fields\n": folder / "source_families.py",
         },
         "modeling_gated/modeling_gated_llama.py": {
-            "from .class_names import register_class_names\n": model / "class_names.py",
             "from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype\n": model / "gate_functions.py",
-            "from .kv_cache import PASSES_KWARGS_TO_CACHE, forward_with_cache, take_cache\n": model / "kv_cache.py",
-            "from .self_test import check_cached_generation\n": model / "self_test.py",
-            "from .tensor_parallel import register_shared_gate_style\n": model / "tensor_parallel.py",
+            "from .kv_cache import "
+            "PASSES_KWARGS_TO_CACHE, check_cached_generation, forward_with_cache, take_cache\n": model / "kv_cache.py",
+            "from .lookups import register_class_names, register_shared_gate_style\n": model / "lookups.py",
         },
     }
     for (path, parts), name in zip(replaced.items(), CODE_FILES, strict=True):
