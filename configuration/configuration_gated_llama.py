@@ -22,7 +22,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import field, fields
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,6 @@ from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
 from .gate_opening import initial_gate_bias, initial_gate_weight, open_gate  # noqa: F401
-from .source_families import check_source_family, source_fields
 
 
 logger = logging.get_logger(__name__)
@@ -234,16 +233,11 @@ class GatedLlamaConfig(LlamaConfig):
 
         Raises:
             ValueError: if `config.model_type` is of another family, or `config` overrides fields layer by layer.
+            ModuleNotFoundError: in code that a checkpoint carries, if this package is not installed.
         """
-        check_source_family(config.model_type)
-        if config.is_heterogeneous:
-            raise ValueError("per_layer_config: models whose layers differ in shape are not supported")
-        architecture = source_fields(config, {own.name for own in fields(cls)})
-        gated = cls(**architecture | {"source_model_type": config.model_type} | gate_options)
-        kind = gated.gate_activation, gated.gate_form, gated.gate_bias
-        if gated.gate_position and kind == ("sigmoid", "multiplicative", True) and "gate_scale" not in gate_options:
-            gated.gate_scale = open_gate(gated.gate_init)[1]
-        return gated
+        # Not an import statement: Transformers loads no carried code without the packages that its statements name.
+        families = importlib.import_module("modeling_gated.configuration.source_families")
+        return families.gated_config(cls, config, gate_options)
 
     def _validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.conversion import convert_checkpoint
@@ -125,7 +125,7 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         model = gated_model("elementwise", gated_class(head), num_labels=3, use_qk_norm=True)
         WRITERS[writer](model, path)
         (path / "how").write_text(f"{HEADS[head]} {writer != 'config.save_pretrained'}")
-    AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).save_pretrained(root / "source")
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(root / "source")
     convert_checkpoint(root / "source", first / "gated-llama convert, ForCausalLM")
     (first / "gated-llama convert, ForCausalLM" / "how").write_text("AutoModelForCausalLM True")
     for source_path, again in ((first, root / "second"), (root / "second", root / "third")):
@@ -213,7 +213,6 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
         "configuration/configuration_gated_llama.py": {
             "from .gate_opening import initial_gate_bias, initial_gate_weight, open_gate  # noqa: F401\n": folder
             / "gate_opening.py",
-            "from .source_families import check_source_family, source_fields\n": folder / "source_families.py",
         },
         "modeling_gated/modeling_gated_llama.py": {
             "from .gate_functions import GATE_ACTIVATIONS, GatedStates, with_dtype\n": model / "gate_functions.py",
@@ -231,6 +230,34 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
         carried = (tmp_path / name).read_text()
         assert carried == expected
         assert not re.search(r"^\s*(?:from|import) modeling_gated(?!_llama)", carried, flags=re.MULTILINE)
+
+
+# argv: a checkpoint. First without the package, then with it.
+SOURCE_CONFIG = """
+import json, sys
+sys.modules["modeling_gated"] = None
+from transformers import LlamaConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+config_class = get_class_from_dynamic_module("modeling_gated_llama.GatedLlamaConfig", sys.argv[1])
+try:
+    config_class.from_source_config(LlamaConfig())
+except ModuleNotFoundError as error:
+    assert "modeling_gated" in str(error)
+    del sys.modules["modeling_gated"]
+    config = config_class.from_source_config(LlamaConfig())
+    assert type(config) is config_class
+    print(json.dumps(config.to_dict()))
+"""
+
+
+def test_carried_code_needs_the_package_to_gate_a_source_s_config(tmp_path: Path) -> None:
+    """The source families are no part of it."""
+    GatedLlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "gated")
+    finished = isolated(SOURCE_CONFIG, tmp_path / "gated")
+    assert finished.returncode == 0, finished.stderr
+    expected = GatedLlamaConfig.from_source_config(LlamaConfig()).to_dict()
+    assert json.loads(finished.stdout) == json.loads(json.dumps(expected))
 
 
 @pytest.mark.parametrize("trust", [None, False, True])
