@@ -45,9 +45,9 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
     """
     Replace the source files in a checkpoint, which `trust_remote_code=True` runs, by those of this version.
 
-    Each file is replaced in one step; if one cannot be replaced, all get their old content back. The manifest, if there
-    is one, gets the new hashes, and no verification any more, since that was of the old code. No other file is written
-    to.
+    Missing files are added: earlier versions wrote all code into two files. Each file is replaced in one step; if one
+    cannot be replaced, all get their old content back. The manifest, if there is one, gets the new hashes, and no
+    verification any more, since that was of the old code. No other file is written to.
 
     Args:
         checkpoint: a directory with a gated checkpoint that was saved with its code.
@@ -59,7 +59,7 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
         directory = directory_to_change(checkpoint)
         _check_carries_code(directory)
         manifest = read_manifest(directory)
-        # The configuration first: the old model file runs with the new one, but not the other way round.
+        # In this order, the model last: each file imports those before it.
         new = {name: source.encode() for name, source in carried_source_files()}
         changed = tuple(name for name in new if new[name] != file_content(directory, name))
         contents = {file_to_replace(directory, name): new[name] for name in changed}

@@ -11,10 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Activations of gates, and gates' application with no more kept for the backward pass than it needs.
-
-A saved model carries this file's text inside its own.
-"""
+"""Activations of gates, and gates' application with no more kept for the backward pass than it needs."""
 
 from collections.abc import Callable
 from typing import Any
