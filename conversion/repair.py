@@ -62,11 +62,11 @@ def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | 
             except ConversionError as error:  # nothing can be found out
                 raise ConversionError(str(error).replace(folder, str(source or directory))) from None
             config = read_bytes(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES).decode()
-            changes, found = tokenizer_changes(original, directory, files, config)
+            changes, differences = tokenizer_changes(original, directory, files, config)
         if changes is None:
             raise ConversionError(
-                f"{directory}: the tokenizer would still differ from the source's: {'; '.join(found[:3])}; copy the "
-                "source's tokenizer files into the directory, then repair it again"
+                f"{directory}: the tokenizer would still differ from the source's: {'; '.join(differences[:3])}; copy "
+                "the source's tokenizer files into the directory, then repair it again"
             )
         new = {name: content for name, content in changes.items() if file_content(directory, name) != content}
         contents = {file_to_replace(directory, name): content for name, content in new.items()}
