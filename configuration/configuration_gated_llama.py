@@ -13,8 +13,7 @@
 # limitations under the License.
 """Configuration of GatedLlama: Llama with attention output gates (arXiv 2505.06708).
 
-A saved config carries this file and the model's beside it, so it imports nothing that Transformers doesn't, but for
-what is written into it then.
+A checkpoint carries the files in `CARRIED_MODULES`. They import each other, and nothing that Transformers doesn't.
 """
 
 import importlib.util
@@ -22,7 +21,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import field, fields
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,9 +39,7 @@ from transformers.activations import ACT2FN
 from transformers.utils import logging
 from transformers.utils.type_validators import interval
 
-from .gate_opening import initial_gate_bias, initial_gate_weight, open_gate  # noqa: F401
-from .response_templates import use_response_templates_of_sources  # noqa: F401 - acts when it is imported
-from .source_families import check_source_family, source_fields
+from .gate_opening import initial_gate_bias
 
 
 logger = logging.get_logger(__name__)
@@ -53,6 +50,16 @@ RUNNING_VERSION = transformers.__version__
 IS_TESTED_VERSION = Version(RUNNING_VERSION).release[:2] <= Version(NEWEST_TESTED_VERSION).release
 if not IS_TESTED_VERSION:
     logger.warning_once(f"GatedLlama was tested with transformers {TESTED_VERSIONS}, found {RUNNING_VERSION}")
+
+# Files that a checkpoint carries, and their modules in this package. Each imports only files before it.
+CARRIED_MODULES = {
+    "gate_opening_gated_llama.py": ".gate_opening",
+    "configuration_gated_llama.py": ".configuration_gated_llama",
+    "gate_functions_gated_llama.py": "..gate_functions",
+    "kv_cache_gated_llama.py": "..kv_cache",
+    "lookups_gated_llama.py": "..lookups",
+    "modeling_gated_llama.py": "..modeling_gated_llama",
+}
 
 # The paper's positions, and the name of the layer from which a position's gates come.
 GATE_PROJECTIONS = {"G1": "g_proj", "G2": "g_v_proj", "G3": "g_k_proj", "G4": "g_q_proj", "G5": "g_o_proj"}
@@ -236,16 +243,11 @@ class GatedLlamaConfig(LlamaConfig):
 
         Raises:
             ValueError: if `config.model_type` is of another family, or `config` overrides fields layer by layer.
+            ModuleNotFoundError: in code that a checkpoint carries, if this package is not installed.
         """
-        check_source_family(config.model_type)
-        if config.is_heterogeneous:
-            raise ValueError("per_layer_config: models whose layers differ in shape are not supported")
-        architecture = source_fields(config, {config_field.name for config_field in fields(cls)})
-        gated = cls(**architecture | {"source_model_type": config.model_type} | gate_options)
-        kind = gated.gate_activation, gated.gate_form, gated.gate_bias
-        if gated.gate_position and kind == ("sigmoid", "multiplicative", True) and "gate_scale" not in gate_options:
-            gated.gate_scale = open_gate(gated.gate_init)[1]
-        return gated
+        # Not an import statement: Transformers loads no carried code without the packages that its statements name.
+        families = importlib.import_module("modeling_gated.configuration.source_families")
+        return families.gated_config(cls, config, gate_options)
 
     def _validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -333,8 +335,8 @@ class GatedLlamaConfig(LlamaConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         """
-        Save `config.json` and, beside it, the two source files with which `trust_remote_code=True` loads the model
-        where this package is not installed. Arguments are those of [`PreTrainedConfig.save_pretrained`].
+        Save `config.json` and, next to it, the source files with which `trust_remote_code=True` loads the model where
+        this package is not installed. Arguments are those of [`PreTrainedConfig.save_pretrained`].
         """
         # Transformers copies the file that each entry names into a folder of its own. With all of them naming one
         # file, there is one GatedLlamaConfig class.
@@ -358,24 +360,13 @@ class GatedLlamaConfig(LlamaConfig):
 
 
 def carried_source_files() -> Iterator[tuple[str, str]]:
-    """Yield name and text of the two source files that a checkpoint carries: flat siblings that import each other."""
-    modules = ("configuration_gated_llama", "modeling_gated_llama")
-
-    def written_in(found: re.Match[str]) -> str:
-        """What else is imported is no file of its own there: every checkpoint has the same two."""
-        return found[0] if found[1] in modules else _source(found[1])
-
-    for module in modules:
-        source = re.sub(r"^from \.\w+\.(\w+) import", r"from .\1 import", _source(module), flags=re.MULTILINE)
-        yield f"{module}.py", re.sub(r"^from \.(\w+) import .*\n", written_in, source, flags=re.MULTILINE)
-
-
-def _source(module: str) -> str:
-    package = __name__.rpartition(".")[0]
-    # In the package the model lies one level up, in a checkpoint beside this file.
-    specs = (importlib.util.find_spec(f"{parent}.{module}") for parent in (package, package.rpartition(".")[0]))
-    origin = next(spec.origin for spec in specs if spec is not None and spec.origin is not None)
-    return Path(origin).read_text(encoding="utf-8")
+    """Yield name and text of each file in `CARRIED_MODULES`: this version's, but for the names in relative imports."""
+    for name, module in CARRIED_MODULES.items():
+        sibling = Path(__file__).with_name(name)  # in a checkpoint
+        spec = None if sibling.is_file() else importlib.util.find_spec(module, __package__)
+        source = Path(spec.origin if spec and spec.origin else sibling).read_text(encoding="utf-8")
+        relative_import = r"^from \.(?:\w+\.)*(\w+?)(?:_gated_llama)? import"
+        yield name, re.sub(relative_import, r"from .\1_gated_llama import", source, flags=re.MULTILINE)
 
 
 __all__ = ["GatedLlamaConfig"]

@@ -1,26 +1,13 @@
-# Copyright 2026 The GatedLlama authors.
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
-"""Which models can be gated, and what their configs say of the gated one.
-
-A saved config carries this file's text inside its own.
-"""
+"""Models that can be gated, and the gated model's config made from theirs."""
 
 from collections.abc import Set as AbstractSet
 from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+from .configuration_gated_llama import GatedLlamaConfig
+from .gate_opening import open_gate
 
 
 # What each source family leaves out of its config because its code fixes it.
@@ -58,12 +45,27 @@ def check_source_family(model_type: object) -> None:
         raise ValueError(f"model_type={model_type!r} is not supported; supported are {', '.join(SOURCE_FAMILIES)}")
 
 
-def source_fields(config: PreTrainedConfig, names: AbstractSet[str]) -> dict[str, Any]:
+def gated_config(
+    config_class: type[GatedLlamaConfig], config: PreTrainedConfig, gate_options: dict[str, Any]
+) -> GatedLlamaConfig:
+    """Return the config for `GatedLlamaConfig.from_source_config`, of the class on which that is called."""
+    check_source_family(config.model_type)
+    if config.is_heterogeneous:
+        raise ValueError("per_layer_config: models whose layers differ in shape are not supported")
+    architecture = _source_fields(config, {field.name for field in fields(config_class)})
+    gated = config_class(**architecture | {"source_model_type": config.model_type} | gate_options)
+    kind = gated.gate_activation, gated.gate_form, gated.gate_bias
+    if gated.gate_position and kind == ("sigmoid", "multiplicative", True) and "gate_scale" not in gate_options:
+        gated.gate_scale = open_gate(gated.gate_init)[1]
+    return gated
+
+
+def _source_fields(config: PreTrainedConfig, names: AbstractSet[str]) -> dict[str, Any]:
     """
-    What a source's config says of the gated model's architecture: values of fields of the gated model's config.
+    Return what a source's config says of the gated model's architecture: values of fields of the gated model's config.
 
     Args:
-        config: the source's, of one of `SOURCE_FAMILIES`.
+        config: config of the source, of one of `SOURCE_FAMILIES`.
         names: all fields that the gated model's config has.
     """
     family = config.model_type

@@ -8,14 +8,22 @@ from typing import Any
 from transformers.utils import CONFIG_NAME
 
 from modeling_gated.checkpoints.file_names import MANIFEST_NAME
-from modeling_gated.checkpoints.files import MAX_CONFIG_BYTES, errors_naming, read_bytes, read_json, resolve, sha256_of
+from modeling_gated.checkpoints.files import (
+    MAX_CONFIG_BYTES,
+    errors_naming,
+    read_bytes,
+    read_json,
+    resolve,
+    sha256,
+    sha256_of,
+)
 from modeling_gated.checkpoints.records import FileRecord
 from modeling_gated.checkpoints.replacement import replace_files
 from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.configuration import GatedLlamaConfig, carried_source_files
 from modeling_gated.errors import ConversionError
 
-from .manifest import read_manifest
+from .manifest import Manifest, as_text, read_manifest
 
 
 _DOWNLOAD = "download a copy of a model on the hub: hf download MODEL --local-dir DIRECTORY"
@@ -37,9 +45,9 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
     """
     Replace the source files in a checkpoint, which `trust_remote_code=True` runs, by those of this version.
 
-    Each file is replaced in one step; if one cannot be replaced, all get their old content back. The manifest, if there
-    is one, gets the new hashes, and no verification any more, since that was of the old code. No other file is written
-    to.
+    Missing files are added: earlier versions wrote all code into two files. Each file is replaced in one step; if one
+    cannot be replaced, all get their old content back. The manifest, if there is one, gets the new hashes, and no
+    verification any more, since that was of the old code. No other file is written to.
 
     Args:
         checkpoint: a directory with a gated checkpoint that was saved with its code.
@@ -51,15 +59,14 @@ def refresh_code(checkpoint: str | os.PathLike) -> RefreshedCode:
         directory = directory_to_change(checkpoint)
         _check_carries_code(directory)
         manifest = read_manifest(directory)
-        # The configuration first: the old model file runs with the new one, but not the other way round.
+        # In this order, the model last: each file imports those before it.
         new = {name: source.encode() for name, source in carried_source_files()}
         changed = tuple(name for name in new if new[name] != file_content(directory, name))
         contents = {file_to_replace(directory, name): new[name] for name in changed}
         had_verification = bool(changed) and manifest is not None and manifest.verification is not None
         if manifest is not None:
-            files = manifest.files | {name: FileRecord(len(new[name]), sha256_of([new[name]])) for name in new}
-            if files != manifest.files:  # also where somebody else has replaced the code
-                updated = replace(manifest, files=files, verification=None)
+            updated = with_new_files(manifest, directory, new)
+            if updated.files != manifest.files:  # also where somebody else has replaced the code
                 contents[file_to_replace(directory, MANIFEST_NAME)] = updated.content()
         replace_files(contents)
         return RefreshedCode(directory, changed, had_verification)
@@ -95,6 +102,23 @@ def file_content(directory: Path, name: str) -> bytes | None:
 def file_to_replace(directory: Path, name: str) -> Path:
     """Return the file to replace: where a link leads to, so that it stays a link."""
     return resolve(directory, name) if os.path.lexists(directory / name) else directory / name
+
+
+def with_new_files(manifest: Manifest, directory: Path, contents: dict[str, bytes]) -> Manifest:
+    """
+    Return a manifest with records of files that replace a checkpoint's, and without its verification.
+
+    It keeps the content of files that are the source's, for `ungate`.
+    """
+    files, replaced = dict(manifest.files), dict(manifest.replaced)
+    for name, content in contents.items():
+        record = files.get(name)
+        if record is not None and record.source is not None:
+            if record.sha256 != sha256(resolve(directory, name)):
+                continue  # somebody changed the file: `ungate` says so
+            replaced[name] = as_text(read_bytes(resolve(directory, name)))
+        files[name] = FileRecord(len(content), sha256_of([content]))
+    return replace(manifest, files=files, replaced=replaced, verification=None)
 
 
 def _check_carries_code(directory: Path) -> None:

@@ -2,30 +2,21 @@
 
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
 
 from modeling_gated.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from modeling_gated.checkpoints.file_names import MANIFEST_NAME, OWN_FILES
-from modeling_gated.checkpoints.files import (
-    MAX_CONFIG_BYTES,
-    errors_naming,
-    parse_json,
-    read_bytes,
-    resolve,
-    sha256,
-    sha256_of,
-)
-from modeling_gated.checkpoints.records import FileRecord
+from modeling_gated.checkpoints.files import MAX_CONFIG_BYTES, errors_naming, parse_json, read_bytes, resolve
 from modeling_gated.checkpoints.replacement import replace_files
 from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.configuration import GatedLlamaConfig
 from modeling_gated.errors import ConversionError
 
-from .manifest import Manifest, as_bytes, as_text, read_manifest
-from .refresh import directory_to_change, file_content, file_to_replace
+from .manifest import Manifest, as_bytes, read_manifest
+from .refresh import directory_to_change, file_content, file_to_replace, with_new_files
 from .tokenizers import link_files, load_tokenizer, tokenizer_changes
 
 
@@ -80,7 +71,7 @@ def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | 
         new = {name: content for name, content in changes.items() if file_content(directory, name) != content}
         contents = {file_to_replace(directory, name): content for name, content in new.items()}
         if new and manifest is not None:
-            contents[file_to_replace(directory, MANIFEST_NAME)] = _updated(manifest, directory, new).content()
+            contents[file_to_replace(directory, MANIFEST_NAME)] = with_new_files(manifest, directory, new).content()
         replace_files(contents)
         return RepairedTokenizer(directory, tuple(new))
 
@@ -107,16 +98,3 @@ def _view_source(
     parse_json(view / CONFIG_NAME, as_bytes(manifest.replaced[CONFIG_NAME]))
     repo_id = manifest.source.get("repo_id")
     return repo_id if isinstance(repo_id, str) else None
-
-
-def _updated(manifest: Manifest, directory: Path, new: dict[str, bytes]) -> Manifest:
-    """Return the manifest with the new files, and the source's content of those that are as conversion wrote them."""
-    files, replaced = dict(manifest.files), dict(manifest.replaced)
-    for name, content in new.items():
-        known = files.get(name)
-        if known is not None and known.source is not None:
-            if known.sha256 != sha256(resolve(directory, name)):
-                continue  # somebody changed the file: `ungate` says so
-            replaced[name] = as_text(read_bytes(resolve(directory, name)))
-        files[name] = FileRecord(len(content), sha256_of([content]))
-    return replace(manifest, files=files, replaced=replaced, verification=None)

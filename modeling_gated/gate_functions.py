@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Activations of gates, and a gate that is computed again for backward. A saved model includes this text."""
+"""Activations of gates, and a gate that is computed again for the backward pass."""
 
 from collections.abc import Callable
 from typing import Any

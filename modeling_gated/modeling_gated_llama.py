@@ -19,8 +19,6 @@ from .configuration.configuration_gated_llama import (  # first: it checks versi
     RUNNING_VERSION,
     TESTED_VERSIONS,
     GatedLlamaConfig,
-    initial_gate_bias,
-    initial_gate_weight,
 )
 
 
@@ -61,11 +59,10 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
-from .class_names import register_class_names
+from .configuration.gate_opening import initial_gate_bias, initial_gate_weight
 from .gate_functions import GATE_ACTIVATIONS, RecomputedSigmoidGate, with_dtype
-from .kv_cache import PASSES_KWARGS_TO_CACHE, forward_with_cache, take_cache
-from .self_test import check_cached_generation
-from .tensor_parallel import register_shared_gate_style
+from .kv_cache import PASSES_KWARGS_TO_CACHE, check_cached_generation, forward_with_cache, take_cache
+from .lookups import register_class_names, register_shared_gate_style
 
 
 class GatedLlamaGate(nn.Linear):

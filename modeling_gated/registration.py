@@ -6,7 +6,7 @@ from wrapt import register_post_import_hook
 # Importing the model registers its classes with their Auto classes, as it does where it is carried by a checkpoint.
 from . import modeling_gated_llama  # noqa: F401
 from .configuration import GatedLlamaConfig
-from .configuration.response_templates import use_response_templates_of_sources
+from .lookups import use_response_templates_of_sources
 from .peft_additions import (
     add_adaption_prompt,
     add_default_target_modules,

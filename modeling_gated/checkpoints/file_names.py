@@ -2,6 +2,8 @@
 
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
+from modeling_gated.configuration.configuration_gated_llama import CARRIED_MODULES
+
 
 CARD_NAME = "README.md"
 MANIFEST_NAME = "gated_llama_manifest.json"
@@ -11,6 +13,5 @@ OWN_FILES = (
     SAFE_WEIGHTS_INDEX_NAME,
     CARD_NAME,
     MANIFEST_NAME,
-    "configuration_gated_llama.py",
-    "modeling_gated_llama.py",
+    *CARRIED_MODULES,
 )

@@ -20,6 +20,7 @@ from modeling_gated import absorption
 from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint, work
 from modeling_gated.cli import app
 from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
+from modeling_gated.configuration.configuration_gated_llama import CARRIED_MODULES
 from modeling_gated.conversion import ConversionError, convert_checkpoint
 from modeling_gated.inspection import FirstTokenAttention, inspecting
 from modeling_gated.training import loop
@@ -67,7 +68,7 @@ def test_the_result_is_an_ordinary_gated_checkpoint(source: Path, absorbed: Path
     model = AutoModelForCausalLM.from_pretrained(absorbed).eval()
     assert model.config.model_type == "gated_llama"
     assert {tensor.dtype for tensor in weights(absorbed).values()} == {torch.bfloat16}
-    assert {"configuration_gated_llama.py", "modeling_gated_llama.py"} <= {path.name for path in absorbed.iterdir()}
+    assert CARRIED_MODULES.keys() <= {path.name for path in absorbed.iterdir()}
     assert not absorbed.with_name("absorbed.partial").exists()
     for name in ("LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (absorbed / name).read_bytes() == (source / name).read_bytes()

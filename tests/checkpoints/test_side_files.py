@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from modeling_gated.checkpoints import side_files
 from modeling_gated.checkpoints.side_files import choose_side_files
 from modeling_gated.cli import app
+from modeling_gated.configuration.configuration_gated_llama import CARRIED_MODULES
 from modeling_gated.conversion import convert_checkpoint, extend_checkpoint, plan_conversion, ungate_checkpoint
 from tests.helpers.checkpoints import contents
 from tests.helpers.extended_checkpoints import LONGER, MANIFEST, edit_json, in_json
@@ -55,11 +56,10 @@ LEFT_OUT = {
 }
 HIDDEN = {".cache/huggingface/x.lock": b"1", ".env": b"HF_TOKEN=secret", "notes/.DS_Store": b"1"}
 WRITTEN = {
+    *CARRIED_MODULES,
     "README.md",
     "config.json",
-    "configuration_gated_llama.py",
     "gated_llama_manifest.json",
-    "modeling_gated_llama.py",
     "model-00001-of-00002.safetensors",
     "model-00002-of-00002.safetensors",
     "model.safetensors.index.json",

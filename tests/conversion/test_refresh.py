@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 from modeling_gated import GatedLlamaForCausalLM
 from modeling_gated.cli import app
 from modeling_gated.configuration import carried_source_files
+from modeling_gated.configuration.configuration_gated_llama import CARRIED_MODULES
 from modeling_gated.conversion import (
     ConversionError,
+    extend_checkpoint,
     refresh_code,
     ungate_checkpoint,
     verify_checkpoint,
@@ -28,7 +30,8 @@ from tests.helpers.isolated_process import isolated
 
 
 OLD_CODE = Path(__file__).parents[1] / "data" / "carried_code_0c79f5e"
-CODE_FILES = ("configuration_gated_llama.py", "modeling_gated_llama.py")
+CODE_FILES = tuple(CARRIED_MODULES)
+OLD_FILES = ("configuration_gated_llama.py", "modeling_gated_llama.py")
 MANIFEST = "gated_llama_manifest.json"
 
 # argv: a checkpoint, and what generates tokens of a prompt there without the package.
@@ -44,9 +47,12 @@ print(json.dumps(tokens[0, 24:].tolist()))
 
 @pytest.fixture
 def old(gated: Path) -> Path:
-    """A conversion as version 0c79f5e wrote it: with that version's code, and the hashes of it in the manifest."""
+    """A conversion as version 0c79f5e wrote it: with that version's two files, and their hashes in the manifest."""
     manifest = json.loads((gated / MANIFEST).read_text())
     for name in CODE_FILES:
+        (gated / name).unlink()
+        del manifest["files"][name]
+    for name in OLD_FILES:
         shutil.copy(OLD_CODE / name, gated / name)
         content = (OLD_CODE / name).read_bytes()
         manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -83,7 +89,7 @@ def test_nothing_else_is_touched(llama: Path, old: Path, tmp_path: Path) -> None
     assert done.directory == old and done.files == CODE_FILES
     after = contents(old)
     assert {name for name in after if after[name] != before.get(name)} == {*CODE_FILES, MANIFEST}
-    assert before.keys() == after.keys()
+    assert after.keys() == before.keys() | set(CODE_FILES)
     unchanged = before.keys() - {*CODE_FILES, MANIFEST}
     assert all((old / name).stat().st_mtime_ns == stamps[name] for name in unchanged)
     for name, source in carried_source_files():
@@ -95,6 +101,36 @@ def test_nothing_else_is_touched(llama: Path, old: Path, tmp_path: Path) -> None
     }
     found = verify_checkpoint(llama, old)
     assert found.passed and found.changed_code == found.outdated_code == ()
+    ungate_checkpoint(old, tmp_path / "ungated")
+    assert contents(tmp_path / "ungated") == contents(llama)
+
+
+def test_an_old_checkpoint_needs_no_new_files(llama: Path, old: Path, tmp_path: Path) -> None:
+    """It is extended and ungated as it is, and its extension is refreshed as well."""
+    before = contents(old)
+    ungate_checkpoint(old, tmp_path / "ungated")
+    assert contents(tmp_path / "ungated") == contents(llama)
+    extend_checkpoint(old, tmp_path / "extended", context={"length": 4096})
+    assert contents(old) == before
+    assert {path.name for path in (tmp_path / "extended").glob("*.py")} == set(OLD_FILES)
+    assert refresh_code(tmp_path / "extended").files == CODE_FILES
+    found = verify_checkpoint(llama, tmp_path / "extended")
+    assert found.passed and found.changed_code == found.outdated_code == ()
+    ungate_checkpoint(tmp_path / "extended", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(llama)
+
+
+def test_a_file_of_the_source_is_kept_for_ungate(llama: Path, old: Path, tmp_path: Path) -> None:
+    """A file whose name the code did not have when its checkpoint was converted."""
+    for directory in (llama, old):
+        (directory / "lookups_gated_llama.py").write_text("# the source's")
+    manifest = json.loads((old / MANIFEST).read_text())
+    record = {"size": 14, "sha256": hashlib.sha256(b"# the source's").hexdigest(), "source": "lookups_gated_llama.py"}
+    manifest["files"]["lookups_gated_llama.py"] = record
+    (old / MANIFEST).write_text(json.dumps(manifest))
+    assert verify_checkpoint(llama, old).changed_code == ()
+    assert refresh_code(old).files == CODE_FILES
+    assert verify_checkpoint(llama, old).passed
     ungate_checkpoint(old, tmp_path / "ungated")
     assert contents(tmp_path / "ungated") == contents(llama)
 
@@ -118,7 +154,7 @@ def test_any_saved_model_is_refreshed(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "configuration_gated_llama.py").unlink()
     shutil.copy(OLD_CODE / "modeling_gated_llama.py", tmp_path / "saved" / "modeling_gated_llama.py")
-    assert refresh_code(tmp_path / "saved").files == CODE_FILES
+    assert refresh_code(tmp_path / "saved").files == OLD_FILES
     expected = model.generate(torch.arange(1, 25)[None], max_new_tokens=12, do_sample=False, eos_token_id=None)
     assert generated_without_the_package(tmp_path / "saved") == expected[0, 24:].tolist()
     assert not (tmp_path / "saved" / MANIFEST).exists()
@@ -126,11 +162,11 @@ def test_any_saved_model_is_refreshed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_missing", [False, True])
 @pytest.mark.parametrize("step", ["write_bytes", "replace"])
-@pytest.mark.parametrize("fails_at", range(3))
+@pytest.mark.parametrize("fails_at", [0, 1, 4, 6])
 def test_a_failure_leaves_the_old_code(
     step: str, fails_at: int, is_missing: bool, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that is full from some write on, or a replacement that fails: of either source file or the manifest."""
+    """A disk that is full from some write on, or a replacement that fails: of a source file or the manifest."""
     if is_missing:
         (old / "configuration_gated_llama.py").unlink()
     before = contents(old)
@@ -157,7 +193,7 @@ def test_old_content_that_cannot_be_put_back_is_kept(old: Path, monkeypatch: pyt
     def failing(*arguments: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls > 1:
+        if calls > 2:  # the new file, and the first that had old content, are in place
             raise OSError(5, "Input/output error", str(arguments[0]))
         replace_file(*arguments)
 

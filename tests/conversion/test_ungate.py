@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from modeling_gated import GatedLlamaForCausalLM
-from modeling_gated.configuration import OPEN_GATE_WEIGHT
+from modeling_gated.configuration import OPEN_GATE_WEIGHT, carried_source_files
+from modeling_gated.configuration.configuration_gated_llama import CARRIED_MODULES
 from modeling_gated.conversion import ConversionError, convert_checkpoint, ungate_checkpoint, verify_checkpoint
 from tests.helpers.checkpoints import contents, forget_gates
 from tests.helpers.paper_variants import CONFIGS, random_model
@@ -21,7 +22,8 @@ from tests.helpers.paper_variants import CONFIGS, random_model
 @pytest.mark.parametrize("granularity", ["headwise", "elementwise"])
 def test_the_source_comes_back_byte_for_byte(sharded: Path, tmp_path: Path, place: str, granularity: str) -> None:
     (sharded / "README.md").write_bytes(b"---\r\nlicense: mit\r\n---\r\n\xff\xfe not UTF-8 \x00")
-    (sharded / "modeling_gated_llama.py").write_text("# by another hand")
+    for name in CARRIED_MODULES:
+        (sharded / name).write_text(f"# {name} by another hand")
     (sharded / "gated_llama_manifest.json").write_text("[]")
     (sharded / "notes").mkdir()
     (sharded / "notes" / "a.txt").write_text("a")
@@ -32,6 +34,8 @@ def test_the_source_comes_back_byte_for_byte(sharded: Path, tmp_path: Path, plac
     config.write_text(config.read_text().replace("  ", "\t"))  # not as Transformers would write it
     before = contents(sharded)
     convert_checkpoint(sharded, tmp_path / "gated", place=place, granularity=granularity)
+    for name, text in carried_source_files():
+        assert (tmp_path / "gated" / name).read_text() == text
     gated = contents(tmp_path / "gated")
     done = ungate_checkpoint(tmp_path / "gated", tmp_path / "back", place=place)
     assert contents(tmp_path / "back") == before == contents(sharded)

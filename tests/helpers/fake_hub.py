@@ -76,7 +76,7 @@ def _handler(repository: Repository) -> type[BaseHTTPRequestHandler]:
                 )
             if path.startswith("/api/"):
                 return self.answer(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such repository"})
-            name = path.removeprefix(f"/{repository.name}/resolve/{repository.commit}/")
+            name = path.removeprefix(f"/{repository.name}/resolve/").partition("/")[2]
             content = repository.files.get(name)
             if repository.status != 200:
                 gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask the authors for access"}
@@ -93,8 +93,8 @@ def _handler(repository: Repository) -> type[BaseHTTPRequestHandler]:
 
 
 @contextmanager
-def serving(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make huggingface_hub ask a server on this machine."""
+def serving(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Make huggingface_hub ask a server on this machine; give its address, for other processes."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(repository))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -106,7 +106,7 @@ def serving(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> Iterator
         patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         try:
-            yield
+            yield endpoint
         finally:
             server.shutdown()
             server.server_close()

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 
-def isolated(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
+def isolated(code: str, *arguments: Path, online: bool = False) -> subprocess.CompletedProcess[str]:
     """Run in an interpreter of its own, with an empty cache, offline and with nobody to answer prompts."""
-    home = {"HF_HOME": str(arguments[-1].with_suffix(".home")), "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    home = {"HF_HOME": str(arguments[-1].with_suffix(".home")), "HF_HUB_OFFLINE": str(int(not online))}
+    home["PYTHONSAFEPATH"] = "1"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         env={**os.environ, **home},

@@ -1,24 +1,33 @@
 """A directory carries its code: it loads with trust_remote_code where this package cannot be imported."""
 
 import json
+import math
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from modeling_gated.configuration import open_gate
+from modeling_gated.configuration.configuration_gated_llama import CARRIED_MODULES
 from modeling_gated.conversion import convert_checkpoint
+from tests.helpers.checkpoints import forget_gates
+from tests.helpers.fake_hub import Repository, serving
 from tests.helpers.gated_models import HEADS, SIZES, gated_class, gated_model
 from tests.helpers.isolated_process import isolated
 from tests.helpers.paper_variants import CONFIGS, random_model
 
 
-CODE_FILES = ("configuration_gated_llama.py", "modeling_gated_llama.py")
+CODE_FILES = tuple(CARRIED_MODULES)
+# What carried code may import: packages without which there is no Transformers, and torch.
+LIBRARIES = {"huggingface_hub", "numpy", "packaging", "torch", "transformers"}
 TOKENS = torch.arange(1, 41)[None]
 
 # argv: a directory with others in it, each named for what wrote it and its head; where to save all models again and
@@ -125,7 +134,7 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         model = gated_model("elementwise", gated_class(head), num_labels=3, use_qk_norm=True)
         WRITERS[writer](model, path)
         (path / "how").write_text(f"{HEADS[head]} {writer != 'config.save_pretrained'}")
-    AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES)).save_pretrained(root / "source")
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(root / "source")
     convert_checkpoint(root / "source", first / "gated-llama convert, ForCausalLM")
     (first / "gated-llama convert, ForCausalLM" / "how").write_text("AutoModelForCausalLM True")
     for source_path, again in ((first, root / "second"), (root / "second", root / "third")):
@@ -206,36 +215,104 @@ def test_an_adapter_finds_its_base_s_code(tmp_path: Path) -> None:
 
 @pytest.mark.fast
 def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
-    """Line for line, but for imports of other files, which are written in; and the package is not imported."""
+    """Line for line, but for imports of other files; Transformers finds all files, and the package is not imported."""
     GatedLlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    root = Path(__file__).parents[2]
-    folder, model = root / "configuration", root / "modeling_gated"
-    replaced = {
-        "configuration/configuration_gated_llama.py": {
-            "from .response_templates import use_response_templates_of_sources  # noqa: F401 - acts when it is imported"
-            "\n": folder / "response_templates.py",
-            "from .gate_opening import initial_gate_bias, initial_gate_weight, open_gate  # noqa: F401\n": folder
-            / "gate_opening.py",
-            "from .source_families import check_source_family, source_fields\n": folder / "source_families.py",
-        },
-        "modeling_gated/modeling_gated_llama.py": {
-            "from .class_names import register_class_names\n": model / "class_names.py",
-            "from .gate_functions import GATE_ACTIVATIONS, RecomputedSigmoidGate, with_dtype\n": model
-            / "gate_functions.py",
-            "from .kv_cache import PASSES_KWARGS_TO_CACHE, forward_with_cache, take_cache\n": model / "kv_cache.py",
-            "from .self_test import check_cached_generation\n": model / "self_test.py",
-            "from .tensor_parallel import register_shared_gate_style\n": model / "tensor_parallel.py",
-        },
-    }
-    for (path, parts), name in zip(replaced.items(), CODE_FILES, strict=True):
-        expected = (root / path).read_text()
-        for line, part in parts.items():
-            assert expected.count(line) == 1
-            expected = expected.replace(line, part.read_text())
-        expected = expected.replace("from .configuration.configuration_gated_llama", "from .configuration_gated_llama")
-        carried = (tmp_path / name).read_text()
-        assert carried == expected
-        assert not re.search(r"^\s*(?:from|import) modeling_gated(?!_llama)", carried, flags=re.MULTILINE)
+    root, changed = Path(__file__).parents[2], []
+    for name in CODE_FILES:
+        short = name.replace("_gated_llama", "")
+        source = next(root / folder / file for folder in ("configuration", "modeling_gated") for file in (name, short)
+                      if (root / folder / file).is_file())  # fmt: skip
+        lines, carried = source.read_text().splitlines(), (tmp_path / name).read_text().splitlines()
+        changed += [new for old, new in zip(lines, carried, strict=True) if new != old]
+        assert not re.search(r"^\s*(?:from|import) modeling_gated(?!_llama)", "\n".join(carried), flags=re.MULTILINE)
+        assert set(get_imports(tmp_path / name)) <= {*sys.stdlib_module_names, *LIBRARIES}
+    assert sorted(changed) == [
+        "from .configuration_gated_llama import (  # first: it checks versions",
+        "from .gate_functions_gated_llama import GATE_ACTIVATIONS, RecomputedSigmoidGate, with_dtype",
+        "from .gate_opening_gated_llama import initial_gate_bias",
+        "from .gate_opening_gated_llama import initial_gate_bias, initial_gate_weight",
+        "from .kv_cache_gated_llama import "
+        "PASSES_KWARGS_TO_CACHE, check_cached_generation, forward_with_cache, take_cache",
+        "from .lookups_gated_llama import register_class_names, register_shared_gate_style",
+    ]
+    siblings = get_relative_import_files(tmp_path / "modeling_gated_llama.py")
+    assert sorted(Path(file).name for file in siblings) == sorted(set(CODE_FILES) - {"modeling_gated_llama.py"})
+
+
+# argv: a checkpoint. First without the package, then with it.
+SOURCE_CONFIG = """
+import json, sys
+sys.modules["modeling_gated"] = None
+from transformers import LlamaConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+config_class = get_class_from_dynamic_module("modeling_gated_llama.GatedLlamaConfig", sys.argv[1])
+try:
+    config_class.from_source_config(LlamaConfig())
+except ModuleNotFoundError as error:
+    assert "modeling_gated" in str(error)
+    del sys.modules["modeling_gated"]
+    config = config_class.from_source_config(LlamaConfig())
+    assert type(config) is config_class
+    print(json.dumps(config.to_dict()))
+"""
+
+
+def test_carried_code_needs_the_package_to_gate_a_source_s_config(tmp_path: Path) -> None:
+    """The source families are no part of it."""
+    GatedLlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "gated")
+    finished = isolated(SOURCE_CONFIG, tmp_path / "gated")
+    assert finished.returncode == 0, finished.stderr
+    expected = GatedLlamaConfig.from_source_config(LlamaConfig()).to_dict()
+    assert json.loads(finished.stdout) == json.loads(json.dumps(expected))
+
+
+MISSING_GATES = """
+import json, sys
+sys.modules["modeling_gated"] = None
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps([layer.self_attn.g_proj.bias.tolist() for layer in model.model.layers]))
+"""
+
+
+def test_carried_code_opens_missing_gates_as_conversion_does(llama: Path, tmp_path: Path) -> None:
+    """At an opening whose rounded logit has no scale with which the gate is exactly 1."""
+    convert_checkpoint(llama, tmp_path / "gated", gate_init=0.7)
+    bias = open_gate(0.7)[0]
+    assert bias != torch.tensor(math.log(0.7 / 0.3), dtype=torch.bfloat16).item()
+    forget_gates(tmp_path / "gated")
+    finished = isolated(MISSING_GATES, tmp_path / "gated")
+    assert finished.returncode == 0, finished.stderr
+    found = torch.tensor(json.loads(finished.stdout))
+    assert found.numel() and torch.all(found == bias)
+
+
+HUB = """
+import sys
+sys.modules["modeling_gated"] = None
+import torch
+import transformers
+model = transformers.AutoModelForCausalLM.from_pretrained("user/gated", trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(torch.arange(1, 41)[None]).logits, sys.argv[1])
+"""
+
+
+def test_a_model_on_the_hub_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers downloads each file that another imports."""
+    model = gated_model()
+    model.save_pretrained(tmp_path / "gated")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "gated").iterdir()}
+    repository = Repository("user/gated", "0" * 40, files)
+    with serving(repository, monkeypatch) as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        finished = isolated(HUB, tmp_path / "logits", online=True)
+    assert finished.returncode == 0, finished.stderr
+    assert set(CODE_FILES) <= set(repository.downloaded)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "logits"), model(TOKENS).logits)
 
 
 @pytest.mark.parametrize("trust", [None, False, True])

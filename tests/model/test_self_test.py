@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM, modeling_gated_llama, self_test
+from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM, kv_cache, modeling_gated_llama
 from tests.helpers.cache_by_version import NAME
 from tests.helpers.gated_models import SIZES, gated_model
 from tests.helpers.isolated_process import isolated
@@ -20,7 +20,7 @@ from tests.helpers.isolated_process import isolated
 def untested(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version that nobody has tested, in a process that has built no model yet."""
     monkeypatch.setattr(modeling_gated_llama, "IS_TESTED_VERSION", False)
-    monkeypatch.setattr(self_test, "_is_self_tested", False)
+    monkeypatch.setattr(kv_cache, "_is_self_tested", False)
     monkeypatch.delenv("GATED_LLAMA_SKIP_SELF_TEST", raising=False)
 
 
@@ -34,13 +34,13 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     """The differences that each run of the self-test finds."""
     found: list[float | None] = []
-    largest_difference = self_test._largest_difference
+    largest_difference = kv_cache._largest_difference
 
     def recorded(*arguments: Any) -> float | None:
         found.append(largest_difference(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(self_test, "_largest_difference", recorded)
+    monkeypatch.setattr(kv_cache, "_largest_difference", recorded)
     return found
 
 
@@ -66,7 +66,7 @@ def test_a_cache_that_is_not_used_is_one_clear_error(
     way: str, untested: None, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build().save_pretrained(tmp_path)
-    monkeypatch.setattr(self_test, "_is_self_tested", False)
+    monkeypatch.setattr(kv_cache, "_is_self_tested", False)
     request.getfixturevalue("broken")
     make: dict[str, Callable[[], Any]] = {
         "constructor": build,
@@ -141,7 +141,7 @@ def test_an_interrupted_test_is_run_again(untested: None, monkeypatch: pytest.Mo
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(DynamicCache, "update", interrupt)
         build()
-    assert not self_test._is_self_tested
+    assert not kv_cache._is_self_tested
 
 
 def test_a_variable_skips_it(untested: None, broken: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_it_waits_where_parameters_are_not_real(context: str, untested: None, ru
 
         @torch.compile(backend="eager")
         def traced(x: torch.Tensor) -> torch.Tensor:
-            self_test.check_cached_generation(GatedLlamaForCausalLM, GatedLlamaConfig, "", "")
+            kv_cache.check_cached_generation(GatedLlamaForCausalLM, GatedLlamaConfig, "", "")
             return x + 1
 
         traced(torch.ones(1))
@@ -180,7 +180,7 @@ def test_it_waits_where_parameters_are_not_real(context: str, untested: None, ru
 def test_partitioned_and_meta_parameters_are_not_real(device: str) -> None:
     """ZeRO-3 leaves parameters of no numbers."""
     sizes = [(0,), (3,)]
-    found = [self_test._is_real(torch.nn.Parameter(torch.empty(size, device=device))) for size in sizes]
+    found = [kv_cache._is_real(torch.nn.Parameter(torch.empty(size, device=device))) for size in sizes]
     assert found == [False, device == "cpu"]
 
 

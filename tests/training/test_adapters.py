@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from modeling_gated.configuration.configuration_gated_llama import CARRIED_MODULES
 from modeling_gated.training import gate_peft_config
 from tests.helpers.close_tensors import assert_close
 from tests.helpers.gated_models import SIZES, gated_model
@@ -154,7 +155,7 @@ def test_merged_models_keep_their_gates_and_load_without_the_package(trained: Tr
         assert_close(logits_of(merged), trained.logits[kind, 0])
         path = tmp_path / "merged" / kind
         merged.save_pretrained(path)
-        assert {file.name for file in path.glob("*.py")} == {"configuration_gated_llama.py", "modeling_gated_llama.py"}
+        assert {file.name for file in path.glob("*.py")} == CARRIED_MODULES.keys()
         auto_map = json.loads((path / "config.json").read_text())["auto_map"]
         assert auto_map["AutoModelForCausalLM"] == "modeling_gated_llama.GatedLlamaForCausalLM"
     finished = isolated(MERGED, tmp_path / "merged", tmp_path / "logits")
