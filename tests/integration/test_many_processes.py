@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from examples.recipes import continue_pretraining
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.processes import PROGRAMS
 
 
 EXAMPLES = Path(continue_pretraining.__file__).parents[1]
-FSDP_ON_CPU = Path(__file__).parents[1] / "helpers" / "fsdp_on_cpu.py"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,8 @@ def test_configurations_are_accelerate_s(name: str, kind: str) -> None:
 
 
 def run_sharded(output: Path, flags: list[str], **environment: str) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", FSDP_ON_CPU]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher += [str(PROGRAMS / "fsdp_on_cpu.py")]
     result = subprocess.run(
         [*launcher, EXAMPLES / "recipes" / "continue_pretraining.py", "--output", output, *flags, "--batch_size", "1"],
         env={**os.environ, **environment},

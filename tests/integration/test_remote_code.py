@@ -14,44 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.conversion import convert_checkpoint
 from tests.helpers.gated_models import HEADS, SIZES, gated_class, gated_model
-from tests.helpers.isolated_process import isolated
 from tests.helpers.paper_variants import CONFIGS, random_model
+from tests.helpers.processes import run_isolated
 
 
 CODE_FILES = ("configuration_gated_llama.py", "modeling_gated_llama.py")
 TOKENS = torch.arange(1, 41)[None]
-
-# argv: a directory with others in it, each named for what wrote it and its head; where to save all models again and
-# what was computed with them.
-ISOLATED = """
-import sys
-from pathlib import Path
-sys.modules["modeling_gated"] = None  # any import of the package fails
-import torch
-import transformers
-
-source, again = map(Path, sys.argv[1:])
-tokens, results = torch.arange(1, 41)[None], {}
-for directory in sorted(source.iterdir()):
-    auto_class, has_weights = (directory / "how").read_text().split()
-    auto_class = getattr(transformers, auto_class)
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
-    if has_weights == "True":
-        model = auto_class.from_pretrained(directory, trust_remote_code=True)
-    else:
-        model = auto_class.from_config(config, trust_remote_code=True).eval()
-    for thing in (config, model, model.config):
-        assert type(thing).__module__.startswith("transformers_modules."), type(thing)
-    with torch.no_grad():
-        results[directory.name] = {"class": type(model).__name__, "output": model(tokens)[0]}
-        if hasattr(model, "lm_head"):
-            generated = model.generate(tokens[:, :8], max_new_tokens=4, do_sample=False, eos_token_id=None)
-            results[directory.name]["generated"] = generated
-    model.save_pretrained(again / directory.name)
-    (again / directory.name / "how").write_text(f"{auto_class.__name__} True")
-torch.save(results, again.with_suffix(".results"))
-assert "modeling_gated" not in {name for name, module in sys.modules.items() if module is not None}
-"""
 
 
 def save_pretrained(model: PreTrainedModel, path: Path) -> None:
@@ -129,7 +97,7 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     convert_checkpoint(root / "source", first / "gated-llama convert, ForCausalLM")
     (first / "gated-llama convert, ForCausalLM" / "how").write_text("AutoModelForCausalLM True")
     for source_path, again in ((first, root / "second"), (root / "second", root / "third")):
-        finished = isolated(ISOLATED, source_path, again)
+        finished = run_isolated("save_again.py", source_path, again)
         assert finished.returncode == 0, finished.stderr
     return [first, root / "second", root / "third"]
 
@@ -167,7 +135,7 @@ def test_every_variant_loads_without_the_package(tmp_path: Path) -> None:
     for name, model in models.items():
         model.save_pretrained(tmp_path / "first" / name)
         (tmp_path / "first" / name / "how").write_text("AutoModelForCausalLM True")
-    finished = isolated(ISOLATED, tmp_path / "first", tmp_path / "second")
+    finished = run_isolated("save_again.py", tmp_path / "first", tmp_path / "second")
     assert finished.returncode == 0, finished.stderr
     results = torch.load(tmp_path / "second.results")
     for name, model in models.items():
@@ -175,18 +143,6 @@ def test_every_variant_loads_without_the_package(tmp_path: Path) -> None:
             torch.testing.assert_close(results[name]["output"], model(TOKENS).logits, rtol=1e-4, atol=1e-4)
         weights = [(tmp_path / again / name / "model.safetensors").read_bytes() for again in ("first", "second")]
         assert weights[0] == weights[1], name
-
-
-ADAPTER = """
-import sys
-sys.modules["modeling_gated"] = None
-import torch
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-with torch.no_grad():
-    torch.save(model(torch.arange(1, 41)[None]).logits, sys.argv[2])
-"""
 
 
 def test_an_adapter_finds_its_base_s_code(tmp_path: Path) -> None:
@@ -198,7 +154,7 @@ def test_an_adapter_finds_its_base_s_code(tmp_path: Path) -> None:
     tuned = peft.get_peft_model(base, config).eval()
     tuned.save_pretrained(tmp_path / "adapter")
     assert not list((tmp_path / "adapter").glob("*.py"))
-    finished = isolated(ADAPTER, tmp_path / "adapter", tmp_path / "logits")
+    finished = run_isolated("logits_of_adapter.py", tmp_path / "adapter", tmp_path / "logits")
     assert finished.returncode == 0, finished.stderr
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits"), tuned(TOKENS).logits)

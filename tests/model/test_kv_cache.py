@@ -18,7 +18,7 @@ from modeling_gated.kv_cache import cache_argument, take_cache
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 from tests.helpers.cache_by_version import NAME, with_cache
 from tests.helpers.gated_models import gated_model
-from tests.helpers.isolated_process import isolated
+from tests.helpers.processes import run_isolated
 
 
 def attend(layer: Any, hidden_states: torch.Tensor, **keywords: Any) -> torch.Tensor:
@@ -178,28 +178,11 @@ def test_a_layer_without_a_cache_needs_no_receipt(tokens: torch.Tensor) -> None:
     assert model.model.layers[0].self_attn.g_proj.weight.grad.abs().max() > 0
 
 
-WITHOUT_NAMES = """
-import sys
-sys.modules["modeling_gated"] = None
-import torch
-import transformers.distributed.tensor_parallel as parallel
-import transformers.models.auto.modeling_auto as auto
-
-for module in ("arcee.modeling_arcee", "glm4.modeling_glm4"):
-    sys.modules[f"transformers.models.{module}"] = None
-del parallel.ALL_PARALLEL_STYLES, parallel.TensorParallelLayer
-import transformers.trainer  # before the table goes: Transformers' own code needs it
-del auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-print(model.generate(torch.arange(1, 9)[None], max_new_tokens=4, do_sample=False, eos_token_id=None).tolist())
-"""
-
-
 def test_names_that_a_config_does_not_need_may_be_gone(tmp_path: Path) -> None:
     """Arcee's MLP, GLM-4's block, tensor parallelism's styles; and Trainer's table, whose absence is one warning."""
     model = gated_model()
     model.save_pretrained(tmp_path / "model")
-    finished = isolated(WITHOUT_NAMES, tmp_path / "model")
+    finished = run_isolated("generate_without_names.py", tmp_path / "model")
     assert finished.returncode == 0, finished.stderr
     generated = model.generate(torch.arange(1, 9)[None], max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert finished.stdout.strip() == str(generated.tolist())
