@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
@@ -19,6 +19,7 @@ from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 from tests.helpers.cache_by_version import NAME, with_cache
 from tests.helpers.gated_models import gated_model
 from tests.helpers.processes import run_isolated
+from tests.helpers.tiny_configs import tiny_llama
 
 
 def attend(layer: Any, hidden_states: torch.Tensor, **keywords: Any) -> torch.Tensor:
@@ -153,7 +154,7 @@ def test_the_name_is_that_of_the_signature() -> None:
 def test_losses_of_a_model_that_ignores_its_cache_are_refused(
     tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+    model = LlamaForCausalLM(tiny_llama())
     whole = loss_by_position(model, tokens[0], chunk_size=64)
     torch.testing.assert_close(loss_by_position(model, tokens[0], chunk_size=8), whole, rtol=0, atol=1e-5)
     monkeypatch.setattr(LlamaDecoderLayer, "forward", not_at_all)

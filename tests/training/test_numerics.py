@@ -10,12 +10,13 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.training import gate_param_groups, keep_float32_states
 from tests.helpers.gated_models import SIZES, gated_model
 from tests.helpers.processes import run_isolated
+from tests.helpers.tiny_configs import tiny_llama
 
 
 MODES = ["float32", "bfloat16 autocast", "bfloat16, float32 gates", "bfloat16, float32 states", "bfloat16"]
@@ -25,14 +26,7 @@ VOCABULARY = 16
 
 def new_model(mode: str, gate_init: float) -> GatedLlamaForCausalLM:
     torch.manual_seed(0)
-    source = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    source = tiny_llama(vocab_size=VOCABULARY, intermediate_size=64)
     config = GatedLlamaConfig.from_source_config(source, gate_init=gate_init)
     if mode in ("float32", "bfloat16 autocast"):
         return GatedLlamaForCausalLM(config)
