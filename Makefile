@@ -67,6 +67,7 @@ quality: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p modeling_gated
+	$(BIN)/mypy tests/programs
 
 ## Build the source distribution and the wheel from it, install the wheel into an environment of its own, and run it.
 wheel-check: .venv/ready

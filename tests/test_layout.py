@@ -4,13 +4,14 @@ import ast
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.processes import run_program
 
 
 ROOT = Path(__file__).parents[1]
@@ -36,9 +37,7 @@ def test_import_from_a_clone(tmp_path: Path, links: bool) -> None:
             target = os.readlink(link)
             link.unlink()
             link.write_text(target)
-    code = "import modeling_gated.conversion as c; print(c.__file__, c.ConversionError.__module__)"
-    command = [sys.executable, "-P", "-c", code]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    done = run_program("locate_conversion.py", env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"})
     file, module = done.stdout.split()
     assert Path(file).resolve() == tmp_path.resolve() / "conversion" / "__init__.py"
     assert module == "modeling_gated.errors"

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from torch.nn import functional
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -18,6 +17,7 @@ from examples.shared.packed_text import PackedText, files, write_tokens
 from examples.shared.smollm2 import write_checkpoint
 from modeling_gated.conversion import ConversionError, convert_checkpoint
 from modeling_gated.evaluation import EvaluationError
+from modeling_gated.evaluation.windows import mean_loss
 from modeling_gated.inspection import FirstTokenAttention, GateDrift, GateScores, inspecting
 from modeling_gated.training.loop import check_run_settings
 
@@ -146,7 +146,7 @@ def held_out(settings: RecipeSettings, text: PackedText) -> list[HeldOut]:
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, sequences: Iterable[HeldOut]) -> dict[str, float]:
+def measure(model: PreTrainedModel, sequences: Sequence[HeldOut]) -> dict[str, float]:
     """
     What a model, with PEFT's modules in it or not, does on held-out sequences. In evaluation mode meanwhile.
 
@@ -158,15 +158,11 @@ def measure(model: PreTrainedModel, sequences: Iterable[HeldOut]) -> dict[str, f
     was_training = model.training
     model.eval()
     first_token, gates, drift = FirstTokenAttention(), GateScores(), GateDrift(initial=1.0)
-    loss, predicted = 0.0, 0
+    windows = [sequence.tokens.to(model.device) for sequence in sequences]
     with inspecting(model, first_token, gates, drift):
-        for sequence in sequences:
-            logits = model(sequence.tokens[None].to(model.device), use_cache=False).logits[0].float()
-            labels = sequence.tokens[sequence.given :].to(logits.device)
-            loss += functional.cross_entropy(logits[sequence.given - 1 : -1], labels, reduction="sum").item()
-            predicted += len(labels)
+        loss = mean_loss(model, windows, prompts=[sequence.given for sequence in sequences])
     model.train(was_training)
-    found = {"loss": loss / predicted, "first_token_attention": first_token.result().mean().item()}
+    found = {"loss": loss, "first_token_attention": first_token.result().mean().item()}
     if statistics := gates.result().get("G1"):
         found |= {"gate": statistics.value.mean().item(), "gate_drift": drift.result()}
     return found

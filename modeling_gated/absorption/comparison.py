@@ -12,12 +12,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gated.evaluation.text import beginning
+from modeling_gated.evaluation.windows import mean_loss, spread_windows
 from modeling_gated.inspection import FirstTokenAttention, MassiveActivations, QuantizationError, SinkRate, inspecting
 from modeling_gated.inspection.interventions.named import Intervention
 from modeling_gated.inspection.report.report import mean_of, numbers
 from modeling_gated.inspection.watching.inspecting import input_device
 
-from .texts import Text, special_start, spread_windows
+from .texts import Text, special_start
 
 
 # What predictions lose by them without sinks and massive activations, and with them.
@@ -251,16 +252,8 @@ def _token_losses(
     return divergences, (losses[0], losses[1])
 
 
-@torch.no_grad()
-def _loss(model: Any, windows: Windows, bar: tqdm) -> float:
-    """Mean loss in nats per token."""
-    total = predicted = 0.0
-    for window, states in zip(windows.windows, _hidden_states(model, windows, bar, None), strict=True):
-        for labels, part in zip(window[1:].split(_LOGITS), states[:-1].split(_LOGITS), strict=True):
-            logits = model.get_output_embeddings()(part).float()
-            total += functional.cross_entropy(logits, labels.to(logits.device), reduction="sum").item()
-            predicted += len(labels)
-    return total / predicted
+def _loss(model: PreTrainedModel, windows: Windows, bar: tqdm) -> float:
+    return mean_loss(model, [window.to(input_device(model)) for window in windows.windows], advance=bar.update)
 
 
 def _by_position(values: torch.Tensor) -> list[float]:

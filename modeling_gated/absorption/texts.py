@@ -139,14 +139,6 @@ def code() -> str:
     return "\n".join(found)
 
 
-def spread_windows(tokens: Sequence[int], length: int, count: int, start: Sequence[int] = ()) -> list[torch.Tensor]:
-    """Windows [length] spread evenly over tokens, as many as there are, each after `start`."""
-    own = length - len(start)
-    count = min(count, len(tokens) // own)
-    places = [number * (len(tokens) // count) for number in range(count)]
-    return [torch.tensor([*start, *tokens[place : place + own]]) for place in places]
-
-
 def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer begins an input with, or else its beginning-of-sequence token, if it has one."""
     return beginning(tokenizer) or [token for token in [tokenizer.bos_token_id] if token is not None]

@@ -22,7 +22,8 @@ from modeling_gated.errors import EvaluationError
 from .position_loss import loss_by_position
 from .prompts import build_prompt, lines_of
 from .tasks import TASKS, draw
-from .text import read_text, windows_of
+from .text import beginning, read_text
+from .windows import spread_windows
 
 
 LOSS = "loss"
@@ -137,7 +138,12 @@ def evaluate_context(
     lines = lines_of(content)
     cut: list[torch.Tensor] = []
     if LOSS in tasks:
-        cut = windows_of(input_ids, tokenizer, lengths[-1], windows, text_name)
+        cut = spread_windows(input_ids, lengths[-1], windows, beginning(tokenizer))
+        if len(cut) < windows:
+            raise EvaluationError(
+                f"{text_name}: {windows} windows of {lengths[-1]} tokens are more than the {len(input_ids)} tokens of "
+                "the text; use a longer text, or fewer or shorter windows"
+            )
         check_token_ids(tokenizer, cut[0].tolist(), "the beginning of an input", model)
     for task in asked:  # before anything takes long
         prompt = build_prompt(draw(task, random.Random(seed), 0.5, content), lines, tokenizer, lengths[0], chat=chat)

@@ -13,7 +13,6 @@ from modeling_gated.absorption.texts import (
     default_texts,
     given_texts,
     sampled_text,
-    spread_windows,
 )
 from modeling_gated.evaluation import EvaluationError
 from tests.helpers.byte_tokenizer import byte_tokenizer
@@ -94,13 +93,6 @@ def test_batches_are_counted() -> None:
     without = AbsorptionSettings(window_tokens=64, long_window_tokens=64, batch_size=2)
     assert (without.batches_per_long, without.batches(1000), without.tokens(7)) == (0, 7, 896)
     assert AbsorptionSettings().steps // AbsorptionSettings().evaluate_every > AbsorptionSettings().patience
-
-
-def test_windows_are_spread_over_a_text() -> None:
-    found = spread_windows(range(100), 21, 4, [256])
-    assert [window.tolist() for window in found] == [[256, *range(at, at + 20)] for at in (0, 25, 50, 75)]
-    assert len(spread_windows(range(100), 40, 4)) == 2
-    assert spread_windows(range(100), 101, 4) == []
 
 
 def test_sampled_sequences_are_held_out_whole() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from modeling_gated.cli import app
+from tests.helpers.processes import PROGRAMS, run_program
 
 
 def run(*arguments: str | Path) -> tuple[int, str, str]:
@@ -29,22 +31,14 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     command = Path(sys.executable).with_name("gated-llama")
     subcommands = ("convert", "verify", "ungate", "absorb")
     for arguments in (["--help"], ["--version"], *([name, "--help"] for name in subcommands)):
-        # Runs the installed script, which is Python, and looks at what it imported.
-        code = (
-            f"import runpy, sys; sys.argv = [{str(command)!r}, *{arguments!r}]\n"
-            f"try: runpy.run_path({str(command)!r}, run_name='__main__')\n"
-            "except SystemExit as end: assert not end.code, end.code\n"
-            "heavy = {'torch', 'transformers', 'numpy', 'safetensors'} & sys.modules.keys()\n"
-            "assert not heavy, heavy"
-        )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        result = run_program("check_imports.py", command, *arguments)  # the installed script, which is Python
         assert result.returncode == 0, result.stderr
         assert "gated" in result.stdout
 
 
 def test_a_script_of_the_command_s_name_is_not_taken_for_it(tmp_path: Path) -> None:
     script = tmp_path / "gated-llama.py"
-    script.write_text("import modeling_gated, transformers; transformers.AutoConfig.for_model('gated_llama')")
+    shutil.copy(PROGRAMS / "use_package.py", script)
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

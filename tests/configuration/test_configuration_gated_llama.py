@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from modeling_gated import GatedLlamaConfig
 from modeling_gated.configuration import initial_gate_bias, open_gate
+from tests.helpers.tiny_configs import tiny_llama
 
 
 @pytest.mark.fast
@@ -222,8 +223,7 @@ def test_what_makes_sense_is_accepted(fields: dict) -> None:
 )
 def test_a_config_that_became_nonsense_makes_no_model(fields: dict, message: str, tmp_path: Path) -> None:
     """Whether it was changed, or loaded with other values: not only its first save is refused."""
-    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = GatedLlamaConfig(**sizes, vocab_size=16)
+    config = tiny_llama(GatedLlamaConfig)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path, **fields)

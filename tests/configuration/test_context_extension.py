@@ -27,6 +27,7 @@ from tests.helpers.rope_reference import (
     yarn_of,
 )
 from tests.helpers.source_models import SIZES, randomize
+from tests.helpers.tiny_configs import tiny_llama
 
 
 LENGTH = SIZES["max_position_embeddings"]  # 256
@@ -56,9 +57,7 @@ def test_transformers_own_llama_reads_the_saved_config_alike(method: str, tmp_pa
     config = small_config(500_000.0, 64, 8192)
     extend_context(config, 65536, method)
     config.save_pretrained(tmp_path / "gated")
-    LlamaConfig(
-        hidden_size=8,
-        num_attention_heads=1,
+    tiny_llama(
         head_dim=64,
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=config.rope_parameters,

@@ -32,6 +32,7 @@ from tests.helpers.rope_reference import (
     yarn_frequencies,
 )
 from tests.helpers.source_models import SIZES, randomize
+from tests.helpers.tiny_configs import tiny_llama
 
 
 def any_model(kind: str) -> PreTrainedModel:
@@ -230,19 +231,9 @@ def test_a_cache_from_before_is_invalid(method: str, tokens: torch.Tensor) -> No
 def test_partial_rotation_is_kept() -> None:
     """Of a family that has it: the rule and the frequencies are of the channels that turn."""
     glm = pytest.importorskip("transformers.models.glm.modeling_glm")
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    model = glm.GlmModel(
-        glm.GlmConfig(
-            **sizes,
-            vocab_size=16,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            pad_token_id=0,
-            max_position_embeddings=256,
-            rope_parameters=rope,
-        )
-    )
+    config = tiny_llama(glm.GlmConfig, head_dim=16, pad_token_id=0, max_position_embeddings=256, rope_parameters=rope)
+    model = glm.GlmModel(config)
     extend_context(model, 1024)
     theta = 1e4 * 4 ** (8 / 6)
     assert model.config.rope_parameters == rope | {"rope_theta": pytest.approx(theta)}

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_gated.checkpoints import shards
 from modeling_gated.configuration import OPEN_GATE_WEIGHT, open_gate
 from modeling_gated.conversion import ConversionError, convert, convert_checkpoint
+from tests.helpers.processes import run_program
 from tests.helpers.word_tokenizer import save_word_tokenizer
 
 
@@ -324,18 +325,8 @@ def test_memory_does_not_grow_with_the_checkpoint(llama: Path, tmp_path: Path) -
     with open(llama / "model.safetensors", "xb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         file.truncate(file.tell() + end)
-    code = (
-        "import resource, sys\n"
-        "from modeling_gated.conversion import convert_checkpoint\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before = peak()\n"
-        "convert_checkpoint(*sys.argv[1:], place='link', granularity='elementwise')\n"
-        "print(peak() - before)"
-    )
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
-    result = subprocess.run(
-        [sys.executable, "-c", code, llama, tmp_path / "gated"], check=True, capture_output=True, text=True
-    )
+    result = run_program("memory_of_conversion.py", llama, tmp_path / "gated", check=True)
     assert (tmp_path / "gated" / "model-00001-of-00002.safetensors").stat().st_size > 2_800_000_000
     assert int(result.stdout) < 60_000  # kilobytes

@@ -22,40 +22,8 @@ from modeling_gated.checkpoints import files as files_module
 from modeling_gated.checkpoints.output import clear_leftovers, scratch_directory
 from modeling_gated.conversion import ConversionError, convert_checkpoint, plan_conversion, ungate_checkpoint
 from tests.helpers.checkpoints import contents
+from tests.helpers.processes import PROGRAMS, run_program
 from tests.helpers.source_models import SOURCES, randomize
-
-
-# Converts in a process of its own for each line it reads, and says which and how that ended. Every step of writing
-# takes some time, so that a signal can meet any of them.
-SLOW = """
-import json, os, shutil, sys, time
-from pathlib import Path
-import modeling_gated.checkpoints.placement as placement
-from modeling_gated.conversion import convert_checkpoint
-
-def slowly(function):
-    def slow(*args, **kwargs):
-        time.sleep(0.005)
-        result = function(*args, **kwargs)
-        time.sleep(0.005)
-        return result
-    return slow
-
-placement._CHUNK = 8192
-for module, name in ((os, "copy_file_range"), (os, "fsync"), (shutil, "copy"), (Path, "rename"), (Path, "mkdir"),
-                     (Path, "write_text"), (os, "replace"), (shutil, "rmtree")):
-    setattr(module, name, slowly(getattr(module, name)))
-for line in sys.stdin:
-    if not (process := os.fork()):
-        try:
-            convert_checkpoint(*json.loads(line), place="copy", overwrite=True)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    print(process, flush=True)
-    sys.stdin.readline()  # until then the process keeps its id, even when it has ended
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-"""
 
 
 class SlowConversions:
@@ -63,7 +31,7 @@ class SlowConversions:
 
     def __init__(self) -> None:
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SLOW],
+            [sys.executable, PROGRAMS / "slow_conversions.py"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -243,16 +211,10 @@ def test_everything_is_on_disk_before_it_takes_its_name(
 def test_a_file_that_cannot_grow(checkpoint: Path, tmp_path: Path, room: int) -> None:
     """The kernel refuses to write further, as on a full disk, in a process of its own."""
     before = contents(checkpoint)
-    code = (
-        "import resource, sys\n"
-        "from modeling_gated.cli import app\n"
-        "import modeling_gated.conversion, modeling_gated.modeling_gated_llama\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
-        "app(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", code, "convert", checkpoint, tmp_path / "new" / "gated", "--place", "copy"]
     shard = max(path.stat().st_size for path in checkpoint.iterdir())
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_program(
+        "limit_file_size.py", str(room), "convert", checkpoint, tmp_path / "new" / "gated", "--place", "copy"
+    )
     if room > shard:
         assert result.returncode == 0, result.stderr
         return
@@ -304,19 +266,7 @@ def test_a_read_only_target(checkpoint: Path, unprivileged: Path) -> None:
     target = unprivileged / "target"
     target.mkdir()
     target.chmod(0o555)
-    code = (
-        "import os, sys\n"
-        "from modeling_gated.conversion import ConversionError, convert_checkpoint\n"
-        "convert_checkpoint(sys.argv[1], sys.argv[3])\n"  # what it imports may lie where only root may read
-        "if os.geteuid() == 0: os.seteuid(65534)\n"
-        "try: convert_checkpoint(*sys.argv[1:3])\n"
-        "except ConversionError as error: sys.exit(str(error))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, source, target / "new" / "gated", unprivileged / "first"],
-        capture_output=True,
-        text=True,
-    )
+    result = run_program("convert_unprivileged.py", source, target / "new" / "gated", unprivileged / "first")
     assert result.returncode == 1
     assert result.stderr == f"{target / 'new' / 'gated'}: cannot be made: Permission denied\n"
     assert not any(target.iterdir())

@@ -3,8 +3,6 @@
 import json
 import shutil
 import struct
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from modeling_gated.conversion import (
     ungate_checkpoint,
     verify_checkpoint,
 )
+from tests.helpers.processes import run_program
 from tests.helpers.source_models import randomize
 
 
@@ -351,20 +350,7 @@ def test_absurd_sizes_take_neither_time_nor_memory(small: Path, tmp_path: Path) 
         shutil.copytree(small, sources[-1])
         with open(sources[-1] / name, "r+b") as file:
             file.truncate(10**12)  # a hole
-    code = (
-        "import resource, sys, time\n"
-        "from modeling_gated.conversion import *\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "before, started, errors = peak(), time.monotonic(), 0\n"
-        "for number, source in enumerate(sys.argv[2:]):\n"
-        "    for act in (convert_checkpoint, ungate_checkpoint):\n"
-        "        try: act(source, f'{sys.argv[1]}/{act.__name__}-{number}')\n"
-        "        except ConversionError: errors += 1\n"
-        "print(errors, peak() - before, time.monotonic() - started)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "output", *sources], capture_output=True, text=True, timeout=120
-    )
+    result = run_program("convert_absurd.py", tmp_path / "output", *sources, timeout=120)
     assert result.returncode == 0, result.stderr
     errors, kilobytes, seconds = result.stdout.split()
     assert int(errors) >= 2 * len(sources) - 1  # only an absurd max_position_embeddings can be converted

@@ -9,27 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from modeling_gated.conversion import ConversionError, convert_checkpoint, ungate_checkpoint, verify_checkpoint
 from modeling_gated.conversion.quantization import SCHEMES, exclude_gates
 from modeling_gated.modeling_gated_llama import GatedLlamaGate
 from tests.helpers.source_models import randomize
+from tests.helpers.tiny_configs import tiny_llama
 
 
 @pytest.fixture
 def plain(tmp_path: Path) -> Path:
     """A bfloat16 Llama whose linears are large enough to be quantized in blocks."""
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
+    config = tiny_llama(hidden_size=128, intermediate_size=256, max_position_embeddings=256)
     model = AutoModelForCausalLM.from_config(config)
     randomize(model)
     model.bfloat16().save_pretrained(tmp_path / "plain")

@@ -26,23 +26,13 @@ from modeling_gated.conversion import (
 from tests.helpers.cache_by_version import NAME
 from tests.helpers.checkpoints import contents
 from tests.helpers.gated_models import gated_model
-from tests.helpers.isolated_process import isolated
+from tests.helpers.processes import run_isolated
 
 
 OLD_CODE = Path(__file__).parents[1] / "data" / "carried_code_0c79f5e"
 CODE_FILES = tuple(CARRIED_MODULES)
 OLD_FILES = ("configuration_gated_llama.py", "modeling_gated_llama.py")
 MANIFEST = "gated_llama_manifest.json"
-
-# argv: a checkpoint, and what generates tokens of a prompt there without the package.
-GENERATE = """
-import json, sys
-sys.modules["modeling_gated"] = None
-import torch, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokens = model.generate(torch.arange(1, 25)[None], max_new_tokens=12, do_sample=False, eos_token_id=None)
-print(json.dumps(tokens[0, 24:].tolist()))
-"""
 
 
 @pytest.fixture
@@ -61,7 +51,7 @@ def old(gated: Path) -> Path:
 
 
 def generated_without_the_package(checkpoint: Path) -> list[int]:
-    finished = isolated(GENERATE, checkpoint)
+    finished = run_isolated("generate_tokens.py", checkpoint)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 

@@ -1,6 +1,7 @@
 """A result tokenizes as its source does, whatever class Transformers picks by the model type; verify sees to it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from modeling_gated.conversion import (
 from modeling_gated.conversion.manifest import read_manifest
 from modeling_gated.conversion.tokenizers import compare_tokenizers
 from tests.helpers.checkpoints import contents
-from tests.helpers.isolated_process import isolated
+from tests.helpers.processes import run_isolated
 from tests.helpers.source_models import SIZES
 from tests.helpers.tokenizer_files import CUSTOM_CODE, write_tokenizer
 
@@ -73,7 +74,7 @@ def source(directory: Path, family: str, kind: str, config: dict[str, Any] | Non
     if config is not None:
         (directory / "tokenizer_config.json").write_text(json.dumps(config))
         if "auto_map" in config:
-            (directory / "tokenization_custom.py").write_text(CUSTOM_CODE)
+            shutil.copy(CUSTOM_CODE, directory)
     return directory
 
 
@@ -98,7 +99,7 @@ def test_a_result_tokenizes_as_its_source(tmp_path: Path, family: str, kind: str
     for config in CONFIGS.values():
         file = path / "tokenizer_config.json"
         file.unlink(missing_ok=True)
-        (path / "tokenization_custom.py").write_text(CUSTOM_CODE)
+        shutil.copy(CUSTOM_CODE, path)
         if config is not None:
             file.write_text(json.dumps(config))
         expected = tokenizer(path)
@@ -123,14 +124,7 @@ def test_the_carried_code_gives_the_same_tokenizer_without_this_package(tmp_path
         path = source(tmp_path / family / "source", family, kind, CONFIGS[name])
         gated = tmp_path / family / "gated"
         convert_checkpoint(path, gated)
-        code = (
-            "import json, sys; from transformers import AutoTokenizer\n"
-            "for trust in (None, True):\n"
-            "    t = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=trust)\n"
-            f"    print(json.dumps([t(x).input_ids for x in {TEXTS!r}]))\n"
-            "assert 'modeling_gated' not in sys.modules"
-        )
-        done = isolated(code, gated)
+        done = run_isolated("tokenize_texts.py", gated, json.dumps(TEXTS))
         assert done.returncode == 0, done.stderr
         expected = tokenizer(path)
         assert expected is not None

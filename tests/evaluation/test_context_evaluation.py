@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from modeling_gated.cli import app
@@ -21,6 +21,7 @@ from modeling_gated.evaluation.text import read_text
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.gated_models import VARIANTS, gated_model
 from tests.helpers.largest_tensor import Largest
+from tests.helpers.tiny_configs import tiny_llama
 
 
 LINES = lines_of(read_text(None)[0])
@@ -185,15 +186,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny checkpoint with a tokenizer of bytes, and its gated conversion."""
     root = tmp_path_factory.mktemp("evaluated")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-    )
+    config = tiny_llama(vocab_size=258, max_position_embeddings=1024)
     LlamaForCausalLM(config).save_pretrained(root / "plain")
     byte_tokenizer(chat=True).save_pretrained(root / "plain")
     convert_checkpoint(root / "plain", root / "gated")

@@ -4,18 +4,10 @@ import torch
 
 from examples.benchmarks.variants import VARIANTS, equal_parameters
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from tests.helpers.tiny_configs import TINY
 
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "pad_token_id": 0,
-}
+SIZES = TINY | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "pad_token_id": 0}
 CONFIGS = {
     name: GatedLlamaConfig(**SIZES | variant.fields)
     for name, variant in (VARIANTS | equal_parameters(GatedLlamaConfig(**SIZES))).items()

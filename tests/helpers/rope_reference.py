@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from modeling_gated import GatedLlamaConfig
 from tests.helpers.source_models import LLAMA3_ROPE, SIZES
+from tests.helpers.tiny_configs import tiny_llama
 
 
 HEAD_DIM = SIZES["hidden_size"] // SIZES["num_attention_heads"]  # 8
@@ -59,13 +60,8 @@ def frequencies(model: nn.Module) -> np.ndarray:
 
 def small_config(theta: float, head_dim: int, length: int) -> GatedLlamaConfig:
     """A config of a model that is nothing but its RoPE."""
-    return GatedLlamaConfig(
-        vocab_size=8,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
+    return tiny_llama(
+        GatedLlamaConfig,
         head_dim=head_dim,
         max_position_embeddings=length,
         rope_parameters={"rope_type": "default", "rope_theta": theta},

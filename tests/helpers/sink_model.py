@@ -5,10 +5,11 @@ import re
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.tiny_configs import tiny_llama
 
 
 BOS = 256
@@ -25,13 +26,9 @@ def sink_model(scale: float = 1.3) -> LlamaForCausalLM:
     none does. From layer 1 to layer 3 a hidden state of it has a channel of about `HEIGHT`.
     """
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = tiny_llama(
         vocab_size=len(byte_tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
         bos_token_id=BOS,
         eos_token_id=BOS + 1,

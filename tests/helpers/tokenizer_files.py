@@ -12,13 +12,7 @@ from modeling_gated.default_text import default_text
 # Digits in groups of three, as in Llama 3: no class of Transformers has this by itself.
 _PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPECIAL = ["<unk>", "<s>", "</s>"]
-CUSTOM_CODE = """from transformers import PreTrainedTokenizerFast
-
-
-class CustomTokenizer(PreTrainedTokenizerFast):
-    def __call__(self, text, **kwargs):
-        return super().__call__(text[::-1], **kwargs)
-"""
+CUSTOM_CODE = Path(__file__).with_name("tokenization_custom.py")
 
 
 @cache

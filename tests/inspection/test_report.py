@@ -17,7 +17,6 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     GPT2Config,
-    LlamaConfig,
     MambaConfig,
     PreTrainedModel,
     Qwen3NextConfig,
@@ -36,6 +35,7 @@ from modeling_gated.inspection.report.report import mean_of
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.gated_models import SIZES as GATED_SIZES
 from tests.helpers.gated_models import gated_model
+from tests.helpers.tiny_configs import tiny_llama
 
 
 TEXT = "Attention sinks are tokens that get attention for nothing. " * 12
@@ -49,8 +49,7 @@ def report_of(model: PreTrainedModel, text: str = TEXT, **options) -> ModelRepor
 
 
 def llama(**options) -> PreTrainedModel:
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | sizes | options)).eval()
+    return AutoModelForCausalLM.from_config(tiny_llama(**SIZES | options)).eval()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from modeling_gated.training import GateTrainerMixin, gate_peft_config
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.gated_models import gated_model
-from tests.helpers.isolated_process import isolated
+from tests.helpers.processes import run_isolated
 
 
 SIZES = {"vocab_size": 258, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
@@ -91,40 +91,13 @@ def test_trl_tunes(checkpoint: Path, tmp_path: Path, data: str, adapter: bool) -
         assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-# argv: the checkpoint to start from, the output, and "to-2" or "to-4"; the latter goes on from a state if there is one.
-TRAINING = """
-import sys
-PACKAGE
-import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
-
-source, output, steps = sys.argv[1], sys.argv[2], int(sys.argv[3].split("-")[-1])
-last = get_last_checkpoint(output) if steps > 2 else None
-model = AutoModelForCausalLM.from_pretrained(last or source, trust_remote_code=TRUST)
-assert type(model).__module__.split(".")[0] == "EXPECTED"
-data = [{"input_ids": torch.arange(n, n + 12), "labels": torch.arange(n, n + 12)} for n in range(1, 17)]
-arguments = TrainingArguments(
-    output, max_steps=4, save_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, report_to=[],
-    disable_tqdm=True, lr_scheduler_type="constant",
-)
-if steps == 2:
-    arguments.max_steps = 2
-Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=last)
-"""
-
-
 @pytest.mark.parametrize("package", [True, False], ids=["with the package", "without"])
 def test_trainer_goes_on_in_a_fresh_process(checkpoint: Path, tmp_path: Path, package: bool) -> None:
     """From the checkpoint that Trainer wrote; it ends where an uninterrupted run does."""
-    program = TRAINING.replace(
-        "PACKAGE", "import modeling_gated" if package else "sys.modules['modeling_gated'] = None"
-    )
-    program = program.replace("TRUST", "None" if package else "True")
-    program = program.replace("EXPECTED", "modeling_gated" if package else "transformers_modules")
-    for output, steps in (("whole", "to-4"), ("halves", "to-2"), ("halves", "to-4")):
+    code = "package" if package else "carried"
+    for output, steps in (("whole", "4"), ("halves", "2"), ("halves", "4")):
         (tmp_path / output).mkdir(exist_ok=True)
-        done = isolated(program, checkpoint, tmp_path / output, tmp_path / steps)
+        done = run_isolated("resume_trainer.py", checkpoint, tmp_path / output, steps, code, is_package=package)
         assert done.returncode == 0, done.stderr
     whole, halves = (load_file(tmp_path / name / "checkpoint-4" / "model.safetensors") for name in ("whole", "halves"))
     start = load_file(checkpoint / "model.safetensors")

@@ -21,6 +21,7 @@ from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.training import loop
 from tests.helpers.gated_models import gated_model
 from tests.helpers.largest_tensor import Largest
+from tests.helpers.tiny_configs import tiny_llama
 
 
 SETTINGS = """
@@ -164,8 +165,7 @@ def test_yarn_checkpoint_loads_as_such(finished: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_chunked_loss_is_the_plain_one(dtype: torch.dtype, tolerance: float, tied: bool) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    model = GatedLlamaForCausalLM(GatedLlamaConfig(**sizes, num_hidden_layers=1, tie_word_embeddings=tied)).to(dtype)
+    model = GatedLlamaForCausalLM(tiny_llama(GatedLlamaConfig, tie_word_embeddings=tied)).to(dtype)
     windows = torch.randint(32, (2, 12))
     gradients = []
     for loss in (
@@ -179,12 +179,8 @@ def test_chunked_loss_is_the_plain_one(dtype: torch.dtype, tolerance: float, tie
 
 
 def test_loss_of_bfloat16_is_summed_in_float32() -> None:
-    config = GatedLlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1
-    )
-    assert (
-        WindowLoss(GatedLlamaForCausalLM(config).bfloat16())(torch.zeros(1, 5, dtype=torch.long)).dtype == torch.float32
-    )
+    loss = WindowLoss(GatedLlamaForCausalLM(tiny_llama(GatedLlamaConfig)).bfloat16())
+    assert loss(torch.zeros(1, 5, dtype=torch.long)).dtype == torch.float32
 
 
 def test_no_tensor_of_a_step_grows_with_the_square_of_the_length() -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.gated_models import gated_model
+from tests.helpers.processes import run_program
 
 
 pytest.importorskip("lm_eval")
@@ -43,8 +43,6 @@ doc_to_choice: "{{choices}}"
 doc_to_target: "{{answer}}"
 metric_list: [{metric: acc}]
 """
-# `lm_eval` where the package cannot be imported.
-COMMAND = "import sys; sys.modules['modeling_gated'] = None; from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +98,19 @@ def check(results: dict, expected: dict[str, float]) -> None:
 
 def test_from_the_command_line(checkpoint: Path, tasks: Path, expected: dict[str, float], tmp_path: Path) -> None:
     """By the code that the checkpoint carries."""
-    command = [sys.executable, "-c", COMMAND, "--model", "hf", "--trust_remote_code", "--device", "cpu"]
-    command += [
-        "--model_args",
-        f"pretrained={checkpoint},dtype=float32,add_bos_token=False",
-        "--tasks",
-        "gated_perplexity,gated_choice",
-    ]
-    command += ["--include_path", tasks, "--output_path", tmp_path / "results", "--batch_size", "2"]
+    flags: dict[str, str | Path] = {
+        "model": "hf",
+        "device": "cpu",
+        "model_args": f"pretrained={checkpoint},dtype=float32,add_bos_token=False",
+        "tasks": "gated_perplexity,gated_choice",
+        "include_path": tasks,
+        "output_path": tmp_path / "results",
+        "batch_size": "2",
+    }
+    command = [Path(sys.executable).with_name("lm_eval"), "--trust_remote_code"]
+    command += [part for name, value in flags.items() for part in (f"--{name}", value)]
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(command, env=os.environ | home, cwd=tmp_path, capture_output=True, text=True)
+    done = run_program("without_package.py", *command, env=os.environ | home, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (found,) = (tmp_path / "results").rglob("results_*.json")
     check(json.loads(found.read_text(encoding="utf-8"))["results"], expected)

@@ -12,14 +12,15 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from examples.recipes import continue_pretraining
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.processes import PROGRAMS
+from tests.helpers.tiny_configs import tiny_llama
 
 
 EXAMPLES = Path(continue_pretraining.__file__).parents[1]
-FSDP_ON_CPU = Path(__file__).parents[1] / "helpers" / "fsdp_on_cpu.py"
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A tiny Llama with tied embeddings, whose training a text of numbers is."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, num_hidden_layers=2, bos_token_id=256, eos_token_id=257, tie_word_embeddings=True)
+    config = tiny_llama(vocab_size=258, bos_token_id=256, eos_token_id=257, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder / "tiny")
     byte_tokenizer().save_pretrained(folder / "tiny")
     (folder / "text.txt").write_text(" ".join(map(str, range(2000))), encoding="utf-8")
@@ -55,7 +55,8 @@ def test_configurations_are_accelerate_s(name: str, kind: str) -> None:
 
 
 def run_sharded(output: Path, flags: list[str], **environment: str) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", FSDP_ON_CPU]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher += [str(PROGRAMS / "fsdp_on_cpu.py")]
     result = subprocess.run(
         [*launcher, EXAMPLES / "recipes" / "continue_pretraining.py", "--output", output, *flags, "--batch_size", "1"],
         env={**os.environ, **environment},

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback
 
 from examples.recipes import continue_pretraining, distill, tune_chat, tune_gates
 from examples.shared.packed_text import PackedText
@@ -19,6 +19,7 @@ from examples.shared.recipe import HeldOut, measure
 from modeling_gated.conversion import convert_checkpoint
 from modeling_gated.training import loop
 from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.tiny_configs import tiny_llama
 
 
 FLAGS = {
@@ -40,10 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer of bytes and a chat template."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
     torch.manual_seed(0)
-    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    LlamaForCausalLM(
-        LlamaConfig(**sizes, num_key_value_heads=2, num_hidden_layers=2, bos_token_id=256, eos_token_id=257)
-    ).save_pretrained(folder)
+    LlamaForCausalLM(tiny_llama(vocab_size=258, bos_token_id=256, eos_token_id=257)).save_pretrained(folder)
     byte_tokenizer(chat=True).save_pretrained(folder)
     return folder
 

@@ -21,46 +21,14 @@ from modeling_gated.conversion import convert_checkpoint
 from tests.helpers.checkpoints import forget_gates
 from tests.helpers.fake_hub import Repository, serving
 from tests.helpers.gated_models import HEADS, SIZES, gated_class, gated_model
-from tests.helpers.isolated_process import isolated
 from tests.helpers.paper_variants import CONFIGS, random_model
+from tests.helpers.processes import run_isolated
 
 
 CODE_FILES = tuple(CARRIED_MODULES)
 # What carried code may import: packages without which there is no Transformers, and torch.
 LIBRARIES = {"huggingface_hub", "numpy", "packaging", "torch", "transformers"}
 TOKENS = torch.arange(1, 41)[None]
-
-# argv: a directory with others in it, each named for what wrote it and its head; where to save all models again and
-# what was computed with them.
-ISOLATED = """
-import sys
-from pathlib import Path
-sys.modules["modeling_gated"] = None  # any import of the package fails
-import torch
-import transformers
-
-source, again = map(Path, sys.argv[1:])
-tokens, results = torch.arange(1, 41)[None], {}
-for directory in sorted(source.iterdir()):
-    auto_class, has_weights = (directory / "how").read_text().split()
-    auto_class = getattr(transformers, auto_class)
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=True)
-    if has_weights == "True":
-        model = auto_class.from_pretrained(directory, trust_remote_code=True)
-    else:
-        model = auto_class.from_config(config, trust_remote_code=True).eval()
-    for thing in (config, model, model.config):
-        assert type(thing).__module__.startswith("transformers_modules."), type(thing)
-    with torch.no_grad():
-        results[directory.name] = {"class": type(model).__name__, "output": model(tokens)[0]}
-        if hasattr(model, "lm_head"):
-            generated = model.generate(tokens[:, :8], max_new_tokens=4, do_sample=False, eos_token_id=None)
-            results[directory.name]["generated"] = generated
-    model.save_pretrained(again / directory.name)
-    (again / directory.name / "how").write_text(f"{auto_class.__name__} True")
-torch.save(results, again.with_suffix(".results"))
-assert "modeling_gated" not in {name for name, module in sys.modules.items() if module is not None}
-"""
 
 
 def save_pretrained(model: PreTrainedModel, path: Path) -> None:
@@ -138,7 +106,7 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     convert_checkpoint(root / "source", first / "gated-llama convert, ForCausalLM")
     (first / "gated-llama convert, ForCausalLM" / "how").write_text("AutoModelForCausalLM True")
     for source_path, again in ((first, root / "second"), (root / "second", root / "third")):
-        finished = isolated(ISOLATED, source_path, again)
+        finished = run_isolated("save_again.py", source_path, again)
         assert finished.returncode == 0, finished.stderr
     return [first, root / "second", root / "third"]
 
@@ -176,7 +144,7 @@ def test_every_variant_loads_without_the_package(tmp_path: Path) -> None:
     for name, model in models.items():
         model.save_pretrained(tmp_path / "first" / name)
         (tmp_path / "first" / name / "how").write_text("AutoModelForCausalLM True")
-    finished = isolated(ISOLATED, tmp_path / "first", tmp_path / "second")
+    finished = run_isolated("save_again.py", tmp_path / "first", tmp_path / "second")
     assert finished.returncode == 0, finished.stderr
     results = torch.load(tmp_path / "second.results")
     for name, model in models.items():
@@ -184,18 +152,6 @@ def test_every_variant_loads_without_the_package(tmp_path: Path) -> None:
             torch.testing.assert_close(results[name]["output"], model(TOKENS).logits, rtol=1e-4, atol=1e-4)
         weights = [(tmp_path / again / name / "model.safetensors").read_bytes() for again in ("first", "second")]
         assert weights[0] == weights[1], name
-
-
-ADAPTER = """
-import sys
-sys.modules["modeling_gated"] = None
-import torch
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-with torch.no_grad():
-    torch.save(model(torch.arange(1, 41)[None]).logits, sys.argv[2])
-"""
 
 
 def test_an_adapter_finds_its_base_s_code(tmp_path: Path) -> None:
@@ -207,7 +163,7 @@ def test_an_adapter_finds_its_base_s_code(tmp_path: Path) -> None:
     tuned = peft.get_peft_model(base, config).eval()
     tuned.save_pretrained(tmp_path / "adapter")
     assert not list((tmp_path / "adapter").glob("*.py"))
-    finished = isolated(ADAPTER, tmp_path / "adapter", tmp_path / "logits")
+    finished = run_isolated("logits_of_adapter.py", tmp_path / "adapter", tmp_path / "logits")
     assert finished.returncode == 0, finished.stderr
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits"), tuned(TOKENS).logits)
@@ -239,42 +195,13 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
     assert sorted(Path(file).name for file in siblings) == sorted(set(CODE_FILES) - {"modeling_gated_llama.py"})
 
 
-# argv: a checkpoint. First without the package, then with it.
-SOURCE_CONFIG = """
-import json, sys
-sys.modules["modeling_gated"] = None
-from transformers import LlamaConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-config_class = get_class_from_dynamic_module("modeling_gated_llama.GatedLlamaConfig", sys.argv[1])
-try:
-    config_class.from_source_config(LlamaConfig())
-except ModuleNotFoundError as error:
-    assert "modeling_gated" in str(error)
-    del sys.modules["modeling_gated"]
-    config = config_class.from_source_config(LlamaConfig())
-    assert type(config) is config_class
-    print(json.dumps(config.to_dict()))
-"""
-
-
 def test_carried_code_needs_the_package_to_gate_a_source_s_config(tmp_path: Path) -> None:
     """The source families are no part of it."""
     GatedLlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "gated")
-    finished = isolated(SOURCE_CONFIG, tmp_path / "gated")
+    finished = run_isolated("gate_source_config.py", tmp_path / "gated")
     assert finished.returncode == 0, finished.stderr
     expected = GatedLlamaConfig.from_source_config(LlamaConfig()).to_dict()
     assert json.loads(finished.stdout) == json.loads(json.dumps(expected))
-
-
-MISSING_GATES = """
-import json, sys
-sys.modules["modeling_gated"] = None
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-print(json.dumps([layer.self_attn.g_proj.bias.tolist() for layer in model.model.layers]))
-"""
 
 
 def test_carried_code_opens_missing_gates_as_conversion_does(llama: Path, tmp_path: Path) -> None:
@@ -283,21 +210,10 @@ def test_carried_code_opens_missing_gates_as_conversion_does(llama: Path, tmp_pa
     bias = open_gate(0.7)[0]
     assert bias != torch.tensor(math.log(0.7 / 0.3), dtype=torch.bfloat16).item()
     forget_gates(tmp_path / "gated")
-    finished = isolated(MISSING_GATES, tmp_path / "gated")
+    finished = run_isolated("print_gate_biases.py", tmp_path / "gated")
     assert finished.returncode == 0, finished.stderr
     found = torch.tensor(json.loads(finished.stdout))
     assert found.numel() and torch.all(found == bias)
-
-
-HUB = """
-import sys
-sys.modules["modeling_gated"] = None
-import torch
-import transformers
-model = transformers.AutoModelForCausalLM.from_pretrained("user/gated", trust_remote_code=True)
-with torch.no_grad():
-    torch.save(model(torch.arange(1, 41)[None]).logits, sys.argv[1])
-"""
 
 
 def test_a_model_on_the_hub_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,7 +224,7 @@ def test_a_model_on_the_hub_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     repository = Repository("user/gated", "0" * 40, files)
     with serving(repository, monkeypatch) as endpoint:
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        finished = isolated(HUB, tmp_path / "logits", online=True)
+        finished = run_isolated("logits_from_hub.py", "user/gated", tmp_path / "logits", is_online=True)
     assert finished.returncode == 0, finished.stderr
     assert set(CODE_FILES) <= set(repository.downloaded)
     with torch.no_grad():

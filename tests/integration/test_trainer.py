@@ -3,17 +3,16 @@
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
+from tests.helpers.tiny_configs import tiny_llama
 
 
 def test_label_smoothing_shifts_the_labels(tmp_path: Path) -> None:
     """Trainer smooths causal language models' labels one token on, and all others' in place."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = tiny_llama()
     llama = LlamaForCausalLM(config)
     gated = GatedLlamaForCausalLM(GatedLlamaConfig.from_source_config(config))
     gated.load_state_dict(llama.state_dict(), strict=False)

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from modeling_gated.conversion import convert_checkpoint
 from tests.helpers.gated_models import gated_model
+from tests.helpers.processes import PROGRAMS
 
 
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
 SMOLLM2 = Path(__file__).parents[2] / "build" / "demo" / "SmolLM2-135M-Instruct"
-SCRIPT = Path(__file__).parents[1] / "helpers" / "vllm_generate.py"
+SCRIPT = PROGRAMS / "vllm_generate.py"
 NEW_TOKENS = 24
 
 pytestmark = pytest.mark.skipif(VLLM_PYTHON is None, reason="vLLM needs an environment of its own: make test-vllm")

@@ -11,6 +11,7 @@ from modeling_gated import GatedLlamaConfig, GatedLlamaModel
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 from tests.helpers.numpy_reference import decoder_layer
 from tests.helpers.paper_variants import CONFIGS, SIZES
+from tests.helpers.tiny_configs import tiny_llama
 
 
 OTHERS: dict[str, dict[str, Any]] = {
@@ -95,11 +96,8 @@ def test_gradients_follow_the_equations(variant: str) -> None:
 
 @pytest.mark.fast
 def test_the_gate_has_a_gradient_where_a_bfloat16_sigmoid_has_none() -> None:
-    config = GatedLlamaConfig(
-        vocab_size=16, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
     torch.manual_seed(0)
-    model = GatedLlamaModel(config).to(torch.bfloat16)
+    model = GatedLlamaModel(tiny_llama(GatedLlamaConfig)).to(torch.bfloat16)
     attention: GatedLlamaAttention = model.layers[0].self_attn
     with torch.no_grad():
         attention.g_proj.bias.fill_(7.5)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 from transformers.models.glm4.modeling_glm4 import Glm4DecoderLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
@@ -18,7 +18,8 @@ from modeling_gated.kv_cache import cache_argument, take_cache
 from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 from tests.helpers.cache_by_version import NAME, with_cache
 from tests.helpers.gated_models import gated_model
-from tests.helpers.isolated_process import isolated
+from tests.helpers.processes import run_isolated
+from tests.helpers.tiny_configs import tiny_llama
 
 
 def attend(layer: Any, hidden_states: torch.Tensor, **keywords: Any) -> torch.Tensor:
@@ -155,7 +156,7 @@ def test_the_name_is_that_of_the_signature() -> None:
 def test_losses_of_a_model_that_ignores_its_cache_are_refused(
     tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+    model = LlamaForCausalLM(tiny_llama())
     whole = loss_by_position(model, tokens[0], chunk_size=64)
     torch.testing.assert_close(loss_by_position(model, tokens[0], chunk_size=8), whole, rtol=0, atol=1e-5)
     monkeypatch.setattr(LlamaDecoderLayer, "forward", not_at_all)
@@ -180,28 +181,11 @@ def test_a_layer_without_a_cache_needs_no_receipt(tokens: torch.Tensor) -> None:
     assert model.model.layers[0].self_attn.g_proj.weight.grad.abs().max() > 0
 
 
-WITHOUT_NAMES = """
-import sys
-sys.modules["modeling_gated"] = None
-import torch
-import transformers.distributed.tensor_parallel as parallel
-import transformers.models.auto.modeling_auto as auto
-
-for module in ("arcee.modeling_arcee", "glm4.modeling_glm4"):
-    sys.modules[f"transformers.models.{module}"] = None
-del parallel.ALL_PARALLEL_STYLES, parallel.TensorParallelLayer
-import transformers.trainer  # before the table goes: Transformers' own code needs it
-del auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-print(model.generate(torch.arange(1, 9)[None], max_new_tokens=4, do_sample=False, eos_token_id=None).tolist())
-"""
-
-
 def test_names_that_a_config_does_not_need_may_be_gone(tmp_path: Path) -> None:
     """Arcee's MLP, GLM-4's block, tensor parallelism's styles; and Trainer's table, whose absence is one warning."""
     model = gated_model()
     model.save_pretrained(tmp_path / "model")
-    finished = isolated(WITHOUT_NAMES, tmp_path / "model")
+    finished = run_isolated("generate_without_names.py", tmp_path / "model")
     assert finished.returncode == 0, finished.stderr
     generated = model.generate(torch.arange(1, 9)[None], max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert finished.stdout.strip() == str(generated.tolist())

@@ -10,7 +10,7 @@ from transformers.cli.serving import utils
 
 from modeling_gated import GatedLlamaConfig
 from modeling_gated.conversion import convert_checkpoint
-from tests.helpers.isolated_process import isolated
+from tests.helpers.processes import run_isolated
 from tests.helpers.source_models import SIZES
 from tests.helpers.tokenizer_files import write_tokenizer
 
@@ -37,14 +37,7 @@ def test_serve_takes_the_template_of_the_source(source: type[PreTrainedConfig]) 
 def test_the_code_in_a_checkpoint_does_so_without_the_package(tmp_path: Path, source: type[PreTrainedConfig]) -> None:
     AutoModelForCausalLM.from_config(source(**SIZES, head_dim=8)).save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "gated")
-    code = (
-        "import json, sys; from transformers.cli.serving import utils\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "assert 'modeling_gated' not in sys.modules\n"
-        "print(json.dumps(utils.get_response_template(None, model)))"
-    )
-    done = isolated(code, tmp_path / "gated")
+    done = run_isolated("print_response_template.py", tmp_path / "gated")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == template(source())
 
@@ -55,14 +48,7 @@ def test_serve_loads_a_gated_checkpoint(tmp_path: Path, is_package: bool) -> Non
     AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "gated")
     write_tokenizer(tmp_path / "gated", "byte-level")
-    code = (
-        ("import modeling_gated\n" if is_package else "")
-        + "import sys; from transformers.cli.serving.model_manager import ModelManager\n"
-        f"manager = ModelManager(trust_remote_code={not is_package}, device='cpu')\n"
-        "model, tokenizer = manager.load_model_and_processor(sys.argv[1] + '@main')\n"
-        "print(type(model).__name__, model.model.layers[0].self_attn.g_proj.weight.shape[0])\n"
-        "manager.shutdown()"  # its timer would keep the process for five minutes
-    )
-    done = isolated(code, tmp_path / "gated")
+    code = "package" if is_package else "carried"
+    done = run_isolated("serve_checkpoint.py", tmp_path / "gated", code, is_package=is_package)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "GatedLlamaForCausalLM 9"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM, kv_cache, modeling_gated_llama
 from tests.helpers.cache_by_version import NAME
 from tests.helpers.gated_models import SIZES, gated_model
-from tests.helpers.isolated_process import isolated
+from tests.helpers.processes import run_isolated
 
 
 @pytest.fixture
@@ -209,27 +209,11 @@ def test_it_passes_whatever_the_dtype(dtype: torch.dtype, untested: None, runs: 
     assert len(runs) == 1 and runs[0] < 1e-4  # type: ignore[operator]
 
 
-CARRIED = """
-import sys
-sys.modules["modeling_gated"] = None
-import transformers
-transformers.__version__ = "5.99.0"
-if sys.argv[2] == "broken":
-    transformers.DynamicCache.update = lambda self, keys, values, *_, **__: (keys, values)
-try:
-    transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-except RuntimeError as error:
-    print(error)
-else:
-    print("loaded")
-"""
-
-
 @pytest.mark.parametrize("state", ["right", "broken"])
 def test_carried_code_tests_itself(state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GATED_LLAMA_SKIP_SELF_TEST", raising=False)
     gated_model().save_pretrained(tmp_path / "model")
-    finished = isolated(CARRIED.replace("sys.argv[2]", repr(state)), tmp_path / "model")
+    finished = run_isolated("load_untested.py", tmp_path / "model", state)
     assert finished.returncode == 0, finished.stderr
     if state == "right":
         assert finished.stdout.strip() == "loaded"

@@ -6,35 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.paper_variants import CONFIGS, random_model
-from tests.helpers.two_ranks import run_two_ranks
-
-
-# Both ranks load each directory in the one that is given, split, and write what they computed.
-RANK = """
-import sys
-from pathlib import Path
-import torch
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
-import modeling_gated
-
-root, results = Path(sys.argv[1]), {}
-for directory in sorted(root.iterdir()):
-    model = AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto")
-    tokens = torch.arange(1, 25).view(2, 12)
-    with torch.no_grad():
-        inference = model(tokens).logits
-        generated = model.generate(tokens[:, :6], max_new_tokens=4, do_sample=False, eos_token_id=None)
-    output = model(tokens, labels=tokens)
-    output.loss.backward()
-    whole = {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in model.named_parameters()}
-    split = sorted(n for n, p in model.named_parameters() if isinstance(p, DTensor) and p.to_local().shape != p.shape)
-    computed = {"logits": inference, "generated": generated, "training": output.logits.detach()}
-    results[directory.name] = computed | {"gradients": whole, "split": split}
-rank = torch.distributed.get_rank()
-torch.save(results, root.with_name(f"rank{rank}"))
-torch.distributed.destroy_process_group()
-"""
+from tests.helpers.processes import run_two_ranks
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +15,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     root = tmp_path_factory.mktemp("tensor parallel")
     for name in CONFIGS:
         random_model(name).save_pretrained(root / "models" / name)
-    run_two_ranks(RANK, root, root / "models")
+    run_two_ranks("tensor_parallel_rank.py", root, root / "models")
     return [torch.load(root / f"rank{rank}") for rank in (0, 1)]
 
 

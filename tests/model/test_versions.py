@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -10,41 +9,40 @@ import pytest
 
 from modeling_gated import GatedLlamaConfig
 from modeling_gated.configuration.configuration_gated_llama import TESTED_VERSIONS
+from tests.helpers.processes import PROGRAMS, run_program
 
 
-def start(version: str, code: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run code in an interpreter whose Transformers says that it is of this version."""
-    pretend = f"import transformers; transformers.__version__ = {version!r}\n"
-    environment = {**os.environ, "HF_HOME": str(home)}
-    return subprocess.run([sys.executable, "-c", pretend + code], capture_output=True, text=True, env=environment)
+def start(version: str, what: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Import the package, the command, or a folder's code where Transformers reports this version."""
+    launcher = [] if what in ("package", "command") else ["without_package.py"]
+    command = [*launcher, PROGRAMS / "import_with_version.py", version, what]
+    return run_program(*command, env={**os.environ, "HF_HOME": str(home)})
 
 
 @pytest.fixture(params=["package", "carried"])
-def code(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "package":
-        return "import modeling_gated"
-    GatedLlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    load = f"transformers.AutoConfig.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)"
-    return f"import sys; sys.modules['modeling_gated'] = None\n{load}; {load}"
+def what(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "carried":
+        GatedLlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+        return str(tmp_path)
+    return "package"
 
 
-def test_an_older_transformers_is_an_error(code: str, tmp_path: Path) -> None:
-    finished = start("5.16.0", code, tmp_path / "home")
+def test_an_older_transformers_is_an_error(what: str, tmp_path: Path) -> None:
+    finished = start("5.16.0", what, tmp_path / "home")
     assert finished.returncode == 1
     assert finished.stderr.strip().endswith("ImportError: GatedLlama needs transformers>=5.16.1, found 5.16.0")
 
 
 @pytest.mark.parametrize(("version", "warnings"), [("5.24.9", 0), ("5.25.0", 1), ("6.0.0.dev0", 1)])
-def test_a_newer_transformers_is_one_warning(version: str, warnings: int, code: str, tmp_path: Path) -> None:
-    finished = start(version, code, tmp_path / "home")
+def test_a_newer_transformers_is_one_warning(version: str, warnings: int, what: str, tmp_path: Path) -> None:
+    finished = start(version, what, tmp_path / "home")
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.count("GatedLlama was tested with transformers 5.16.1 to 5.24, found") == warnings
     assert finished.stderr.count(version) == warnings
 
 
 def test_the_command_says_so_in_one_line(tmp_path: Path) -> None:
-    command = "import sys; sys.argv = ['gated-llama', 'convert', 'a', 'b']; from modeling_gated.cli import app; app()"
-    finished = start("5.16.0", command, tmp_path / "home")
+    finished = start("5.16.0", "command", tmp_path / "home")
     assert finished.returncode == 1
     assert finished.stderr == "error: GatedLlama needs transformers>=5.16.1, found 5.16.0\n"
 

@@ -26,8 +26,8 @@ from modeling_gated.configuration.configuration_gated_llama import CARRIED_MODUL
 from modeling_gated.training import gate_peft_config
 from tests.helpers.close_tensors import assert_close
 from tests.helpers.gated_models import SIZES, gated_model
-from tests.helpers.isolated_process import isolated
 from tests.helpers.peft_names import gate_names, unwrapped
+from tests.helpers.processes import run_isolated
 
 
 TOKENS = torch.arange(1, 41)[None]
@@ -128,23 +128,6 @@ def test_a_loaded_adapter_is_the_saved_one(kind: str, way: str, trained: Trained
     assert_close(logits_of(model), trained.logits[kind, 0])
 
 
-MERGED = """
-import sys
-from pathlib import Path
-sys.modules["modeling_gated"] = None  # any import of the package fails
-import torch
-from transformers import AutoModelForCausalLM
-
-results = {}
-for directory in sorted(Path(sys.argv[1]).iterdir()):
-    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    with torch.no_grad():
-        results[directory.name] = model(torch.arange(1, 41)[None]).logits
-torch.save(results, sys.argv[2])
-"""
-
-
 def test_merged_models_keep_their_gates_and_load_without_the_package(trained: Trained, tmp_path: Path) -> None:
     for kind in KINDS:
         merged = trained.loaded(kind).merge_and_unload()
@@ -158,7 +141,7 @@ def test_merged_models_keep_their_gates_and_load_without_the_package(trained: Tr
         assert {file.name for file in path.glob("*.py")} == CARRIED_MODULES.keys()
         auto_map = json.loads((path / "config.json").read_text())["auto_map"]
         assert auto_map["AutoModelForCausalLM"] == "modeling_gated_llama.GatedLlamaForCausalLM"
-    finished = isolated(MERGED, tmp_path / "merged", tmp_path / "logits")
+    finished = run_isolated("logits_of_checkpoints.py", tmp_path / "merged", tmp_path / "logits")
     assert finished.returncode == 0, finished.stderr
     logits = torch.load(tmp_path / "logits")
     assert logits.keys() == KINDS.keys()

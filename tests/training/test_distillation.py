@@ -18,11 +18,8 @@ from tests.helpers.largest_tensor import Largest
 from tests.helpers.source_models import randomize
 
 
-LLAMA_SIZES = {name: value for name, value in SIZES.items() if name != "pad_token_id"}
-
-
 def source(**options: Any) -> LlamaForCausalLM:
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA_SIZES | options))
+    model = LlamaForCausalLM(LlamaConfig(**SIZES | {"pad_token_id": None} | options))
     randomize(model)
     return model.eval()
 

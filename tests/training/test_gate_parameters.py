@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import LlamaForCausalLM, Trainer
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.gate_names import is_gate
 from modeling_gated.training import gate_param_groups, gate_peft_config
 from tests.helpers.gated_models import SIZES, gated_model
+from tests.helpers.tiny_configs import tiny_llama
 
 
 @pytest.mark.fast
@@ -141,8 +142,7 @@ def test_a_gate_learning_rate_without_a_gate_to_train_is_an_error() -> None:
 
 
 def test_an_ungated_model_has_no_gate_learning_rate() -> None:
-    sizes = {key: value for key, value in SIZES.items() if key != "pad_token_id"}
-    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    model = LlamaForCausalLM(tiny_llama())
     with pytest.raises(ValueError, match=r"gate_lr=0\.001.*it has no g_"):
         gate_param_groups(model, lr=1e-4, gate_lr=1e-3)
     decayed, others = gate_param_groups(model, lr=1e-4, weight_decay=0.1)

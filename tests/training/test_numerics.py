@@ -10,12 +10,13 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.training import gate_param_groups, keep_float32_states
 from tests.helpers.gated_models import SIZES, gated_model
-from tests.helpers.isolated_process import isolated
+from tests.helpers.processes import run_isolated
+from tests.helpers.tiny_configs import tiny_llama
 
 
 MODES = ["float32", "bfloat16 autocast", "bfloat16, float32 gates", "bfloat16, float32 states", "bfloat16"]
@@ -25,14 +26,7 @@ VOCABULARY = 16
 
 def new_model(mode: str, gate_init: float) -> GatedLlamaForCausalLM:
     torch.manual_seed(0)
-    source = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    source = tiny_llama(vocab_size=VOCABULARY, intermediate_size=64)
     config = GatedLlamaConfig.from_source_config(source, gate_init=gate_init)
     if mode in ("float32", "bfloat16 autocast"):
         return GatedLlamaForCausalLM(config)
@@ -215,29 +209,13 @@ def test_other_gate_dtypes_are_errors(value: Any, tmp_path: Path) -> None:
     assert str(value) in str(caught.value)
 
 
-CARRIED = """
-import sys
-sys.modules["modeling_gated"] = None  # any import of the package fails
-import torch
-from transformers import AutoModelForCausalLM
-
-options = {"trust_remote_code": True, "dtype": torch.bfloat16}
-results = []
-for path, more in ((sys.argv[1], {"gate_dtype": "float32"}), (sys.argv[2], {})):
-    model = AutoModelForCausalLM.from_pretrained(path, **options, **more)
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    results.append(model.state_dict())
-torch.save(results, sys.argv[3])
-"""
-
-
 def test_float32_gates_without_the_package(tmp_path: Path) -> None:
     model_of("all positions", torch.float32).save_pretrained(tmp_path / "float32")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", **FLOAT32_GATES)
     model.save_pretrained(tmp_path / "saved")
     assert AutoConfig.from_pretrained(tmp_path / "saved").gate_dtype == "float32"
     paths = [tmp_path / name for name in ("float32", "saved", "weights")]
-    finished = isolated(CARRIED, *paths)
+    finished = run_isolated("load_gate_dtypes.py", *paths)
     assert finished.returncode == 0, finished.stderr
     for found in torch.load(paths[-1]):
         assert found.keys() == model.state_dict().keys()

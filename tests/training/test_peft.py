@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -36,44 +34,16 @@ from modeling_gated.peft_additions import add_default_target_modules
 from modeling_gated.training import gate_peft_config
 from tests.helpers.gated_models import SIZES, gated_model
 from tests.helpers.peft_names import gate_names, unwrapped
+from tests.helpers.processes import run_program
 
 
 TOKENS = torch.arange(1, 41)[None]
 ALL_POSITIONS = ["G1", "G2", "G3", "G4", "G5"]
 
-TABLES = """
-import json
-import sys
-
-def is_imported(package):
-    return package in {name.partition(".")[0] for name in sys.modules}
-
-def tables():
-    return {name: table for name, table in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO_")}
-
-def found():
-    return {name: [table["llama"], table.get("gated_llama")] for name, table in tables().items() if "llama" in table}
-
-import modeling_gated
-assert not is_imported("peft")
-from peft.utils import constants
-results = [found()]
-
-for name in [name for name in sys.modules if name.partition(".")[0] == "modeling_gated"]:
-    del sys.modules[name]
-assert not is_imported("modeling_gated")
-for table in tables().values():
-    if "llama" in table:
-        del table["gated_llama"]
-constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING["gated_llama"] = ["kept"]
-import modeling_gated
-print(json.dumps([*results, found()]))
-"""
-
 
 def test_peft_s_tables_have_the_model() -> None:
     """Whichever of the two packages is imported first."""
-    finished = subprocess.run([sys.executable, "-c", TABLES], capture_output=True, text=True)
+    finished = run_program("peft_tables.py")
     assert finished.returncode == 0, finished.stderr
     package_first, peft_first = json.loads(finished.stdout.splitlines()[-1])
     assert len(package_first) > 5
@@ -114,8 +84,7 @@ def test_only_tables_of_models_that_have_llama_are_added_to() -> None:
 
 @pytest.mark.parametrize("make", [LoraConfig, IA3Config])
 def test_peft_targets_what_it_targets_in_llama(make: Callable[[], PeftConfig]) -> None:
-    sizes = {name: value for name, value in SIZES.items() if name != "pad_token_id"}
-    models = [gated_model(), LlamaForCausalLM(LlamaConfig(**sizes))]
+    models = [gated_model(), LlamaForCausalLM(LlamaConfig(**SIZES))]
     gated, llama = (trainable(get_peft_model(model, make())) for model in models)
     assert gated == llama
 

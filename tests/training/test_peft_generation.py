@@ -22,10 +22,11 @@ from peft import (
     ShadowConfig,
     get_peft_model,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from tests.helpers.cache_by_version import NAME
 from tests.helpers.gated_models import gated_model
+from tests.helpers.tiny_configs import tiny_llama
 
 
 PROMPT_LEARNING: dict[str, dict[str, Any]] = {
@@ -86,7 +87,7 @@ def test_prompt_learning_is_right_or_refused(method: str) -> None:
 
 def test_shadow_models_are_copied_and_switched_off() -> None:
     """Gated or not. Without the adapter there is nothing to refuse."""
-    config = LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+    config = tiny_llama(pad_token_id=0)
     for base in (LlamaForCausalLM(config), gated_model()):
         expected = base.generate(IDS, attention_mask=torch.ones_like(IDS), **GREEDY)
         model = get_peft_model(base, ShadowConfig(task_type="CAUSAL_LM", shadow_alpha=1.0)).eval()
@@ -98,7 +99,7 @@ def test_shadow_models_are_copied_and_switched_off() -> None:
 
 def test_models_of_others_are_left_alone() -> None:
     """PEFT's fault with them is not ours to report."""
-    config = LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+    config = tiny_llama(pad_token_id=0)
     model = get_peft_model(LlamaForCausalLM(config), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     assert generated(model.eval()).shape == (1, 15)
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gated.absorption.edit.sinks import SinkDirection
 from modeling_gated.absorption.settings import AbsorptionSettings
-from modeling_gated.absorption.texts import Text, TrainingWindows, spread_windows
+from modeling_gated.absorption.texts import Text, TrainingWindows
 from modeling_gated.errors import AbsorptionError
+from modeling_gated.evaluation.windows import spread_windows
 from modeling_gated.gate_names import is_gate
 from modeling_gated.training import gate_param_groups
 from modeling_gated.training.loop import Evaluation, Run, Stage, train

@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_gated.checkpoints.tokenization import check_token_ids, text_token_ids
 from modeling_gated.defaults import INSPECTED_WINDOW_TOKENS, INSPECTED_WINDOWS, INTERVENTIONS
 from modeling_gated.errors import InspectionError, UnknownAttention
-from modeling_gated.evaluation.text import beginning, windows_of
+from modeling_gated.evaluation.text import beginning
+from modeling_gated.evaluation.windows import mean_loss, spread_windows
 from modeling_gated.inspection.interventions.named import Intervention
 from modeling_gated.inspection.meters.activation_meters import LayerActivations, MassiveActivations, QuantizationError
 from modeling_gated.inspection.meters.attention_meters import (
@@ -34,7 +34,6 @@ from modeling_gated.inspection.watching.meter import Meter
 FORMAT = 1
 EPSILON = 0.3
 SHORT_WINDOW = 64  # the length at which Gu et al. take the sink rate
-_LOGITS = 1024  # tokens whose logits are float32 at a time
 
 Numbers = list[float | None]
 
@@ -244,23 +243,14 @@ def _cut(
             f"{text_name} has {len(input_ids)} tokens, so that {count} of {windows} windows were taken, of {length} "
             f"of {window_tokens} tokens"
         )
-    return windows_of(input_ids, tokenizer, length, count), len(input_ids), notes
+    return spread_windows(input_ids, length, count, beginning(tokenizer)), len(input_ids), notes
 
 
 @torch.no_grad()
 def _loss(model: PreTrainedModel, windows: list[torch.Tensor], bar: tqdm, meters: list[Meter]) -> float:
     """Mean loss in nats per token of all windows, one at a time."""
-    total, predicted = 0.0, 0
     with inspecting(model, *meters) if meters else nullcontext():
-        for window in windows:
-            input_ids = window[None].to(input_device(model))
-            logits = model(input_ids, use_cache=False).logits[0, :-1]
-            labels = input_ids[0, 1:].to(logits.device)
-            for some, own in zip(logits.split(_LOGITS), labels.split(_LOGITS), strict=True):
-                total += functional.cross_entropy(some.float(), own, reduction="sum").item()
-            predicted += len(labels)
-            bar.update()
-    return total / predicted
+        return mean_loss(model, [window.to(input_device(model)) for window in windows], advance=bar.update)
 
 
 class _Meters:

@@ -1,7 +1,7 @@
 """
 Runs a script as one process of several that shard a model on CPUs. Accelerate has FSDP on accelerators alone.
 
-    torchrun --standalone --nproc_per_node 2 tests/helpers/fsdp_on_cpu.py SCRIPT [FLAGS ...]
+    torchrun --standalone --nproc_per_node 2 tests/programs/fsdp_on_cpu.py SCRIPT [FLAGS ...]
 """
 
 import runpy
