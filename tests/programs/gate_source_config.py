@@ -2,12 +2,13 @@
 
 import json
 import sys
+from typing import Any
 
 from transformers import LlamaConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
-config_class = get_class_from_dynamic_module("modeling_gated_llama.GatedLlamaConfig", sys.argv[1])
+config_class: Any = get_class_from_dynamic_module("modeling_gated_llama.GatedLlamaConfig", sys.argv[1])
 try:
     config_class.from_source_config(LlamaConfig())
 except ModuleNotFoundError as error:
