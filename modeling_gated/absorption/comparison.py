@@ -15,7 +15,7 @@ from modeling_gated.evaluation.text import beginning
 from modeling_gated.evaluation.windows import mean_loss, spread_windows
 from modeling_gated.inspection import FirstTokenAttention, MassiveActivations, QuantizationError, SinkRate, inspecting
 from modeling_gated.inspection.interventions.named import Intervention
-from modeling_gated.inspection.report.report import mean_of, numbers
+from modeling_gated.inspection.numbers import mean_of, numbers
 from modeling_gated.inspection.watching.inspecting import input_device
 
 from .texts import Text, special_start

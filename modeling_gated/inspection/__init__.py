@@ -6,6 +6,7 @@ from .callback import InspectionCallback
 from .interventions.gates import closed_gates, forced_gates, open_gates, shuffled_gates
 from .interventions.masking import masked_first_token, windowed_attention
 from .interventions.rounding import int8_activations, int8_weights
+from .meters import REPORT_METERS
 from .meters.activation_meters import (
     Activation,
     HiddenMaxima,
@@ -19,6 +20,7 @@ from .meters.attention_meters import (
     EffectiveRank,
     FirstTokenAttention,
     KeyValueNorms,
+    ShortSinkRate,
     SinkNorms,
     SinkRate,
     SinkRates,
@@ -27,11 +29,12 @@ from .meters.gate_meters import GateDrift, GateScores, GateStatistics
 from .report.report import ModelReport, inspect_model
 from .watching.attention_rows import AttentionRows
 from .watching.inspecting import inspecting
-from .watching.meter import Meter
+from .watching.meter import Meter, SummaryRow
 from .watching.tokens import Tokens
 
 
 __all__ = [
+    "REPORT_METERS",
     "Activation",
     "AttentionEntropy",
     "AttentionRows",
@@ -50,9 +53,11 @@ __all__ = [
     "Meter",
     "ModelReport",
     "QuantizationError",
+    "ShortSinkRate",
     "SinkNorms",
     "SinkRate",
     "SinkRates",
+    "SummaryRow",
     "Tokens",
     "UnknownAttention",
     "closed_gates",

@@ -1,6 +1,7 @@
 """Reports: their numbers, report.json as its schema has it, the page in a browser, and the command."""
 
 import copy
+import dataclasses
 import html
 import json
 import re
@@ -18,7 +19,9 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     MambaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen3NextConfig,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -28,10 +31,21 @@ from typer.testing import CliRunner, Result
 from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 from modeling_gated.cli import app
 from modeling_gated.errors import TokenizerError
-from modeling_gated.inspection import FirstTokenAttention, InspectionError, ModelReport, inspect_model, inspecting
-from modeling_gated.inspection.report.page import as_json, as_page
+from modeling_gated.inspection import (
+    REPORT_METERS,
+    FirstTokenAttention,
+    InspectionError,
+    Meter,
+    ModelReport,
+    QuantizationError,
+    SummaryRow,
+    Tokens,
+    inspect_model,
+    inspecting,
+)
+from modeling_gated.inspection.numbers import mean_of
+from modeling_gated.inspection.report.page import as_json, as_page, rows_of
 from modeling_gated.inspection.report.pictures import PICTURES
-from modeling_gated.inspection.report.report import mean_of
 from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.gated_models import SIZES as GATED_SIZES
 from tests.helpers.gated_models import gated_model
@@ -39,7 +53,7 @@ from tests.helpers.tiny_configs import tiny_llama
 
 
 TEXT = "Attention sinks are tokens that get attention for nothing. " * 12
-SCHEMA = json.loads(files("modeling_gated.inspection.report").joinpath("report.schema.json").read_text())
+SCHEMA = json.loads(files("modeling_gated.inspection").joinpath("report.schema.json").read_text())
 SIZES = {"vocab_size": 258, "max_position_embeddings": 512}
 
 
@@ -113,9 +127,61 @@ def test_report_json_is_as_its_schema_has_it(which: str, gated: ModelReport, mam
     jsonschema.validate(content, SCHEMA)
     assert content["format"] == 1
     spoiled = copy.deepcopy(content)
-    spoiled["models"][0]["more"] = 1
+    spoiled["models"][0]["int8_error"]["more"] = 1
     with pytest.raises(jsonschema.ValidationError, match="'more' was unexpected"):
         jsonschema.validate(spoiled, SCHEMA)
+    described = SCHEMA["$defs"]["model"]["properties"]
+    for model in content["models"]:
+        assert model.keys() == described.keys()
+        assert model["summary"].keys() == described["summary"]["properties"].keys()
+
+
+class TokenCount(Meter):
+    """A meter of someone else's: how many tokens each layer was given."""
+
+    report_name = "token_count"
+    summary_rows = (SummaryRow("tokens_seen", "tokens seen", "by the last layer", "{:.0f}"),)
+
+    def start(self, layers: int) -> None:
+        self._counts = [0] * layers
+
+    def hidden_states(self, layer: int, hidden_states: torch.Tensor, tokens: Tokens) -> None:
+        if 0 <= layer < len(self._counts):
+            self._counts[layer] += int(tokens.current.sum())
+
+    def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        return self._counts
+
+    @staticmethod
+    def summary(entry: list[int], config: PreTrainedConfig) -> dict[str, float | None]:
+        return {"tokens_seen": entry[-1]}
+
+
+def test_a_meter_brings_its_entry_and_its_row() -> None:
+    """One class is enough for report.json, the page and the command's table."""
+    model = gated_model(**SIZES)
+    report = report_of(model, meters=[*REPORT_METERS, TokenCount], interventions=[])
+    assert report.token_count == [240, 240, 240]
+    content = json.loads(as_json([report]))
+    jsonschema.validate(content, SCHEMA)
+    assert content["models"][0]["token_count"] == [240, 240, 240]
+    assert content["models"][0]["summary"]["tokens_seen"] == 240
+    assert ("tokens seen", ["240"]) in [(row.label, values) for row, values in rows_of([report])]
+    assert re.search(r"<td>tokens seen<small>by the last layer</small></td>\n<td>240</td>", as_page([report]))
+    # Next to a report without it.
+    without = report_of(model, interventions=[])
+    assert ("tokens seen", ["240", "-"]) in [(row.label, values) for row, values in rows_of([report, without])]
+    with pytest.raises(AttributeError, match="token_count: is no field of the report"):
+        _ = without.token_count
+
+
+@pytest.mark.parametrize("name", ["", "loss", "entries", "as_dict", "int8_error", "two words"])
+def test_a_meter_s_name_is_its_own(name: str) -> None:
+    class Named(TokenCount):
+        report_name = name
+
+    with pytest.raises(ValueError, match=f"Named.report_name={name!r}: must be a name that nothing else"):
+        report_of(gated_model(**SIZES), meters=[QuantizationError, Named])
 
 
 def test_attention_that_cannot_be_seen_is_a_note(mamba: ModelReport) -> None:
@@ -144,10 +210,9 @@ def test_the_page_has_every_picture_and_number(gated: ModelReport, mamba: ModelR
 
 
 def test_names_and_tokens_are_text_in_the_page(gated: ModelReport) -> None:
-    changed = json.loads(json.dumps(gated.__dict__, default=lambda change: change.__dict__))
-    changed |= {"name": "<script>alert(1)</script>", "interventions": gated.interventions}
-    changed["hidden_states"]["layers"][0]["top"][0]["token"] = "</code><b onload='x'>\n\"&"
-    page = as_page([ModelReport(**changed)])
+    entries = copy.deepcopy(gated.entries)
+    entries["hidden_states"]["layers"][0]["top"][0]["token"] = "</code><b onload='x'>\n\"&"
+    page = as_page([dataclasses.replace(gated, name="<script>alert(1)</script>", entries=entries)])
     assert "<script" not in page
     assert "<b onload" not in page
     assert "&lt;script&gt;alert(1)" in page

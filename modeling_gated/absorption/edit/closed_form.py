@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from modeling_gated.inspection.report.report import numbers
+from modeling_gated.inspection.numbers import numbers
 
 from .gate_fit import fit_gates
 from .layer_states import LayerStates

@@ -1,12 +1,15 @@
 """Meters of how large activations are, and of what that costs."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_gated.errors import InspectionError
-from modeling_gated.inspection.watching.meter import LayerMeans, Meter
+from modeling_gated.inspection.numbers import Numbers, mean_of, numbers
+from modeling_gated.inspection.watching.meter import LayerMeans, Meter, SummaryRow
 from modeling_gated.inspection.watching.tokens import Tokens
 
 
@@ -56,6 +59,17 @@ class HiddenMaxima:
 class MassiveActivations(Meter):
     """The largest |hidden state| of each layer, with channel and token (Sun et al., arXiv 2402.17762)."""
 
+    report_name = "hidden_states"
+    summary_rows = (
+        SummaryRow(
+            "massive_activation",
+            "massive activation",
+            "M-Act: the largest |hidden| of a layer, mean over layers",
+            "{:,.0f}",
+        ),
+        SummaryRow("hidden_state_maximum", "largest |hidden|", "of all layers", "{:,.0f}"),
+    )
+
     def __init__(self, top: int = 3) -> None:
         self.top = top
 
@@ -73,7 +87,7 @@ class MassiveActivations(Meter):
         rows = magnitudes.amax(-1).topk(min(self.top, len(states))).indices
         largest = magnitudes[rows].flatten().topk(self.top).indices
         self._top[layer] += list(self._activations(states[rows], where[rows], largest, tokens))
-        self._top[layer] = sorted(self._top[layer], key=lambda found: -abs(found.value))[: self.top]
+        self._top[layer] = sorted(self._top[layer], key=lambda activation: -abs(activation.value))[: self.top]
         # One row more than there are layers, and the embeddings first.
         sample = magnitudes[:: len(magnitudes) // _MEDIAN_TOKENS + 1]
         self._medians.add(layer + 1, sample.median().reshape(1), 1)
@@ -102,6 +116,25 @@ class MassiveActivations(Meter):
         )
         return HiddenMaxima(embeddings, tuple(layers), final)
 
+    def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        maxima = self.result()
+        return {
+            "embeddings": _activations_entry(maxima.embeddings, tokenizer),
+            "layers": [_activations_entry(layer, tokenizer) for layer in maxima.layers],
+            "final": _activations_entry(maxima.final, tokenizer),
+        }
+
+    @staticmethod
+    def summary(entry: dict[str, Any], config: PreTrainedConfig) -> dict[str, float | None]:
+        maxima = [layer["maximum"] for layer in entry["layers"]]
+        return {"massive_activation": mean_of(maxima), "hidden_state_maximum": max(maxima)}
+
+
+def _activations_entry(layer: LayerActivations, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    # Ids are there, as the windows are given by them.
+    top = [asdict(activation) | {"token": str(tokenizer.decode(activation.token_id or 0))} for activation in layer.top]
+    return {"maximum": layer.maximum, "median": layer.median, "top": top}
+
 
 @dataclass(frozen=True)
 class Int8Errors:
@@ -118,6 +151,13 @@ class QuantizationError(Meter):
     other numbers coarse, or over a token.
     """
 
+    report_name = "int8_error"
+    summary_rows = (
+        SummaryRow(
+            "int8_error_per_tensor", "int8 error", "share of a hidden state lost, one scale for a window", "{:.3f}"
+        ),
+    )
+
     def start(self, layers: int) -> None:
         self._layers, self._tensor, self._token = layers, LayerMeans(), LayerMeans()
 
@@ -133,6 +173,13 @@ class QuantizationError(Meter):
 
     def result(self) -> Int8Errors:
         return Int8Errors(self._tensor.result(self._layers).flatten(), self._token.result(self._layers).flatten())
+
+    def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Numbers]:
+        return {scale: numbers(errors) for scale, errors in vars(self.result()).items()}
+
+    @staticmethod
+    def summary(entry: dict[str, Numbers], config: PreTrainedConfig) -> dict[str, float | None]:
+        return {f"int8_error_{scale}": mean_of(errors) for scale, errors in entry.items()}
 
 
 def _relative_errors(states: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,15 @@
 """Meters of where attention goes, and of what lies there."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from modeling_gated.errors import InspectionError
+from modeling_gated.inspection.numbers import Numbers, mean_of, numbers
 from modeling_gated.inspection.watching.attention_rows import AttentionRows
-from modeling_gated.inspection.watching.meter import LayerMeans, Meter, by_layer
+from modeling_gated.inspection.watching.meter import LayerMeans, Meter, SummaryRow, by_layer
 from modeling_gated.inspection.watching.tokens import Tokens
 
 
@@ -17,16 +20,35 @@ class FirstTokenAttention(Meter):
     but itself.
     """
 
+    report_name = "first_token_attention"
+    summary_rows = (
+        SummaryRow(
+            "first_token_attention", "first-token attention", "F-Attn: mean over queries, heads and layers", "{:.3f}"
+        ),
+        SummaryRow("first_token_attention_maximum", "highest layer", "the layer with most of it", "{:.3f}"),
+    )
+
     def start(self, layers: int) -> None:
         self._layers, self._means = layers, LayerMeans()
 
     def attention(self, rows: AttentionRows) -> None:
-        found = rows.to_first_token.index_select(-1, rows.later)
-        self._means.add(rows.layer, found.sum(-1), found.shape[-1])
+        probabilities = rows.to_first_token.index_select(-1, rows.later)
+        self._means.add(rows.layer, probabilities.sum(-1), probabilities.shape[-1])
 
     def result(self) -> torch.Tensor:
         """[layers, heads], float64; NaN in layers without attention."""
         return self._means.result(self._layers)
+
+    def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> list[Numbers]:
+        return numbers(self.result())
+
+    @staticmethod
+    def summary(entry: list[Numbers], config: PreTrainedConfig) -> dict[str, float | None]:
+        by_layer = [mean for heads in entry if (mean := mean_of(heads)) is not None]
+        return {
+            "first_token_attention": mean_of(entry),
+            "first_token_attention_maximum": max(by_layer, default=None),
+        }
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,13 @@ class SinkRate(Meter):
             can look at nothing but it.
     """
 
+    report_name = "sink_rate"
+    entry_without_attention = {}
+    summary_rows: ClassVar[tuple[SummaryRow, ...]] = (
+        SummaryRow("sink_rate", "sink rate, first token", "windows and heads where it takes more than 30 %", "{:.3f}"),
+        SummaryRow("sink_rate_other", "sink rate, any other", "where another token takes as much", "{:.3f}"),
+    )
+
     def __init__(self, epsilon: float = 0.3, tokens: int | None = None, min_queries: int = 64) -> None:
         self.epsilon, self.tokens, self.min_queries = epsilon, tokens, min_queries
 
@@ -74,8 +103,8 @@ class SinkRate(Meter):
             if missing > 0:
                 self._received = torch.nn.functional.pad(self._received, (0, missing))
             self._received[:, rows.first_key : keys] += rows.received(counted)
-            own = slice(None) if counted is None else counted
-            self._ends.append((rows.queries[own], rows.starts[own]))
+            chosen = slice(None) if counted is None else counted
+            self._ends.append((rows.queries[chosen], rows.starts[chosen]))
         if rows.is_last:
             self._finish(rows.layer, self._received)
             self._received, self._ends = None, []
@@ -85,10 +114,10 @@ class SinkRate(Meter):
             return
         queries, starts = (torch.cat(parts) for parts in zip(*self._ends, strict=True))
         for start in starts.unique().tolist():
-            own = queries[starts == start]
-            if len(own) < 2:
+            of_sequence = queries[starts == start]
+            if len(of_sequence) < 2:
                 continue
-            end = int(own.max()) + 1
+            end = int(of_sequence.max()) + 1
             seen_by = torch.arange(end - start, 0, -1, device=received.device)
             importance = received[:, start:end] / seen_by
             self._first.add(layer, importance[:, 0] > self.epsilon, 1)
@@ -101,6 +130,33 @@ class SinkRate(Meter):
         sequences = max(self._sequences.values(), default=0)
         return SinkRates(self._first.result(self._layers), self._other.result(self._layers), sequences)
 
+    def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        settings = {"epsilon": self.epsilon, "tokens": self.tokens, "min_queries": self.min_queries}
+        rates = self.result()
+        return settings | {
+            "sequences": rates.sequences,
+            "first": numbers(rates.first),
+            "other": numbers(rates.other),
+        }
+
+    @staticmethod
+    def summary(entry: dict[str, Any], config: PreTrainedConfig) -> dict[str, float | None]:
+        return {"sink_rate": mean_of(entry.get("first")), "sink_rate_other": mean_of(entry.get("other"))}
+
+
+class ShortSinkRate(SinkRate):
+    """The sink rate at the length at which Gu et al. take it: over each sequence's first 64 tokens."""
+
+    report_name = "sink_rate_short"
+    summary_rows = ()
+
+    def __init__(self) -> None:
+        super().__init__(tokens=64)
+
+    @staticmethod
+    def summary(entry: dict[str, Any], config: PreTrainedConfig) -> dict[str, float | None]:
+        return {"sink_rate_short": mean_of(entry.get("first"))}
+
 
 class AttentionEntropy(Meter):
     """
@@ -108,16 +164,30 @@ class AttentionEntropy(Meter):
     one token has entropy 0, even attention to n tokens log(n).
     """
 
+    report_name = "attention_entropy"
+    summary_rows = (
+        SummaryRow(
+            "attention_entropy", "entropy of attention", "nats; low where attention goes to few tokens", "{:.2f}"
+        ),
+    )
+
     def start(self, layers: int) -> None:
         self._layers, self._means = layers, LayerMeans()
 
     def attention(self, rows: AttentionRows) -> None:
-        found = rows.entropy().index_select(-1, rows.later)
-        self._means.add(rows.layer, found.sum(-1), found.shape[-1])
+        entropies = rows.entropy().index_select(-1, rows.later)
+        self._means.add(rows.layer, entropies.sum(-1), entropies.shape[-1])
 
     def result(self) -> torch.Tensor:
         """[layers, heads], float64; NaN in layers without attention."""
         return self._means.result(self._layers)
+
+    def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> list[Numbers]:
+        return numbers(self.result())
+
+    @staticmethod
+    def summary(entry: list[Numbers], config: PreTrainedConfig) -> dict[str, float | None]:
+        return {"attention_entropy": mean_of(entry)}
 
 
 @dataclass(frozen=True)
@@ -136,6 +206,9 @@ class SinkNorms:
 class KeyValueNorms(Meter):
     """How long keys and values are: those of the first token of each sequence, where a sink is, and the others."""
 
+    report_name = "key_value_norms"
+    entry_without_attention = {}
+
     _KINDS = ("first_key", "other_keys", "first_value", "other_values")
 
     def start(self, layers: int) -> None:
@@ -146,11 +219,14 @@ class KeyValueNorms(Meter):
         chosen = (tokens.first, tokens.current & ~tokens.first) * 2
         for kind, states, mask in zip(self._KINDS, (keys, keys, values, values), chosen, strict=True):
             norms = torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32)
-            found = norms.transpose(1, 2)[mask]  # [tokens, key-value heads]
-            self._means[kind].add(layer, found.sum(0), len(found))
+            norms = norms.transpose(1, 2)[mask]  # [tokens, key-value heads]
+            self._means[kind].add(layer, norms.sum(0), len(norms))
 
     def result(self) -> SinkNorms:
         return SinkNorms(**{kind: means.result(self._layers) for kind, means in self._means.items()})
+
+    def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Numbers]]:
+        return {kind: numbers(norms) for kind, norms in vars(self.result()).items()}
 
 
 class EffectiveRank(Meter):
@@ -159,6 +235,9 @@ class EffectiveRank(Meter):
     nats, of the singular values of [tokens, head_dim], divided by their sum (Roy and Vetterli 2007). Between 1 and
     head_dim. From Gram matrices in float64, so that memory does not grow with the tokens.
     """
+
+    report_name = "effective_rank"
+    summary_rows = (SummaryRow("effective_rank", "effective rank", "directions that a head's output uses", "{:.1f}"),)
 
     def start(self, layers: int) -> None:
         self._layers: int = layers
@@ -173,6 +252,13 @@ class EffectiveRank(Meter):
     def result(self) -> torch.Tensor:
         """[layers, heads], float64; NaN in layers without attention, 0 where all outputs are 0."""
         return by_layer({layer: _effective_rank(gram) for layer, gram in self._grams.items()}, self._layers)
+
+    def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> list[Numbers]:
+        return numbers(self.result())
+
+    @staticmethod
+    def summary(entry: list[Numbers], config: PreTrainedConfig) -> dict[str, float | None]:
+        return {"effective_rank": mean_of(entry)}
 
 
 def _effective_rank(grams: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,13 @@
 """Meters of what gates do."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from modeling_gated.inspection.watching.meter import LayerMeans, Meter
+from modeling_gated.inspection.numbers import mean_of, numbers
+from modeling_gated.inspection.watching.meter import LayerMeans, Meter, SummaryRow
 from modeling_gated.inspection.watching.tokens import Tokens
 
 
@@ -36,6 +39,13 @@ class GateScores(Meter):
     Table 4 and Figure 3). Gates that heads share are one head. Of models of this package; others have none here.
     """
 
+    report_name = "gates"
+    summary_rows = (
+        SummaryRow("gate_score", "gate score", "mean of the gates' activation, mostly a sigmoid", "{:.3f}"),
+        SummaryRow("gate_below", "gates below 0.1", "share of them", "{:.3f}"),
+        SummaryRow("gate_above", "gates above 0.9", "share of them", "{:.3f}"),
+    )
+
     _KINDS = ("mean", "value", "below", "above", "first_token", "other_tokens")
 
     def __init__(self, bins: int = 50) -> None:
@@ -52,7 +62,7 @@ class GateScores(Meter):
         first = tokens.first[tokens.current][:, None, None]
         everywhere = torch.ones_like(first)
         means = self._means.setdefault(position, {kind: LayerMeans() for kind in self._KINDS})
-        found = {
+        numbers_and_masks = {
             "mean": (scores, everywhere),
             "value": (values, everywhere),
             "below": ((scores < 0.1).double(), everywhere),
@@ -60,8 +70,8 @@ class GateScores(Meter):
             "first_token": (scores, first),
             "other_tokens": (scores, ~first),
         }
-        for kind, (numbers, mask) in found.items():
-            total = (numbers * mask).sum((0, 2), dtype=torch.float64)
+        for kind, (of_gates, mask) in numbers_and_masks.items():
+            total = (of_gates * mask).sum((0, 2), dtype=torch.float64)
             means[kind].add(layer, total, int(mask.sum()) * scores.shape[2])
         empty = torch.zeros(self._layers, self.bins, dtype=torch.int64)
         histogram = self._histograms.setdefault(position, empty)
@@ -79,6 +89,29 @@ class GateScores(Meter):
             )
             for position, means in self._means.items()
         }
+
+    def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, Any]]:
+        return {
+            position: {name: numbers(tensor) for name, tensor in vars(statistics).items()}
+            for position, statistics in self.result().items()
+        }
+
+    @staticmethod
+    def summary(entry: dict[str, dict[str, Any]], config: PreTrainedConfig) -> dict[str, float | None]:
+        gates = main_gates(entry)
+        # Of scores that are no sigmoid's, shares below 0.1 and above 0.9 say nothing.
+        shares = gates if "sigmoid" in getattr(config, "gate_activation", "sigmoid") else {}
+        return {
+            "gate_score": mean_of(gates.get("mean")),
+            "gate_value": mean_of(gates.get("value")),
+            "gate_below": mean_of(shares.get("below")),
+            "gate_above": mean_of(shares.get("above")),
+        }
+
+
+def main_gates(entry: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the entry's gates of the attention output, or of the first position that has some; empty without any."""
+    return entry.get("G1") or next(iter(entry.values()), {})
 
 
 class GateDrift(Meter):

@@ -4,11 +4,12 @@ import base64
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from modeling_gated.inspection.watching.meter import SummaryRow
 
 from .pictures import PICTURES
 from .report import FORMAT, ModelReport
@@ -22,48 +23,13 @@ JSON, PAGE, PICTURE_FOLDER = "report.json", "report.html", "pictures"
 _LARGEST = 4  # layers per model in the page's table
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the summary: a number of each model's, and what it is."""
-
-    key: str
-    label: str
-    explanation: str
-    style: str
-
-    def values(self, reports: Sequence[ModelReport]) -> list[str]:
-        numbers = [report.loss if self.key == "loss" else report.summary[self.key] for report in reports]
-        return ["-" if number is None else self.style.format(number) for number in numbers]
-
-
-ROWS = (
-    Row("loss", "loss", "nats per token of the text", "{:.4f}"),
-    Row("first_token_attention", "first-token attention", "F-Attn: mean over queries, heads and layers", "{:.3f}"),
-    Row("first_token_attention_maximum", "highest layer", "the layer with most of it", "{:.3f}"),
-    Row("sink_rate", "sink rate, first token", "windows and heads where it takes more than 30 %", "{:.3f}"),
-    Row("sink_rate_other", "sink rate, any other", "where another token takes as much", "{:.3f}"),
-    Row("attention_entropy", "entropy of attention", "nats; low where attention goes to few tokens", "{:.2f}"),
-    Row(
-        "massive_activation",
-        "massive activation",
-        "M-Act: the largest |hidden| of a layer, mean over layers",
-        "{:,.0f}",
-    ),
-    Row("hidden_state_maximum", "largest |hidden|", "of all layers", "{:,.0f}"),
-    Row("int8_error_per_tensor", "int8 error", "share of a hidden state lost, one scale for a window", "{:.3f}"),
-    Row("effective_rank", "effective rank", "directions that a head's output uses", "{:.1f}"),
-    Row("gate_score", "gate score", "mean of the gates' activation, mostly a sigmoid", "{:.3f}"),
-    Row("gate_below", "gates below 0.1", "share of them", "{:.3f}"),
-    Row("gate_above", "gates above 0.9", "share of them", "{:.3f}"),
-)
-
-
-def rows_of(reports: Sequence[ModelReport]) -> Iterator[tuple[Row, list[str]]]:
-    """The summary's lines that have a number for any model."""
-    for row in ROWS:
-        values = row.values(reports)
-        if any(value != "-" for value in values):
-            yield row, values
+def rows_of(reports: Sequence[ModelReport]) -> Iterator[tuple[SummaryRow, list[str]]]:
+    """Yield the summary's lines that have a number for any model, each with its number of every model."""
+    of_meters = dict.fromkeys(row for report in reports for row in report.summary_rows)
+    for row in (SummaryRow("loss", "loss", "nats per token of the text", "{:.4f}"), *of_meters):
+        numbers = [{"loss": report.loss, **report.summary}.get(row.key) for report in reports]
+        if any(number is not None for number in numbers):
+            yield row, ["-" if number is None else row.style.format(number) for number in numbers]
 
 
 def versions() -> dict[str, str]:
@@ -72,7 +38,7 @@ def versions() -> dict[str, str]:
 
 def as_json(reports: Sequence[ModelReport]) -> str:
     """The content of report.json; `report.schema.json` describes it."""
-    content = {"format": FORMAT, "versions": versions(), "models": [asdict(report) for report in reports]}
+    content = {"format": FORMAT, "versions": versions(), "models": [report.as_dict() for report in reports]}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from .report import ModelReport, main_gates, mean_of
+from modeling_gated.inspection.meters.gate_meters import main_gates
+from modeling_gated.inspection.numbers import mean_of
+
+from .report import ModelReport
 
 
 if TYPE_CHECKING:
@@ -189,8 +192,8 @@ def _matrix(rows: list[list[float | None]]) -> list[list[float]]:
 def _ratio(report: ModelReport, first: str, others: str) -> list[float | None]:
     norms = report.key_value_norms
     pairs = zip(norms.get(first, ()), norms.get(others, ()), strict=True)
-    means = [(mean_of(one), mean_of(other)) for one, other in pairs]
-    return [one / other if one is not None and other else None for one, other in means]
+    means = [(mean_of(of_first), mean_of(of_others)) for of_first, of_others in pairs]
+    return [of_first / of_others if of_first is not None and of_others else None for of_first, of_others in means]
 
 
 PICTURES = (

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,25 +17,14 @@ from modeling_gated.errors import InspectionError, UnknownAttention
 from modeling_gated.evaluation.text import beginning
 from modeling_gated.evaluation.windows import mean_loss, spread_windows
 from modeling_gated.inspection.interventions.named import Intervention
-from modeling_gated.inspection.meters.activation_meters import LayerActivations, MassiveActivations, QuantizationError
-from modeling_gated.inspection.meters.attention_meters import (
-    AttentionEntropy,
-    EffectiveRank,
-    FirstTokenAttention,
-    KeyValueNorms,
-    SinkRate,
-)
-from modeling_gated.inspection.meters.gate_meters import GateScores, GateStatistics
+from modeling_gated.inspection.meters import REPORT_METERS, FirstTokenAttention
+from modeling_gated.inspection.numbers import finite_or_none
 from modeling_gated.inspection.watching.gate_hooks import gated_attentions
 from modeling_gated.inspection.watching.inspecting import decoder_layers, evaluation_mode, input_device, inspecting
-from modeling_gated.inspection.watching.meter import Meter
+from modeling_gated.inspection.watching.meter import ATTENTION, Meter, SummaryRow
 
 
 FORMAT = 1
-EPSILON = 0.3
-SHORT_WINDOW = 64  # the length at which Gu et al. take the sink rate
-
-Numbers = list[float | None]
 
 
 @dataclass(frozen=True)
@@ -50,8 +39,9 @@ class LossChange:
 @dataclass(frozen=True)
 class ModelReport:
     """
-    What `inspect_model` found. Lists of lists are [layers][heads], lists [layers]; None is what cannot be measured,
-    such as the attention of a layer without one. `report.schema.json`, beside this file, explains every field.
+    The result of `inspect_model`. A meter's entry is an attribute by its name: `report.first_token_attention`. In it
+    lists of lists are [layers][heads], lists [layers]; None is what cannot be measured, such as the attention of a
+    layer without one. `report.schema.json`, in `modeling_gated/inspection`, explains every field.
     """
 
     name: str
@@ -68,18 +58,30 @@ class ModelReport:
     window_tokens: int
     loss: float
     summary: dict[str, float | None]
-    first_token_attention: list[Numbers]
-    sink_rate: dict[str, Any]
-    sink_rate_short: dict[str, Any]
-    attention_entropy: list[Numbers]
-    hidden_states: dict[str, Any]
-    key_value_norms: dict[str, list[Numbers]]
-    effective_rank: list[Numbers]
-    int8_error: dict[str, Numbers]
-    gates: dict[str, dict[str, Any]]
+    entries: dict[str, Any]
     interventions: list[LossChange]
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    meters: tuple[type[Meter], ...] = REPORT_METERS
+
+    def __getattr__(self, name: str) -> Any:
+        entries = self.__dict__.get("entries", {})
+        if name not in entries:
+            raise AttributeError(f"{name}: is no field of the report, and no entry of its meters {list(entries)}")
+        return entries[name]
+
+    @property
+    def summary_rows(self) -> Iterator[SummaryRow]:
+        """Its meters' lines in a table of its summary."""
+        return (row for meter in self.meters for row in meter.summary_rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what report.json holds of the model, its meters' entries by their names."""
+        others = {name: getattr(self, name) for name in _FIELDS}
+        return others | {"interventions": [asdict(change) for change in self.interventions]} | self.entries
+
+
+_FIELDS = tuple(part.name for part in fields(ModelReport) if part.name not in ("entries", "meters"))
 
 
 def inspect_model(
@@ -92,6 +94,7 @@ def inspect_model(
     windows: int = INSPECTED_WINDOWS,
     window_tokens: int = INSPECTED_WINDOW_TOKENS,
     interventions: Sequence[str] = INTERVENTIONS,
+    meters: Sequence[type[Meter]] = REPORT_METERS,
     progress: bool = False,
 ) -> ModelReport:
     """
@@ -106,14 +109,17 @@ def inspect_model(
         windows: how many windows, spread evenly over the text; fewer if it has not as many.
         window_tokens: tokens of a window; fewer if the text has not as many.
         interventions: names as `Intervention.parse` takes them; those of gates are left out without gates.
+        meters: with names of their own (`report_name`), by which the report has their entries.
         progress: show a progress bar, on a terminal.
 
     Raises:
+        ValueError: if a meter's name is missing, taken by another, or that of a field of the report.
         InspectionError: if the text has less than two tokens, a setting is out of range, activations are not finite,
             or the model's layers are not found.
         TokenizerError: if the tokenizer fails, or gives ids that the model has no embeddings for.
     """
     started = time.perf_counter()
+    _check_names(meters)
     cut, text_tokens, notes = _cut(model, tokenizer, text, text_name, windows, window_tokens)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     try:
@@ -121,7 +127,7 @@ def inspect_model(
         if limit is not None and len(cut[0]) > limit:
             notes.append(f"windows of {len(cut[0])} tokens are longer than max_position_embeddings={limit}")
         with evaluation_mode(model):
-            loss, meters, changes = _measured(model, cut, chosen, notes, name if progress else None)
+            loss, entries, changes = _measured(model, tokenizer, cut, meters, chosen, notes, name if progress else None)
     except InspectionError as error:
         raise type(error)(f"{name}: {error}") from None
     except (IndexError, RuntimeError) as error:
@@ -130,7 +136,7 @@ def inspect_model(
         raise InspectionError(
             f"{name}: does not take windows of {len(cut[0])} tokens, max_position_embeddings={limit}: {error}"
         ) from None
-    parts = meters.results(tokenizer)
+    summaries = [meter.summary(entries[meter.report_name], model.config) for meter in meters]
     return ModelReport(
         name=name,
         model_type=model.config.model_type,
@@ -145,11 +151,12 @@ def inspect_model(
         windows=len(cut),
         window_tokens=len(cut[0]),
         loss=loss,
-        summary=_summary(parts, getattr(model.config, "gate_activation", "sigmoid")),
-        **parts,
+        summary={key: number for summary in summaries for key, number in summary.items()},
+        entries=entries,
         interventions=changes,
         notes=notes,
         seconds=time.perf_counter() - started,
+        meters=tuple(meters),
     )
 
 
@@ -176,36 +183,51 @@ def _chosen(model: PreTrainedModel, names: Sequence[str], notes: list[str]) -> l
     has_gates = any(gated_attentions(decoder_layers(model.get_decoder())))
     if not has_gates:
         notes.append("the model has no gates that are known here")
-    elif getattr(model.config, "gate_form", None) == "additive" and any(one.name == "open_gates" for one in chosen):
-        notes.append("open_gates was left out: additive gates are not opened by being 1")
-        chosen = [one for one in chosen if one.name != "open_gates"]
-    chosen = [one for one in chosen if has_gates or not one.needs_gates]
-    for one in chosen if has_gates else ():
-        if one.needs_gates:
-            with one.apply(model):
+    chosen = [intervention for intervention in chosen if has_gates or not intervention.needs_gates]
+    if has_gates and getattr(model.config, "gate_form", None) == "additive":
+        without = [intervention for intervention in chosen if intervention.name != "open_gates"]
+        if without != chosen:
+            notes.append("open_gates was left out: additive gates are not opened by being 1")
+        chosen = without
+    for intervention in chosen:
+        if intervention.needs_gates:
+            with intervention.apply(model):
                 pass
     return chosen
 
 
+def _check_names(meters: Sequence[type[Meter]]) -> None:
+    names = [meter.report_name for meter in meters]
+    for meter, name in zip(meters, names, strict=True):
+        if not name.isidentifier() or names.count(name) > 1 or hasattr(ModelReport, name) or name in _FIELDS:
+            raise ValueError(f"{meter.__name__}.report_name={name!r}: must be a name that nothing else in a report has")
+
+
 def _measured(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     windows: list[torch.Tensor],
+    meter_classes: Sequence[type[Meter]],
     interventions: list[Intervention],
     notes: list[str],
     title: str | None,
-) -> tuple[float, "_Meters", list[LossChange]]:
+) -> tuple[float, dict[str, Any], list[LossChange]]:
+    """Return the loss, the meters' entries by their names, and the loss under each intervention."""
     total = len(windows) * (1 + len(interventions))
     with tqdm(total=total, desc=title, unit="pass", disable=True if title is None else None) as bar:
-        meters = _Meters(with_attention=True)
+        meters = [meter_class() for meter_class in meter_classes]
+        entries = {}
         try:
-            loss = _loss(model, windows, bar, meters.all)
+            loss = _loss(model, windows, bar, meters)
         except UnknownAttention as error:
             notes.append(f"attention was not measured: {error}")
             bar.reset()
-            meters = _Meters(with_attention=False)
-            loss = _loss(model, windows, bar, meters.all)
+            entries = {meter.report_name: meter.entry_without_attention for meter in meters}
+            meters = [meter_class() for meter_class in meter_classes if not meter_class.overrides(*ATTENTION)]
+            loss = _loss(model, windows, bar, meters)
         if not math.isfinite(loss):
             raise InspectionError(f"its loss is {loss}")
+        entries |= {meter.report_name: meter.report_entry(tokenizer) for meter in meters}
         changes = []
         for intervention in interventions:
             try:
@@ -214,10 +236,11 @@ def _measured(
             except UnknownAttention as error:
                 notes.append(f"{intervention.name} was left out: {error}")
             else:
-                changes.append(LossChange(intervention.name, _number(changed), _number(changed - loss)))
-    if meters.with_attention and (without := int(meters.first_token.result().isnan().all(-1).sum())):
+                changes.append(LossChange(intervention.name, finite_or_none(changed), finite_or_none(changed - loss)))
+    heads_by_layer = entries.get(FirstTokenAttention.report_name, [])
+    if without := sum(all(number is None for number in heads) for heads in heads_by_layer):
         notes.append(f"{without} layers have no attention that is known here; hiding the first token leaves them alone")
-    return loss, meters, changes
+    return loss, entries, changes
 
 
 def _cut(
@@ -251,124 +274,3 @@ def _loss(model: PreTrainedModel, windows: list[torch.Tensor], bar: tqdm, meters
     """Mean loss in nats per token of all windows, one at a time."""
     with inspecting(model, *meters) if meters else nullcontext():
         return mean_loss(model, [window.to(input_device(model)) for window in windows], advance=bar.update)
-
-
-class _Meters:
-    """Those of a report."""
-
-    def __init__(self, with_attention: bool) -> None:
-        self.with_attention = with_attention
-        self.first_token, self.entropy = FirstTokenAttention(), AttentionEntropy()
-        self.sinks, self.short_sinks = SinkRate(EPSILON), SinkRate(EPSILON, tokens=SHORT_WINDOW)
-        self.norms, self.ranks = KeyValueNorms(), EffectiveRank()
-        self.maxima, self.int8, self.gates = MassiveActivations(), QuantizationError(), GateScores()
-
-    @property
-    def all(self) -> list[Meter]:
-        others: list[Meter] = [self.maxima, self.int8, self.gates]
-        if not self.with_attention:
-            return others
-        return [self.first_token, self.entropy, self.sinks, self.short_sinks, self.norms, self.ranks, *others]
-
-    def results(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """The fields of a `ModelReport` that are measured by meters."""
-        maxima, int8 = self.maxima.result(), self.int8.result()
-        found: dict[str, Any] = {
-            "hidden_states": {
-                "embeddings": _activations(maxima.embeddings, tokenizer),
-                "layers": [_activations(layer, tokenizer) for layer in maxima.layers],
-                "final": _activations(maxima.final, tokenizer),
-            },
-            "int8_error": {"per_tensor": numbers(int8.per_tensor), "per_token": numbers(int8.per_token)},
-            "gates": {position: _gates(found) for position, found in self.gates.result().items()},
-        }
-        if not self.with_attention:
-            empty: dict[str, Any] = {
-                name: [] for name in ("first_token_attention", "attention_entropy", "effective_rank")
-            }
-            return found | empty | {"sink_rate": {}, "sink_rate_short": {}, "key_value_norms": {}}
-        norms = self.norms.result()
-        return found | {
-            "first_token_attention": numbers(self.first_token.result()),
-            "attention_entropy": numbers(self.entropy.result()),
-            "effective_rank": numbers(self.ranks.result()),
-            "sink_rate": _sink_rate(self.sinks),
-            "sink_rate_short": _sink_rate(self.short_sinks),
-            "key_value_norms": {name: numbers(getattr(norms, name)) for name in vars(norms)},
-        }
-
-
-def main_gates(gates: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Those of the attention output, or of the first position that has some; empty without any."""
-    return gates.get("G1") or next(iter(gates.values()), {})
-
-
-def _summary(parts: dict[str, Any], gate_activation: str) -> dict[str, float | None]:
-    """One number each: means over layers and heads, but for what is called a maximum."""
-    layers = parts["hidden_states"]["layers"]
-    gates = main_gates(parts["gates"])
-    shares = gates if "sigmoid" in gate_activation else {}  # of others they say nothing
-    attention = parts["first_token_attention"]
-    by_layer = [mean for layer in attention if (mean := mean_of(layer)) is not None]
-    return {
-        "first_token_attention": mean_of(attention),
-        "first_token_attention_maximum": max(by_layer, default=None),
-        "sink_rate": mean_of(parts["sink_rate"].get("first")),
-        "sink_rate_other": mean_of(parts["sink_rate"].get("other")),
-        "sink_rate_short": mean_of(parts["sink_rate_short"].get("first")),
-        "attention_entropy": mean_of(parts["attention_entropy"]),
-        "massive_activation": mean_of([layer["maximum"] for layer in layers]),
-        "hidden_state_maximum": max(layer["maximum"] for layer in layers),
-        "effective_rank": mean_of(parts["effective_rank"]),
-        "int8_error_per_tensor": mean_of(parts["int8_error"]["per_tensor"]),
-        "int8_error_per_token": mean_of(parts["int8_error"]["per_token"]),
-        "gate_score": mean_of(gates.get("mean")),
-        "gate_value": mean_of(gates.get("value")),
-        "gate_below": mean_of(shares.get("below")),
-        "gate_above": mean_of(shares.get("above")),
-    }
-
-
-def mean_of(nested: Any) -> float | None:
-    """The mean of all numbers in lists of lists; None without any."""
-    flat = torch.tensor([number for number in _flat(nested) if number is not None], dtype=torch.float64)
-    return flat.mean().item() if len(flat) else None
-
-
-def _flat(nested: Any) -> list[Any]:
-    if isinstance(nested, list):
-        return [number for part in nested for number in _flat(part)]
-    return [nested]
-
-
-def numbers(tensor: torch.Tensor) -> Any:
-    """A tensor as lists, with None for NaN."""
-    return _without_nan(tensor.tolist())
-
-
-def _without_nan(nested: Any) -> Any:
-    return [_without_nan(part) for part in nested] if isinstance(nested, list) else _number(nested)
-
-
-def _number(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
-def _activations(layer: LayerActivations, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    # Ids are there, as the windows are given by them.
-    top = [asdict(found) | {"token": str(tokenizer.decode(found.token_id or 0))} for found in layer.top]
-    return {"maximum": layer.maximum, "median": layer.median, "top": top}
-
-
-def _sink_rate(meter: SinkRate) -> dict[str, Any]:
-    rates = meter.result()
-    settings = {"epsilon": meter.epsilon, "tokens": meter.tokens, "min_queries": meter.min_queries}
-    return settings | {
-        "sequences": rates.sequences,
-        "first": numbers(rates.first),
-        "other": numbers(rates.other),
-    }
-
-
-def _gates(found: GateStatistics) -> dict[str, Any]:
-    return {name: numbers(tensor) for name, tensor in vars(found).items()}

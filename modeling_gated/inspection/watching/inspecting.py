@@ -15,7 +15,7 @@ from modeling_gated.errors import InspectionError, UnknownAttention
 from .attention_rows import attention_rows
 from .gate_hooks import gated_attentions, gates_of_a_head, hooked
 from .masks import MaskOfOneModel, MaskRecords, RecordedMask
-from .meter import Meter
+from .meter import ATTENTION, Meter
 from .tokens import TokenWatch, watched_tokens
 
 
@@ -72,7 +72,7 @@ def inspecting(model: PreTrainedModel, *meters: Meter) -> Iterator[None]:
                     if (projection := getattr(module, "o_proj", None)) is not None:
                         hook = projection.register_forward_pre_hook(probe.projected(number, module, seen))
                         stack.callback(hook.remove)
-        needs_attention = probe.overriding("attention", "attention_inputs", "attention_output")
+        needs_attention = probe.overriding(*ATTENTION)
         if needs_attention:
             attention = probe.attention_function(decoder.config._attn_implementation)
             stack.enter_context(attention_replaced(decoder, attention, lambda base: RecordedMask(base, records)))
@@ -195,11 +195,7 @@ class _Probe:
 
     def overriding(self, *methods: str) -> tuple[Meter, ...]:
         """The meters that want to see one of these."""
-        return tuple(
-            meter
-            for meter in self.meters
-            if any(getattr(type(meter), method) is not getattr(Meter, method) for method in methods)
-        )
+        return tuple(meter for meter in self.meters if meter.overrides(*methods))
 
     def show_hidden_states(self, layer: int, states: Any, meters: tuple[Meter, ...]) -> None:
         name = {-1: "the embeddings", self.count: "the last norm's output"}.get(layer, f"layer {layer}'s output")

@@ -1,16 +1,51 @@
-"""What a meter is: something that is shown parts of a model's forward passes, and adds up what it sees."""
+"""The base of meters, which are shown parts of a model's forward passes and add up what they see."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .attention_rows import AttentionRows
 from .tokens import Tokens
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """A line in the tables that sum a report up: `key` is that of its number in the summary, `style` formats it."""
+
+    key: str
+    label: str
+    explanation: str
+    style: str
 
 
 class Meter:
     """
     The base of all meters, to be given to `inspecting`. One that is to see something overrides the method for it;
     what no meter overrides is not computed. All tensors are the model's own: to be looked at, not to be changed.
+
+    A meter for reports sets `report_name` and overrides `report_entry`, and where it has numbers for the summary
+    `summary`, with `summary_rows` for those that tables show. It is made without arguments.
     """
+
+    report_name: ClassVar[str] = ""  # of its entry in a report
+    entry_without_attention: ClassVar[Any] = []  # of a meter of attention, where attention cannot be measured
+    summary_rows: ClassVar[tuple[SummaryRow, ...]] = ()
+
+    @classmethod
+    def overrides(cls, *methods: str) -> bool:
+        """Return whether the meter is to see one of these."""
+        return any(getattr(cls, method) is not getattr(Meter, method) for method in methods)
+
+    def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Return what was measured as values that JSON can hold: lists, dicts, strings, finite numbers and None."""
+        raise NotImplementedError(f"{type(self).__name__}: has no report_entry")
+
+    @staticmethod
+    def summary(entry: Any, config: PreTrainedConfig) -> dict[str, float | None]:
+        """Return the entry's numbers for the summary, by key; None is what was not measured."""
+        return {}
 
     def start(self, layers: int) -> None:
         """Begin to measure a model of so many layers."""
@@ -38,6 +73,9 @@ class Meter:
         What a layer gives to the next one, [batch, tokens, hidden_size]. Layer -1 is the embeddings, and what comes
         out of the last norm has the number of layers.
         """
+
+
+ATTENTION = ("attention", "attention_inputs", "attention_output")  # methods of `Meter` that need an attention function
 
 
 def by_layer(found: dict[int, torch.Tensor], layers: int) -> torch.Tensor:
