@@ -188,8 +188,10 @@ def _parts(config_or_model: PreTrainedConfig | nn.Module) -> tuple[tuple[PreTrai
     first = _config_of(rotaries[0])
     assert first is not None
     # A head and the decoder under it may each have a config of their own.
-    found = (_config_of(module) for module in modules)
-    configs = {id(config): config for config in found if config is not None and config.model_type == first.model_type}
+    candidates = (_config_of(module) for module in modules)
+    configs = {
+        id(config): config for config in candidates if config is not None and config.model_type == first.model_type
+    }
     if any(id(_config_of(module)) not in configs for module in rotaries) or any(
         _fields_of(config) != _fields_of(first) for config in configs.values()
     ):
@@ -219,8 +221,8 @@ def _standardize(config: PreTrainedConfig) -> None:
     if any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_parameters={rope}: differ from layer to layer, which is not supported")
     config.standardize_rope_params()
-    if rope["rope_type"] == "default" and (others := rope.keys() - _PLAIN_FIELDS):
-        raise ValueError(f"rope_parameters={rope}: {min(others)} is not known of a plain RoPE")
+    if rope["rope_type"] == "default" and (unknown := rope.keys() - _PLAIN_FIELDS):
+        raise ValueError(f"rope_parameters={rope}: {min(unknown)} is not known of a plain RoPE")
     theta = rope["rope_theta"]
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
         raise ValueError(f"rope_parameters: rope_theta={theta!r} is no base of RoPE")
@@ -246,7 +248,7 @@ def _set_rotary_state(module: nn.Module, state: _State) -> None:
         setattr(module, name, value.to(device) if name in buffers else value)
 
 
-def _original_length(config: PreTrainedConfig, given: int | None, replace_scaling: bool) -> int:
+def _original_length(config: PreTrainedConfig, length: int | None, replace_scaling: bool) -> int:
     """The length that the RoPE without its scaling, if there is one, was made for."""
     rope = config.rope_parameters
     rope_type = rope["rope_type"]
@@ -256,7 +258,7 @@ def _original_length(config: PreTrainedConfig, given: int | None, replace_scalin
             f"rope_parameters scale positions already: rope_type={rope_type!r}, {numbers}; replace_scaling=True takes "
             "that away first"
         )
-    original = given
+    original = length
     if original is None and rope_type in ("default", "dynamic"):
         original = config.max_position_embeddings
     elif original is None and (original := rope.get("original_max_position_embeddings")) is None:

@@ -189,9 +189,9 @@ class _OneGate(nn.Module):
         self.path, self.rows, self.columns = name, gate.rows, gate.columns
         *parents, last = name.split(".")
         parent: nn.Module = self
-        for part in parents:
-            parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
+        for child in parents:
+            parent.add_module(child, nn.Module())
+            parent = parent.get_submodule(child)
         # GLoRA refuses the gates' class
         layer = GatedLlamaGate(gate.columns, gate.rows, bias=gate.bias is not None, device="cpu", dtype=torch.float32)
         nn.init.constant_(layer.weight, gate.weight)

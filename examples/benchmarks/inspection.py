@@ -67,17 +67,17 @@ def main() -> None:
     input_ids = torch.tensor([ids[: arguments.tokens]], device=device)
 
     plain: list[float] = []
-    found: dict[str, list[float]] = {name: [] for name in KINDS}
+    ratios_by_kind: dict[str, list[float]] = {name: [] for name in KINDS}
     seconds(model, input_ids, [])
     for name in tqdm(list(KINDS) * arguments.rounds, desc="passes"):
         plain.append(seconds(model, input_ids, []))
-        found[name].append(seconds(model, input_ids, [meter() for meter in KINDS[name]]) / plain[-1])
+        ratios_by_kind[name].append(seconds(model, input_ids, [meter() for meter in KINDS[name]]) / plain[-1])
 
     title = f"{input_ids.shape[1]:,} tokens, {arguments.dtype}, {device}, {torch.get_num_threads()} threads; "
     table = Table(title=title + f"without meters {statistics.median(plain):.2f} s", box=box.SIMPLE)
     for heading in ("meters", "time / without", "min - max"):
         table.add_column(heading, justify="left" if heading == "meters" else "right")
-    for name, ratios in found.items():
+    for name, ratios in ratios_by_kind.items():
         table.add_row(name, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} - {max(ratios):.2f}")
     Console(width=100).print(table)
 

@@ -57,9 +57,9 @@ def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 40
     largest, equal = 0.0, True
     with torch.no_grad():
         for batch in tqdm(text[:, :tokens].view(-1, 1, window), desc="Comparing logits"):
-            expected, found = source(batch).logits, gated(batch).logits
-            largest = max(largest, (expected - found).abs().max().item())
-            equal &= torch.equal(expected.view(torch.int16), found.view(torch.int16))
+            expected, actual = source(batch).logits, gated(batch).logits
+            largest = max(largest, (expected - actual).abs().max().item())
+            equal &= torch.equal(expected.view(torch.int16), actual.view(torch.int16))
 
     chat = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -74,11 +74,11 @@ def conversations(path: str) -> Iterator[Conversation]:
     if not path:
         for name, topic in topics.items():
             # The heading and its underline, then paragraphs.
-            parts = [part.strip() for part in topic.split("\n\n")[1:] if part.strip()]
+            paragraphs = [paragraph.strip() for paragraph in topic.split("\n\n")[1:] if paragraph.strip()]
             question = f"What does Python's language reference say about {name.replace('-', ' ')!r}?"
             yield [
                 {"role": "user", "content": question},
-                {"role": "assistant", "content": "\n\n".join(parts[:3]) or topic.strip()},
+                {"role": "assistant", "content": "\n\n".join(paragraphs[:3]) or topic.strip()},
             ]
         return
     with Path(path).open(encoding="utf-8") as file:
@@ -118,14 +118,14 @@ def paragraphs(messages: Conversation) -> set[str]:
 
 
 def held_out_answers(
-    settings: Settings, found: list[Conversation], tokenizer: PreTrainedTokenizerBase
+    settings: Settings, dialogues: list[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> list[HeldOut]:
     """The tokens of conversations, cut to the length, of which the answers' are to be predicted."""
     sequences = []
-    for messages in found:
+    for messages in dialogues:
         tokens, prompt = (
-            tokenizer.apply_chat_template(part, add_generation_prompt=generation, return_dict=True)["input_ids"]
-            for part, generation in ((messages, False), (messages[:-1], True))
+            tokenizer.apply_chat_template(turns, add_generation_prompt=generation, return_dict=True)["input_ids"]
+            for turns, generation in ((messages, False), (messages[:-1], True))
         )
         if len(prompt) < min(len(tokens), settings.length):
             sequences.append(HeldOut(torch.tensor(tokens[: settings.length]), given=len(prompt)))

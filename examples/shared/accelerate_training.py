@@ -65,8 +65,8 @@ def save_model(run: Run, module: nn.Module, name: str, attribute: str = "model")
         # Gathered tied weights are copies of each other, and saved would both be: the first name is enough.
         names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
         prefixed = {key: key.removeprefix(f"{attribute}.") for key in weights if key.startswith(f"{attribute}.")}
-        own = {new: weights[key] for key, new in prefixed.items() if new in names}
-        write_checkpoint(run, model, name, own)
+        selected = {new: weights[key] for key, new in prefixed.items() if new in names}
+        write_checkpoint(run, model, name, selected)
         shutil.rmtree(run.output / "state", ignore_errors=True)
     run.accelerator.wait_for_everyone()
 

@@ -55,8 +55,10 @@ def report(output: Path, seeds: list[int]) -> None:
 
 
 def _of_moment(runs: Runs, moment: str, name: str) -> dict[str, str]:
-    found = {kind: [run[moment][name] for run in of.values() if name in run[moment]] for kind, of in runs.items()}
-    return {kind: spread(values) if values else "" for kind, values in found.items()}
+    values_by_kind = {
+        kind: [run[moment][name] for run in of.values() if name in run[moment]] for kind, of in runs.items()
+    }
+    return {kind: spread(values) if values else "" for kind, values in values_by_kind.items()}
 
 
 def spread(values: list[float]) -> str:

@@ -97,10 +97,10 @@ def read_flags(kind: type[AnySettings], description: str, arguments: Sequence[st
     return settings
 
 
-def open_output(settings: RecipeSettings, **others: Any) -> None:
+def open_output(settings: RecipeSettings, **identity: Any) -> None:
     """Make the output's folder, or see that it was made with the same settings; more seeds may be added to it."""
     compared = {name: value for name, value in asdict(settings).items() if name not in ("output", "seeds")}
-    check_run_settings(compared | others, Path(settings.output))
+    check_run_settings(compared | identity, Path(settings.output))
 
 
 def prepare(settings: RecipeSettings) -> Models:
@@ -162,10 +162,10 @@ def measure(model: PreTrainedModel, sequences: Sequence[HeldOut]) -> dict[str, f
     with inspecting(model, first_token, gates, drift):
         loss = mean_loss(model, windows, prompts=[sequence.given for sequence in sequences])
     model.train(was_training)
-    found = {"loss": loss, "first_token_attention": first_token.result().mean().item()}
+    measurements = {"loss": loss, "first_token_attention": first_token.result().mean().item()}
     if statistics := gates.result().get("G1"):
-        found |= {"gate": statistics.value.mean().item(), "gate_drift": drift.result()}
-    return found
+        measurements |= {"gate": statistics.value.mean().item(), "gate_drift": drift.result()}
+    return measurements
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

@@ -78,16 +78,16 @@ def quality_rows(comparisons: Sequence[Comparison]) -> list[Sequence[object]]:
         head,
         *(
             (
-                one.kind,
-                f"{one.windows} x {one.window_tokens:,}",
-                one.start,
-                f"{one.original.perplexity:.2f}",
-                f"{one.edited.perplexity:.2f}",
-                f"{one.perplexity_ratio:.4f}",
-                f"{one.kl:.4f}",
-                f"{one.kl_quantiles['0.99']:.3f}",
+                comparison.kind,
+                f"{comparison.windows} x {comparison.window_tokens:,}",
+                comparison.start,
+                f"{comparison.original.perplexity:.2f}",
+                f"{comparison.edited.perplexity:.2f}",
+                f"{comparison.perplexity_ratio:.4f}",
+                f"{comparison.kl:.4f}",
+                f"{comparison.kl_quantiles['0.99']:.3f}",
             )
-            for one in comparisons
+            for comparison in comparisons
         ),
     ]
 
@@ -105,15 +105,15 @@ _SINKS: dict[str, Callable[[Measured], str]] = {
 
 def sink_rows(comparisons: Sequence[Comparison]) -> list[Sequence[object]]:
     """Sinks, activations and what interventions cost, before → after, a column for each kind; the head first."""
-    chosen = [one for one in comparisons if one.edited.interventions]
+    chosen = [comparison for comparison in comparisons if comparison.edited.interventions]
     rows = [(label, *_changes(chosen, write)) for label, write in _SINKS.items()]
-    names = dict.fromkeys(name for one in chosen for name in one.edited.interventions)
+    names = dict.fromkeys(name for comparison in chosen for name in comparison.edited.interventions)
     rows += [(f"loss, {name}", *_changes(chosen, partial(_change, name=name))) for name in names]
-    return [("before → after", *(one.kind for one in chosen)), *rows]
+    return [("before → after", *(comparison.kind for comparison in chosen)), *rows]
 
 
 def _changes(chosen: Iterable[Comparison], write: Callable[[Measured], str]) -> list[str]:
-    return [f"{write(one.original)} → {write(one.edited)}" for one in chosen]
+    return [f"{write(comparison.original)} → {write(comparison.edited)}" for comparison in chosen]
 
 
 def _change(measured: Measured, name: str) -> str:

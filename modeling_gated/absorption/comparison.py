@@ -120,7 +120,7 @@ def compare(
         progress: show a progress bar, on a terminal.
     """
     some = Windows(windows.kind, windows.start, windows.windows[:examined])
-    others = Windows(windows.kind, windows.start, windows.windows[examined:])
+    unmetered = Windows(windows.kind, windows.start, windows.windows[examined:])
     bar = tqdm(
         total=2 * (len(windows.windows) + len(some.windows) * len(interventions)),
         desc=f"measuring {windows.kind}, {windows.length} tokens, {windows.start}",
@@ -131,28 +131,28 @@ def compare(
     with bar:
         both, meters = (original, edited), (_Meters(), _Meters())
         hidden = [
-            _hidden_states(model, some, bar, own) + _hidden_states(model, others, bar, None)
-            for model, own in zip(both, meters, strict=True)
+            _hidden_states(model, some, bar, model_meters) + _hidden_states(model, unmetered, bar, None)
+            for model, model_meters in zip(both, meters, strict=True)
         ]
         divergences, losses = _token_losses(original, edited, windows, *hidden)
         del hidden
-        found = []
-        for model, own, loss in zip(both, meters, losses, strict=True):
+        measurements = []
+        for model, model_meters, loss in zip(both, meters, losses, strict=True):
             changes = {}
             for name in interventions:
                 intervention = Intervention.parse(name)
                 if not (intervention.needs_gates and model is original):
                     with intervention.apply(model):
                         changes[name] = _loss(model, some, bar) - loss[: len(some.windows)].mean().item()
-            found.append(own.result(loss.mean().item(), changes))
+            measurements.append(model_meters.result(loss.mean().item(), changes))
     quantiles = torch.quantile(divergences.flatten(), torch.tensor(QUANTILES, dtype=divergences.dtype))
     return Comparison(
         kind=windows.kind,
         start=windows.start,
         windows=len(windows.windows),
         window_tokens=windows.length,
-        original=found[0],
-        edited=found[1],
+        original=measurements[0],
+        edited=measurements[1],
         kl=divergences.mean().item(),
         kl_quantiles={f"{quantile:g}": value for quantile, value in zip(QUANTILES, quantiles.tolist(), strict=True)},
         kl_by_position=_by_position(divergences),
@@ -186,7 +186,7 @@ def prove(
     limit = original.config.max_position_embeddings
     starts: dict[str, list[int]] = {PLAIN: []} | ({SPECIAL: start} if (start := special_start(tokenizer)) else {})
     usual = SPECIAL if beginning(tokenizer) else PLAIN
-    found = []
+    comparisons = []
     short = min(512, limit)
     for length, count in ({limit: windows // 16, min(2048, limit): max(1, windows // 4)} | {short: windows}).items():
         for text in texts:
@@ -194,8 +194,8 @@ def prove(
                 cut = Windows(text.kind, name, spread_windows(text.held_out, length, count, start))
                 changes = INTERVENTIONS + GATE_INTERVENTIONS if (length, name) == (short, usual) else ()
                 if cut.windows:
-                    found.append(compare(original, edited, cut, interventions=changes, progress=progress))
-    return found
+                    comparisons.append(compare(original, edited, cut, interventions=changes, progress=progress))
+    return comparisons
 
 
 class _Meters:
@@ -221,14 +221,14 @@ class _Meters:
 @torch.no_grad()
 def _hidden_states(model: PreTrainedModel, windows: Windows, bar: tqdm, meters: _Meters | None) -> list[torch.Tensor]:
     """The last hidden states of each window, [tokens, hidden_size]."""
-    own = [] if meters is None else [meters.first_token, meters.sinks, meters.maxima, meters.int8]
-    found = []
-    with inspecting(model, *own) if own else nullcontext():
+    shown = [] if meters is None else [meters.first_token, meters.sinks, meters.maxima, meters.int8]
+    states = []
+    with inspecting(model, *shown) if shown else nullcontext():
         for window in windows.windows:
             input_ids = window[None].to(input_device(model))
-            found.append(model.base_model(input_ids, use_cache=False).last_hidden_state[0])
+            states.append(model.base_model(input_ids, use_cache=False).last_hidden_state[0])
             bar.update()
-    return found
+    return states
 
 
 @torch.no_grad()
@@ -241,12 +241,12 @@ def _token_losses(
         for labels, ours, theirs in zip(
             window[1:].split(_LOGITS), states[0][:-1].split(_LOGITS), states[1][:-1].split(_LOGITS), strict=True
         ):
-            expected, found = (
-                functional.log_softmax(model.get_output_embeddings()(part).float(), dim=-1).cpu()
-                for model, part in ((original, ours), (edited, theirs))
+            log_original, log_edited = (
+                functional.log_softmax(model.get_output_embeddings()(window_states).float(), dim=-1).cpu()
+                for model, window_states in ((original, ours), (edited, theirs))
             )
-            rows[0].append(functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1))
-            for kept, predicted in zip(rows[1:], (expected, found), strict=True):
+            rows[0].append(functional.kl_div(log_edited, log_original, reduction="none", log_target=True).sum(-1))
+            for kept, predicted in zip(rows[1:], (log_original, log_edited), strict=True):
                 kept.append(-predicted.gather(-1, labels[:, None]).squeeze(-1))
     divergences, *losses = (torch.cat(parts).double().view(len(windows.windows), -1) for parts in rows)
     return divergences, (losses[0], losses[1])
@@ -257,4 +257,4 @@ def _loss(model: PreTrainedModel, windows: Windows, bar: tqdm) -> float:
 
 
 def _by_position(values: torch.Tensor) -> list[float]:
-    return [part.mean().item() for part in values.tensor_split(8, dim=1)]
+    return [segment.mean().item() for segment in values.tensor_split(8, dim=1)]

@@ -93,8 +93,8 @@ def as_text(
         embeddings: number of the model's embeddings, below which every id must be.
     """
     training, validation, held_out = (
-        text_token_ids(tokenizer, content[part], name or f"the default text {kind}", embeddings)
-        for part in _parts(len(content))
+        text_token_ids(tokenizer, content[section], name or f"the default text {kind}", embeddings)
+        for section in _parts(len(content))
     )
     return Text(kind, training, held_out, validation)
 
@@ -102,7 +102,7 @@ def as_text(
 def sampled_text(kind: str, sequences: Sequence[list[int]]) -> Text:
     """Sampled sequences, one after the other, each in one of the three parts."""
     training, validation, held_out = (
-        [token for one in sequences[part] for token in one] for part in _parts(len(sequences))
+        [token for sequence in sequences[section] for token in sequence] for section in _parts(len(sequences))
     )
     return Text(kind, training, held_out, validation)
 
@@ -130,13 +130,13 @@ def code() -> str:
     left_out = {"site-packages", "test", "pydoc_data", "encodings", "idlelib", "__pycache__"}
     paths = [path for path in paths if left_out.isdisjoint(path.relative_to(folder).parts)]
     random.Random(0).shuffle(paths)
-    found, size = [], 0
+    sources, size = [], 0
     for path in paths:
-        found.append(path.read_text(encoding="utf-8", errors="replace"))
-        size += len(found[-1])
+        sources.append(path.read_text(encoding="utf-8", errors="replace"))
+        size += len(sources[-1])
         if size >= _CODE_CHARACTERS:
             break
-    return "\n".join(found)
+    return "\n".join(sources)
 
 
 def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -177,7 +177,9 @@ class TrainingWindows:
         if long and (batch + 1) % self.batches_per_long == 0:
             return torch.tensor([self._window(self._turn(long - 1), self._long(long - 1, length), first, seed)])
         numbers = range(first, first + count)
-        return torch.tensor([self._window(self._turn(one - long * count), length, one, seed) for one in numbers])
+        return torch.tensor(
+            [self._window(self._turn(number - long * count), length, number, seed) for number in numbers]
+        )
 
     def tokens(self, batches: int, length: int, count: int) -> int:
         """How many tokens the first batches have."""

@@ -79,26 +79,26 @@ def inspect(
             "window_tokens": length,
             "interventions": chosen,
         }
-        found: list[ModelReport] = []
+        reports: list[ModelReport] = []
         for path, name in zip(paths, names_of(models), strict=True):
             model, tokenizer = load_model(path, dtype, target)
-            found.append(inspect_model(model, tokenizer, words, name=name, progress=True, **options))
+            reports.append(inspect_model(model, tokenizer, words, name=name, progress=True, **options))
             del model  # before the next one is loaded
-        _print_summary(found)
+        _print_summary(reports)
         if report is not None:
             from modeling_gated.checkpoints.replacement import replace_file
 
-            contents = {JSON: as_json(found).encode(), PAGE: as_page(found).encode()}
+            contents = {JSON: as_json(reports).encode(), PAGE: as_page(reports).encode()}
             report.mkdir(parents=True, exist_ok=True)
             remove_pictures(report / PICTURE_FOLDER)
-            pictures = write_pictures(found, report / PICTURE_FOLDER) if png else []
+            pictures = write_pictures(reports, report / PICTURE_FOLDER) if png else []
             for name, content in contents.items():
                 replace_file(report / name, content)
             more = f", {len(pictures)} pictures in {report / PICTURE_FOLDER}" if png else ""
             typer.echo(f"written: {report / PAGE}, {report / JSON}{more}")
 
 
-def _print_summary(found: "list[ModelReport]") -> None:
+def _print_summary(reports: "list[ModelReport]") -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -107,18 +107,20 @@ def _print_summary(found: "list[ModelReport]") -> None:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for report in found:
+    for report in reports:
         table.add_column(Text(report.name), justify="right", overflow="fold")
-    for row, values in rows_of(found):
+    for row, values in rows_of(reports):
         table.add_row(row.label, *values)
-    for change in dict.fromkeys(change.name for report in found for change in report.interventions):
-        differences = [next((one for one in report.interventions if one.name == change), None) for report in found]
+    for change in dict.fromkeys(change.name for report in reports for change in report.interventions):
+        differences = [
+            next((applied for applied in report.interventions if applied.name == change), None) for report in reports
+        ]
         values = [
-            "-" if one is None else "not finite" if one.difference is None else f"{one.difference:+.4f}"
-            for one in differences
+            "-" if applied is None else "not finite" if applied.difference is None else f"{applied.difference:+.4f}"
+            for applied in differences
         ]
         table.add_row(f"loss, {change}", *values)
     Console(soft_wrap=True).print(table)
-    for report in found:
+    for report in reports:
         for note in report.notes:
             typer.echo(f"note: {report.name}: {note}", err=True)

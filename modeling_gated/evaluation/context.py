@@ -201,14 +201,14 @@ def check_settings(lengths: Sequence[int], tasks: Sequence[str], **counts: int) 
 def _losses(
     model: PreTrainedModel, windows: list[torch.Tensor], lengths: tuple[int, ...], chunk_size: int, bar: tqdm
 ) -> tuple[PositionLoss, ...]:
-    found = torch.stack(
+    losses = torch.stack(
         [loss_by_position(model, window, chunk_size=chunk_size, advance=bar.update) for window in windows]
     )
     buckets = []
     for start, end in pairwise((0, *lengths)):
-        part = found[:, max(start - 1, 0) : end - 1]  # element i is the loss of the token at position i + 1
-        mean = part.double().mean().item()
-        buckets.append(PositionLoss(max(start, 1), end, part.numel(), mean if math.isfinite(mean) else None))
+        of_range = losses[:, max(start - 1, 0) : end - 1]  # element i is the loss of the token at position i + 1
+        mean = of_range.double().mean().item()
+        buckets.append(PositionLoss(max(start, 1), end, of_range.numel(), mean if math.isfinite(mean) else None))
     return tuple(buckets)
 
 
@@ -218,12 +218,12 @@ def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
     Put a checkpoint's own generation config aside, but for the tokens that end an answer: a repetition_penalty, for
     one, would forbid the very digits that are asked for.
     """
-    own = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    settings = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id)
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = settings
 
 
 def _score(
@@ -239,7 +239,7 @@ def _score(
     chunk_size: int,
     bar: tqdm,
 ) -> TaskScore:
-    found, sizes = [], []
+    scores, sizes = [], []
     for sample in range(samples):
         generator = random.Random(f"{seed} {name} {length} {sample}")
         task = draw(name, generator, (sample + 0.5) / samples, text)
@@ -256,7 +256,7 @@ def _score(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         answer = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
-        found.append(task.score(str(answer)))
+        scores.append(task.score(str(answer)))
         sizes.append(len(prompt))
         bar.update(length)
-    return TaskScore(name, length, samples, sum(sizes) / samples, sum(found) / samples)
+    return TaskScore(name, length, samples, sum(sizes) / samples, sum(scores) / samples)

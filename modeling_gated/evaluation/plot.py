@@ -29,15 +29,15 @@ def plot_context(evaluations: Sequence[ContextEvaluation], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys(score.task for found in evaluations for score in found.scores))
-    panels = ([LOSS] if any(found.losses for found in evaluations) else []) + tasks
+    tasks = list(dict.fromkeys(score.task for evaluation in evaluations for score in evaluation.scores))
+    panels = ([LOSS] if any(evaluation.losses for evaluation in evaluations) else []) + tasks
     figure = Figure(figsize=(4.5 * len(panels), 4.2), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for number, found in enumerate(evaluations):
+        for number, evaluation in enumerate(evaluations):
             if panel == LOSS:
-                points = [(part.end, part.loss) for part in found.losses]
+                points = [(bucket.end, bucket.loss) for bucket in evaluation.losses]
             else:
-                points = [(score.length, score.score) for score in found.scores if score.task == panel]
+                points = [(score.length, score.score) for score in evaluation.scores if score.task == panel]
             lengths, values = zip(*points, strict=True)
             # Ever thinner, so that lines that lie on one another are all seen.
             style = {
@@ -45,13 +45,13 @@ def plot_context(evaluations: Sequence[ContextEvaluation], path: Path) -> None:
                 "linewidth": 4 / (number + 1),
                 "markersize": max(9 - number, 3),
             }
-            (line,) = axes.plot(lengths, values, label=found.name, **style)
-            hollow = [(length, value) for length, value in points if length in found.beyond]
+            (line,) = axes.plot(lengths, values, label=evaluation.name, **style)
+            hollow = [(length, value) for length, value in points if length in evaluation.beyond]
             if hollow:
                 style |= {"linestyle": "none", "markerfacecolor": "white", "color": line.get_color()}
                 axes.plot(*zip(*hollow, strict=True), zorder=3, **style)
         axes.set_xscale("log", base=2)
-        ticks = sorted({length for found in evaluations for length in found.lengths})
+        ticks = sorted({length for evaluation in evaluations for length in evaluation.lengths})
         axes.set_xticks(ticks, [f"{length:,}" for length in ticks], rotation=45)
         axes.minorticks_off()
         axes.set_xlabel("position, up to" if panel == LOSS else "length of the prompt, in tokens")
@@ -61,6 +61,6 @@ def plot_context(evaluations: Sequence[ContextEvaluation], path: Path) -> None:
         axes.set_title(_TITLES[panel])
         axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
-    note = ["hollow: beyond max_position_embeddings"] if any(found.beyond for found in evaluations) else []
+    note = ["hollow: beyond max_position_embeddings"] if any(evaluation.beyond for evaluation in evaluations) else []
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), title=" ".join(note) or None)
     figure.savefig(path, dpi=120)

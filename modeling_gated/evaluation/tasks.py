@@ -33,8 +33,8 @@ class Task:
         The share of `answers` that an answer holds, as words of their own: RULER's string match. What else it holds
         does not count against it.
         """
-        found = (re.search(rf"(?<![0-9A-Za-z]){re.escape(word)}(?![0-9A-Za-z])", answer) for word in self.answers)
-        return sum(match is not None for match in found) / len(self.answers)
+        matches = (re.search(rf"(?<![0-9A-Za-z]){re.escape(word)}(?![0-9A-Za-z])", answer) for word in self.answers)
+        return sum(match is not None for match in matches) / len(self.answers)
 
 
 def passkey(generator: random.Random, depth: float) -> Task:
@@ -81,10 +81,10 @@ def variable_tracking(generator: random.Random, depth: float) -> Task:
     values = _distinct(generator, 2, lambda: _number(generator))
     needles = []
     for chain, (value, start) in enumerate(zip(values, (depth, generator.random()), strict=True)):
-        own = names[5 * chain : 5 * chain + 5]
-        depths = [start, *sorted(generator.uniform(start, 1.0) for _ in own[1:])]
-        said = [value, *(f"VAR {name}" for name in own[:-1])]
-        needles += [(place, f"VAR {name} = {what}") for place, name, what in zip(depths, own, said, strict=True)]
+        variables = names[5 * chain : 5 * chain + 5]
+        depths = [start, *sorted(generator.uniform(start, 1.0) for _ in variables[1:])]
+        said = [value, *(f"VAR {name}" for name in variables[:-1])]
+        needles += [(place, f"VAR {name} = {what}") for place, name, what in zip(depths, variables, said, strict=True)]
     return Task(
         instruction="Memorize and track the chains of variable assignment hidden in the following text.",
         needles=tuple(needles),
@@ -123,8 +123,8 @@ def _letters(generator: random.Random, count: int) -> str:
 
 
 def _distinct(generator: random.Random, count: int, make: Callable[[], str]) -> list[str]:
-    found: list[str] = []
-    while len(found) < count:
-        if (word := make()) not in found:
-            found.append(word)
-    return found
+    words: list[str] = []
+    while len(words) < count:
+        if (word := make()) not in words:
+            words.append(word)
+    return words

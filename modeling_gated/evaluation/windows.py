@@ -12,10 +12,10 @@ _LOGITS = 1024  # tokens whose logits are float32 at a time
 
 def spread_windows(tokens: Sequence[int], length: int, count: int, start: Sequence[int] = ()) -> list[torch.Tensor]:
     """Return windows [length] spread evenly over tokens, each after `start`; fewer if the tokens are too few."""
-    own = length - len(start)
-    count = min(count, len(tokens) // own)
+    size = length - len(start)
+    count = min(count, len(tokens) // size)
     places = [number * (len(tokens) // count) for number in range(count)]
-    return [torch.tensor([*start, *tokens[place : place + own]]) for place in places]
+    return [torch.tensor([*start, *tokens[place : place + size]]) for place in places]
 
 
 @torch.no_grad()
@@ -39,8 +39,8 @@ def mean_loss(
     for window, prompt in zip(windows, prompts or [1] * len(windows), strict=True):
         logits = model(window[None], use_cache=False).logits[0, prompt - 1 : -1]
         labels = window[prompt:].to(logits.device)
-        for part, expected in zip(logits.split(_LOGITS), labels.split(_LOGITS), strict=True):
-            total += functional.cross_entropy(part.float(), expected, reduction="sum").item()
+        for chunk, expected in zip(logits.split(_LOGITS), labels.split(_LOGITS), strict=True):
+            total += functional.cross_entropy(chunk.float(), expected, reduction="sum").item()
         predicted += len(labels)
         advance()
     return total / predicted

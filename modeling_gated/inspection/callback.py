@@ -72,13 +72,13 @@ class InspectionCallback(TrainerCallback):
 
     def _log(self, model: Any, control: TrainerControl) -> None:
         try:
-            found = measure(model, self.input_ids, self.attention_mask)
+            measurements = measure(model, self.input_ids, self.attention_mask)
         except Exception as error:  # whatever it is, hours of training are not to end by it
             logger.warning(f"not measured: {error or type(error).__name__}")
             return
         # Logging takes it for done, and the trainer's own log of this step, with its loss, would not be written.
         should_log = control.should_log
-        self.trainer.log(found)
+        self.trainer.log(measurements)
         control.should_log = should_log
 
 
@@ -108,15 +108,15 @@ def measure(
     mask = None if attention_mask is None else attention_mask.to(device)
     with evaluation_mode(model), _uncompiled(), inspecting(inner, *meters, *([drift] if drift else [])):
         model(input_ids=input_ids.to(device), attention_mask=mask, use_cache=False)
-    found = {
+    measurements = {
         "first_token_attention": first_token.result().nanmean().item(),
         "massive_activation": maxima.result().mean_maximum,
     }
     positions = gates.result()
     if positions and drift:
         means = torch.cat([statistics.value.flatten() for statistics in positions.values()])
-        found |= {"gate_mean": means.nanmean().item(), "gate_drift": drift.result()}
-    return found
+        measurements |= {"gate_mean": means.nanmean().item(), "gate_drift": drift.result()}
+    return measurements
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

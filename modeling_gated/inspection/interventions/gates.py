@@ -109,15 +109,15 @@ def _gated(model: PreTrainedModel, layer: int | None, places: list[str]) -> list
         raise InspectionError(f"layer {layer}: the model has layers 0 to {len(layers) - 1}")
     if unknown := [place for place in places if place not in GATE_PROJECTIONS]:
         raise InspectionError(f"position {unknown[0]!r}: is not among {', '.join(GATE_PROJECTIONS)}")
-    found = [
+    attentions = [
         attention
         for number, attention in gated_attentions(layers)
         if layer in (None, number) and not set(places).isdisjoint(gate_positions(attention))
     ]
-    if not found:
+    if not attentions:
         at = f" at {places[0]}" if len(places) == 1 else ""
         raise InspectionError(f"{type(model).__name__}: has no gates{at}")
-    return found
+    return attentions
 
 
 def _check_head(attentions: list[Any], places: list[str], head: int) -> None:

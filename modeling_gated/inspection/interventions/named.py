@@ -36,17 +36,17 @@ class Intervention:
         """
         if name in _NAMED:
             return cls(name, name.endswith("_gates"), _NAMED[name])
-        if found := re.fullmatch(r"masked_first_token@(\d{1,9})", name):
-            after = int(found[1])
+        if match := re.fullmatch(r"masked_first_token@(\d{1,9})", name):
+            after = int(match[1])
             return cls(name, False, lambda model: masked_first_token(model, after))
-        if found := re.fullmatch(r"window=(\d{1,9})(?:\+(\d{1,9}))?", name):
-            window, first = int(found[1]), int(found[2] or 0)
+        if match := re.fullmatch(r"window=(\d{1,9})(?:\+(\d{1,9}))?", name):
+            window, first = int(match[1]), int(match[2] or 0)
             if window < 1:
                 raise InspectionError(f"intervention {name!r}: a window has at least 1 token")
             return cls(name, False, lambda model: windowed_attention(model, window, first))
-        found = re.fullmatch(r"gates=(-?[0-9.]+)(?:@(\d{1,9})(?:\.(\d{1,9}))?)?", name)
+        match = re.fullmatch(r"gates=(-?[0-9.]+)(?:@(\d{1,9})(?:\.(\d{1,9}))?)?", name)
         try:
-            value, layer, head = (found[1], found[2], found[3]) if found else ("", None, None)
+            value, layer, head = (match[1], match[2], match[3]) if match else ("", None, None)
             number = float(value)
         except ValueError:
             known = ", ".join(

@@ -57,11 +57,11 @@ def int8_activations(model: PreTrainedModel) -> Iterator[None]:
 
 def _projections(model: PreTrainedModel) -> list[nn.Linear]:
     layers = decoder_layers(model.get_decoder())
-    found = [module for module in layers.modules() if isinstance(module, nn.Linear)]
-    found = [module for module in found if module.weight.is_floating_point()]  # not what is packed already
-    if not found:
+    projections = [module for module in layers.modules() if isinstance(module, nn.Linear)]
+    projections = [module for module in projections if module.weight.is_floating_point()]  # not what is packed already
+    if not projections:
         raise InspectionError(f"{type(model).__name__}: its layers have no linear projections to round")
-    return found
+    return projections
 
 
 def _rounded(values: torch.Tensor) -> torch.Tensor:

@@ -189,9 +189,9 @@ def _matrix(rows: list[list[float | None]]) -> list[list[float]]:
     return [[math.nan if number is None else number for number in row] for row in rows]
 
 
-def _ratio(report: ModelReport, first: str, others: str) -> list[float | None]:
+def _ratio(report: ModelReport, first: str, other: str) -> list[float | None]:
     norms = report.key_value_norms
-    pairs = zip(norms.get(first, ()), norms.get(others, ()), strict=True)
+    pairs = zip(norms.get(first, ()), norms.get(other, ()), strict=True)
     means = [(mean_of(of_first), mean_of(of_others)) for of_first, of_others in pairs]
     return [of_first / of_others if of_first is not None and of_others else None for of_first, of_others in means]
 

@@ -77,8 +77,8 @@ class ModelReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what report.json holds of the model, its meters' entries by their names."""
-        others = {name: getattr(self, name) for name in _FIELDS}
-        return others | {"interventions": [asdict(change) for change in self.interventions]} | self.entries
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return values | {"interventions": [asdict(change) for change in self.interventions]} | self.entries
 
 
 _FIELDS = tuple(part.name for part in fields(ModelReport) if part.name not in ("entries", "meters"))

@@ -153,11 +153,11 @@ def attention_rows(
 
             maxima = scores.amax(-1)
             lowest, highest = (bound.item() for bound in maxima.aminmax())
-            own: slice | torch.Tensor = slice(start, stop)
+            chosen: slice | torch.Tensor = slice(start, stop)
             if has_padding or lowest < MASKED / 2:
                 # NaN is no less, so that it is found below.
-                seen = real[own] & ~(maxima < MASKED / 2).any(0)
-                scores, maxima, own = scores[:, seen], maxima[:, seen], seen.nonzero().flatten() + start
+                seen = real[chosen] & ~(maxima < MASKED / 2).any(0)
+                scores, maxima, chosen = scores[:, seen], maxima[:, seen], seen.nonzero().flatten() + start
                 lowest, highest = (bound.item() for bound in maxima.aminmax()) if maxima.numel() else (0.0, 0.0)
             if not (math.isfinite(lowest) and math.isfinite(highest)):
                 raise InspectionError(f"layer {layer}: attention scores are not finite")
@@ -166,8 +166,8 @@ def attention_rows(
             yield AttentionRows(
                 layer=layer,
                 sequence=sequence,
-                queries=numbers[own],
-                starts=starts[own],
+                queries=numbers[chosen],
+                starts=starts[chosen],
                 start=common_start,
                 first_key=mask.first_key + block.first_key,
                 shifted=scores.sub_(maxima[..., None]),

@@ -91,8 +91,8 @@ def _recomputes_layers(model: PreTrainedModel) -> bool:
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
     """The layers of a decoder: the outermost list of as many modules as its config says."""
     wanted = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
-    found = (module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == wanted)
-    layers = next(found, None)
+    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == wanted)
+    layers = next(lists, None)
     if not layers:
         raise InspectionError(f"{type(decoder).__name__}: no list of num_hidden_layers={wanted} layers found in it")
     return layers
@@ -126,12 +126,12 @@ def attention_replaced(
     if name not in masks or name not in (*functions, "eager"):
         raise UnknownAttention(f"attn_implementation={name!r}: has no mask function, so what it sees is not known")
     before, before_mask = functions.get(name), masks[name]
-    own = set(decoder.modules())
+    modules = set(decoder.modules())
     mask = MaskOfOneModel(before_mask, make_mask(before_mask), config)
 
     def dispatched(module: nn.Module, *inputs: Any, **arguments: Any) -> Any:
         base = before if before is not None else _eager_attention(module)
-        if mask.is_active and module in own:
+        if mask.is_active and module in modules:
             return attention(base, module, *inputs, **arguments)
         return base(module, *inputs, **arguments)
 
@@ -289,16 +289,16 @@ class _Probe:
         arguments: dict[str, Any],
     ) -> None:
         tokens = self.watch.tokens(query.device)
-        given = arguments.get("is_causal")
+        wanted = arguments.get("is_causal")
         # Without a mask eager attention hides nothing.
-        is_causal = implementation != "eager" and (getattr(module, "is_causal", True) if given is None else given)
+        is_causal = implementation != "eager" and (getattr(module, "is_causal", True) if wanted is None else wanted)
         window = arguments.get("sliding_window")
         mask = self.records.seen(attention_mask, tokens.offset, query, key, window, is_causal)
         if query.shape[2] != tokens.current.shape[1]:
             raise UnknownAttention(f"layer {layer}: has {query.shape[2]} queries for {tokens.current.shape[1]} tokens")
-        own = slice(tokens.offset - mask.first_key, tokens.offset - mask.first_key + query.shape[2])
+        current = slice(tokens.offset - mask.first_key, tokens.offset - mask.first_key + query.shape[2])
         if wants_inputs := self.overriding("attention_inputs"):
-            keys, values = key[:, :, own], value[:, :, own]
+            keys, values = key[:, :, current], value[:, :, current]
             _check_finite(f"layer {layer}'s keys", keys.transpose(1, 2), tokens.current)
             _check_finite(f"layer {layer}'s values", values.transpose(1, 2), tokens.current)
             for meter in wants_inputs:

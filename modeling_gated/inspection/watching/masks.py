@@ -85,9 +85,9 @@ class DescribedMask(Mask):
     device: torch.device
 
     def visible(self, sequence: int, start: int, stop: int, keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        own = {"q_length": stop - start, "kv_length": keys, "q_offset": self.first_query + start}
-        own |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        mask = sdpa_mask(**self.arguments | own)
+        sizes = {"q_length": stop - start, "kv_length": keys, "q_offset": self.first_query + start}
+        sizes |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        mask = sdpa_mask(**self.arguments | sizes)
         assert mask is not None  # as it may not be skipped
         return mask[sequence].to(self.device), None
 
@@ -101,8 +101,8 @@ class NoMask(Mask):
 
     def visible(self, sequence: int, start: int, stop: int, keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         places = torch.arange(keys, device=self.device)
-        own = torch.arange(start, stop, device=self.device) if self.is_causal else torch.full((stop - start,), keys)
-        return (places <= own.to(self.device)[:, None])[None], None
+        ends = torch.arange(start, stop, device=self.device) if self.is_causal else torch.full((stop - start,), keys)
+        return (places <= ends.to(self.device)[:, None])[None], None
 
 
 def _range(visible: torch.Tensor) -> tuple[int, int, int]:
@@ -192,10 +192,10 @@ class MaskRecords:
 
     def padding(self, mask: Any) -> tuple[bool, torch.Tensor | None]:
         """Whether a mask, or one of several in a dict, was made here, and the mask of padding of which, if of any."""
-        masks = [one for one in (mask.values() if isinstance(mask, dict) else [mask]) if one is not None]
-        found = [arguments for made, arguments in self._made if any(made is one for one in masks)]
-        padding = (arguments.get("attention_mask") for arguments in found)
-        return bool(found), next((one for one in padding if one is not None), None)
+        masks = [tensor for tensor in (mask.values() if isinstance(mask, dict) else [mask]) if tensor is not None]
+        calls = [arguments for result, arguments in self._made if any(result is tensor for tensor in masks)]
+        padding = (arguments.get("attention_mask") for arguments in calls)
+        return bool(calls), next((tensor for tensor in padding if tensor is not None), None)
 
     def seen(
         self, mask: Any, offset: int, query: torch.Tensor, key: torch.Tensor, window: int | None, is_causal: bool
@@ -226,8 +226,8 @@ class MaskRecords:
         sizes = {"q_length": queries, "kv_length": keys}
         described = [
             arguments
-            for made, arguments in reversed(self._made)
-            if made is mask and all(arguments.get(name) == size for name, size in sizes.items())
+            for result, arguments in reversed(self._made)
+            if result is mask and all(arguments.get(name) == size for name, size in sizes.items())
         ]
         described.sort(key=lambda arguments: arguments.get("local_size") != window)
         # Without a description: a cache that slides has dropped the first keys, others have none too many before.

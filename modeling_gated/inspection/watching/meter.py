@@ -78,11 +78,11 @@ class Meter:
 ATTENTION = ("attention", "attention_inputs", "attention_output")  # methods of `Meter` that need an attention function
 
 
-def by_layer(found: dict[int, torch.Tensor], layers: int) -> torch.Tensor:
+def by_layer(tensors: dict[int, torch.Tensor], layers: int) -> torch.Tensor:
     """Tensors [n] of some layers as one, [layers, most n], float64, NaN where there is nothing."""
-    most = max((len(tensor) for tensor in found.values()), default=0)
+    most = max((len(tensor) for tensor in tensors.values()), default=0)
     matrix = torch.full((layers, most), torch.nan, dtype=torch.float64)
-    for layer, tensor in found.items():
+    for layer, tensor in tensors.items():
         matrix[layer, : len(tensor)] = tensor
     return matrix
 

@@ -97,11 +97,11 @@ class TokenWatch:
         self._outer = _named(model, arguments, keywords)
 
     def begin(self, decoder: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        given, outer = _named(decoder, arguments, keywords), self._outer
+        inputs, outer = _named(decoder, arguments, keywords), self._outer
         self._outer = {}
-        if given.get("input_ids") is None and outer.get("input_ids") is not None:
-            given = given | {"input_ids": outer["input_ids"]}
-        mask = given.get("attention_mask")
+        if inputs.get("input_ids") is None and outer.get("input_ids") is not None:
+            inputs = inputs | {"input_ids": outer["input_ids"]}
+        mask = inputs.get("attention_mask")
         if isinstance(mask, dict) and isinstance(outer.get("attention_mask"), torch.Tensor):
             mask = outer["attention_mask"]
         is_padding = isinstance(mask, torch.Tensor) and mask.ndim == 2
@@ -111,10 +111,10 @@ class TokenWatch:
                 "attention_mask: of one that is given whole, padding and packed sequences are not known; needed is "
                 "[batch, tokens]"
             )
-        use_cache = given.get("use_cache")
+        use_cache = inputs.get("use_cache")
         config: Any = decoder.config
         makes_cache = getattr(config, "use_cache", True) if use_cache is None else use_cache
-        self._tokens = tokens_of(given, padding, makes_cache)
+        self._tokens = tokens_of(inputs, padding, makes_cache)
         self.passes += 1
 
     def tokens(self, device: torch.device) -> Tokens:
