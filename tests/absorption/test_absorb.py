@@ -84,11 +84,11 @@ def test_the_result_is_an_ordinary_gated_checkpoint(source: Path, absorbed: Path
 
 
 def test_gates_without_sinks_are_still_one(absorbed: Path) -> None:
-    found = weights(absorbed)
-    weights_of_gates = [found[f"model.layers.{layer}.self_attn.g_proj.weight"] for layer in range(4)]
+    tensors = weights(absorbed)
+    weights_of_gates = [tensors[f"model.layers.{layer}.self_attn.g_proj.weight"] for layer in range(4)]
     moved = [bool((weight != OPEN_GATE_WEIGHT).any()) for weight in weights_of_gates]
     assert moved == [False, True, True, True]
-    assert (found["model.layers.0.self_attn.g_proj.bias"] == open_gate(0.85)[0]).all()
+    assert (tensors["model.layers.0.self_attn.g_proj.bias"] == open_gate(0.85)[0]).all()
 
 
 def test_the_report_and_the_card_say_what_was_done(absorbed: Path) -> None:
@@ -97,7 +97,7 @@ def test_the_report_and_the_card_say_what_was_done(absorbed: Path) -> None:
     assert len(report["layers"]) == 4
     assert len(report["losses"]) == 12
     assert len(report["validation_losses"]) == 3
-    assert {one["kind"] for one in report["comparisons"]} >= {"prose", "documentation", "code"}
+    assert {comparison["kind"] for comparison in report["comparisons"]} >= {"prose", "documentation", "code"}
     assert set(report["seconds"]) == {"sampling", "edit", "distillation", "proof"}
     assert report["source"] == {"name": "source", "repo_id": None, "revision": None}
     assert (report["texts"], report["dtype"]) == ({}, "float32")
@@ -143,8 +143,8 @@ def test_an_interrupted_run_goes_on(
         "train_step": [1, 8 + 7, 1],
         "prove": [1, 12, 2],
     }[interrupted_in]
-    expected, found = weights(absorbed), weights(output)
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    expected, actual = weights(absorbed), weights(output)
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 def test_other_settings_do_not_go_on_from_there(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_given_text_is_what_it_learns_from(source: Path, tmp_path: Path, monkeyp
     assert set(seen[0].flatten().tolist()) == letters
     # Edited on one window at a time, half of the tokens in long ones, which are half of training's, too.
     assert shapes == [(1, 64), (1, 64), (1, 64), (1, 64), (1, 256)] * 2 + [(1, 256)] * 12
-    assert {one.kind for one in done.comparisons} == {"prose", "documentation", "code", "letters"}
+    assert {comparison.kind for comparison in done.comparisons} == {"prose", "documentation", "code", "letters"}
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"{tmp_path / 'out'} --text {path} --distill-tokens 2048 --sample-tokens 0 --seed 0`" in card
 
@@ -245,10 +245,10 @@ def test_float32_gates_stay_float32(source: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "gated")
     byte_tokenizer(chat=True).save_pretrained(tmp_path / "gated")
     settings = AbsorptionSettings(**vars(SETTINGS) | {"distill_tokens": 0})
-    found = weights(absorb_checkpoint(tmp_path / "gated", tmp_path / "out", settings=settings).output)
-    assert {tensor.dtype for name, tensor in found.items() if ".g_proj." in name} == {torch.float32}
-    assert {tensor.dtype for name, tensor in found.items() if ".g_proj." not in name} == {torch.bfloat16}
-    gate = found["model.layers.1.self_attn.g_proj.weight"]
+    tensors = weights(absorb_checkpoint(tmp_path / "gated", tmp_path / "out", settings=settings).output)
+    assert {tensor.dtype for name, tensor in tensors.items() if ".g_proj." in name} == {torch.float32}
+    assert {tensor.dtype for name, tensor in tensors.items() if ".g_proj." not in name} == {torch.bfloat16}
+    gate = tensors["model.layers.1.self_attn.g_proj.weight"]
     assert not torch.equal(gate, gate.bfloat16().float())
 
 
@@ -299,10 +299,10 @@ def test_gates_that_were_trained_are_refused(source: Path, tmp_path: Path) -> No
 )
 def test_wrong_input_is_one_line(source: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     places = {"source": source, "out": tmp_path / "out", "none": tmp_path / "none.txt"}
-    found = CliRunner().invoke(app, ["absorb", *(word.format(**places) for word in arguments)])
-    assert found.exit_code == 1
-    assert message in found.stderr
-    assert len(found.stderr.strip().splitlines()) == 1
+    result = CliRunner().invoke(app, ["absorb", *(word.format(**places) for word in arguments)])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -310,11 +310,11 @@ def test_the_command_prints_what_was_measured(source: Path, tmp_path: Path, monk
     small = {name: getattr(SETTINGS, name) for name in ("calibration_tokens", "window_tokens", "measured_windows")}
     monkeypatch.setattr(absorption, "AbsorptionSettings", partial(AbsorptionSettings, **small))
     words = ["absorb", str(source), str(tmp_path / "out"), "--distill-tokens", "0", "--sample-tokens", "0"]
-    found = CliRunner().invoke(app, words)
-    assert found.exit_code == 0, found.stderr
-    assert "documentation" in found.stdout
-    assert "first-token attention" in found.stdout
-    assert re.search(r"prose +\d+ x 256 +plain +[\d.]+ +[\d.]+ +\d\.\d{4} +", found.stdout)  # nothing is cut off
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.stderr
+    assert "documentation" in result.stdout
+    assert "first-token attention" in result.stdout
+    assert re.search(r"prose +\d+ x 256 +plain +[\d.]+ +[\d.]+ +\d\.\d{4} +", result.stdout)  # nothing is cut off
     assert (tmp_path / "out" / "absorption.json").is_file()
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 1
@@ -324,14 +324,14 @@ def test_the_command_prints_what_was_measured(source: Path, tmp_path: Path, monk
 def test_the_installed_command_finds_all_it_needs(source: Path, tmp_path: Path) -> None:
     """In a process of its own, in which importing the package has imported nothing yet."""
     command = [Path(sys.executable).with_name("gated-llama"), "absorb", source, tmp_path / "out"]
-    found = subprocess.run([*command, "--text", tmp_path / "none.txt"], capture_output=True, text=True)
+    finished = subprocess.run([*command, "--text", tmp_path / "none.txt"], capture_output=True, text=True)
     # bitsandbytes, which PEFT imports, warns on some CPUs of a kernel of its own that is not there.
-    lines = [line for line in found.stderr.splitlines() if "kernels-community" not in line]
-    assert (found.returncode, lines) == (1, [f"error: {tmp_path}/none.txt: No such file or directory"])
+    lines = [line for line in finished.stderr.splitlines() if "kernels-community" not in line]
+    assert (finished.returncode, lines) == (1, [f"error: {tmp_path}/none.txt: No such file or directory"])
     (tmp_path / "short.txt").write_text("abc" * 40, encoding="utf-8")
-    found = subprocess.run([*command, "--text", tmp_path / "short.txt"], capture_output=True, text=True)
-    assert found.returncode == 1
-    *before, last = found.stderr.splitlines()
+    finished = subprocess.run([*command, "--text", tmp_path / "short.txt"], capture_output=True, text=True)
+    assert finished.returncode == 1
+    *before, last = finished.stderr.splitlines()
     assert (
         last
         == f"error: {tmp_path}/short.txt: is too short: of its 120 tokens a quarter is held out, and a window has 256"

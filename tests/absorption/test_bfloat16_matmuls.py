@@ -19,13 +19,13 @@ from tests.helpers.sink_model import converted, sink_model, windows
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("capabilities", "expected"),
     [({}, False), ({"avx512_f": True, "avx512_bf16": False}, False), ({"avx512_bf16": True}, True)],
 )
 def test_a_cpu_says_whether_it_has_them(
-    monkeypatch: pytest.MonkeyPatch, found: dict[str, bool], expected: bool
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert has_bfloat16_matmuls() == expected
 
 
@@ -56,7 +56,7 @@ def test_the_loss_is_near_and_its_gradient_float32() -> None:
     for _ in range(4):
         directions.append(layer_sinks(states).direction)
         states.advance()
-    found: dict[bool, tuple[torch.Tensor, ...]] = {}
+    actual: dict[bool, tuple[torch.Tensor, ...]] = {}
     for is_bfloat16 in (False, True):
         student = converted(sink_model(scale=0.9))
         trained = student.base_model.layers[2].self_attn.q_proj.weight.requires_grad_(True)
@@ -71,11 +71,11 @@ def test_the_loss_is_near_and_its_gradient_float32() -> None:
             rows=32,
             bfloat16_matmuls=is_bfloat16,
         )
-        found[is_bfloat16] = distillation.terms(tokens)
-        torch.stack(found[is_bfloat16]).sum().backward()
+        actual[is_bfloat16] = distillation.terms(tokens)
+        torch.stack(actual[is_bfloat16]).sum().backward()
         assert trained.grad is not None
         assert trained.grad.dtype == torch.float32
-    for exact, near in zip(found[False], found[True], strict=True):
+    for exact, near in zip(actual[False], actual[True], strict=True):
         assert near.dtype == torch.float32
         assert 0 < abs(near - exact) < 0.05 * exact
 
@@ -100,8 +100,8 @@ def test_the_report_says_what_was_multiplied_in(
     steps = ["sampling"]
     forward = torch.nn.Linear.forward
 
-    def watched(module: torch.nn.Linear, given: torch.Tensor) -> torch.Tensor:
-        output = forward(module, given)
+    def watched(module: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        output = forward(module, states)
         seen.setdefault(steps[-1], set()).add(output.dtype)
         return output
 

@@ -37,8 +37,8 @@ class Constant(torch.nn.Module):
 def loss_of_predictions(original, edited) -> float:
     """KL(original || edited) in nats per token, on windows that nothing was fitted on."""
     tokens = windows(8, 48, seed=7)
-    expected, found = (model(tokens, use_cache=False).logits.log_softmax(-1) for model in (original, edited))
-    return torch.nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(-1)[:, 1:].mean().item()
+    expected, actual = (model(tokens, use_cache=False).logits.log_softmax(-1) for model in (original, edited))
+    return torch.nn.functional.kl_div(actual, expected, log_target=True, reduction="none").sum(-1)[:, 1:].mean().item()
 
 
 @pytest.mark.fast
@@ -86,7 +86,7 @@ def test_a_gate_stands_between_attention_and_the_sinks_value() -> None:
     attention = after.layer.self_attn
     hidden = after.input(0)
     with torch.no_grad():
-        found, inputs = after.attend(hidden)
+        actual, inputs = after.attend(hidden)
         gates = attention.gate_values(attention.g_proj(hidden)).double().numpy()  # [batch, tokens, heads]
         probabilities = inputs.probabilities(torch.arange(48)).double().numpy()
     source = original.base_model.layers[1].self_attn
@@ -95,7 +95,7 @@ def test_a_gate_stands_between_attention_and_the_sinks_value() -> None:
     kept = np.stack([sinks.value[0], sinks.value[0], np.zeros(8), np.zeros(8)])
     expected = gates[..., None] * (output - kept) + kept
     expected = expected.reshape(16, 48, 32) @ source.o_proj.weight.double().numpy().T
-    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
     assert (gates[..., 2:] == 1).all()  # no sink: their gates, keys and values stay what they are
     assert gates[:, 1:, :2].mean() < 0.4
     assert torch.equal(attention.k_proj.weight[8:], source.k_proj.weight[8:])
@@ -117,8 +117,8 @@ def test_first_tokens_get_what_comes_nearer() -> None:
         hidden, attention = after.input(0), after.layer.self_attn
         with torch.no_grad():
             gates[layer] = attention.gate_values(attention.g_proj(hidden))[:, 0, :2].mean().item()
-            found = after.attend(hidden)[0][:, 0]
-        errors[layer] = ((found - sinks.outputs[0][:, 0]).norm() / sinks.outputs[0][:, 0].norm()).item()
+            actual = after.attend(hidden)[0][:, 0]
+        errors[layer] = ((actual - sinks.outputs[0][:, 0]).norm() / sinks.outputs[0][:, 0].norm()).item()
         before.advance(), after.advance()
     assert gates[1] > 0.8
     assert max(gates[2], gates[3]) < 0.2
@@ -128,11 +128,11 @@ def test_first_tokens_get_what_comes_nearer() -> None:
 def test_a_layer_without_sinks_stays_as_it_is() -> None:
     model, original = edited_and_original()
     before = {name: tensor.clone() for name, tensor in model.base_model.layers[0].named_parameters()}
-    found = absorb_layer(LayerStates(model, [TOKENS]), layer_sinks(LayerStates(original, [TOKENS])))
-    assert found.gated == [False, False]
-    assert found.keys_edited == [False, False]
-    assert found.gate_score == [None] * 4
-    assert found.error == 0
+    layer = absorb_layer(LayerStates(model, [TOKENS]), layer_sinks(LayerStates(original, [TOKENS])))
+    assert layer.gated == [False, False]
+    assert layer.keys_edited == [False, False]
+    assert layer.gate_score == [None] * 4
+    assert layer.error == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.base_model.layers[0].named_parameters())
 
 
@@ -165,8 +165,8 @@ def test_keys_keep_the_direction_where_taking_it_away_does_not_help() -> None:
     attention = after.layer.self_attn
     attention.k_norm = Constant()
     kept = attention.k_proj.weight.clone()
-    found = absorb_layer(after, sinks)
-    assert found.keys_edited == [False, False]
+    layer = absorb_layer(after, sinks)
+    assert layer.keys_edited == [False, False]
     assert torch.equal(attention.k_proj.weight, kept)
 
 
@@ -193,9 +193,9 @@ def test_sinks_go_whatever_the_layers_have(fields: dict[str, Any], dtype: torch.
     settings = AbsorptionSettings(**vars(SETTINGS) | {"refinement_epochs": 10})
     absorb_sinks(original, model, TOKENS.split(2), settings)
     meters = FirstTokenAttention(), FirstTokenAttention()
-    for one, meter in zip((original, model), meters, strict=True):
-        with torch.no_grad(), inspecting(one, meter):
-            one(windows(8, 48, seed=7), use_cache=False)
+    for inspected, meter in zip((original, model), meters, strict=True):
+        with torch.no_grad(), inspecting(inspected, meter):
+            inspected(windows(8, 48, seed=7), use_cache=False)
     before, after = (meter.result()[1:, :2].mean() for meter in meters)
     assert before > 0.2
     assert after < 0.3 * before

@@ -29,7 +29,7 @@ def models():
 def test_a_comparison_is_what_it_says(models) -> None:
     original, edited = models
     tokens = windows(3, 96, seed=5)
-    found = compare(
+    comparison = compare(
         original,
         edited,
         Windows("bytes", "plain", list(tokens)),
@@ -38,47 +38,50 @@ def test_a_comparison_is_what_it_says(models) -> None:
     )
     with torch.no_grad():
         expected, logits = (model(tokens).logits[:, :-1].double().log_softmax(-1) for model in models)
-        losses = [functional.nll_loss(one.flatten(0, 1), tokens[:, 1:].flatten()).item() for one in (expected, logits)]
+        losses = [
+            functional.nll_loss(predicted.flatten(0, 1), tokens[:, 1:].flatten()).item()
+            for predicted in (expected, logits)
+        ]
         kl = (expected.exp() * (expected - logits)).sum(-1)
         plain = original(tokens[:2], labels=tokens[:2]).loss.item()
         with masked_first_token(original, 64):
             masked = original(tokens[:2], labels=tokens[:2]).loss.item()
-    assert (found.windows, found.window_tokens) == (3, 96)
-    assert found.original.loss == pytest.approx(losses[0], abs=1e-4)
-    assert found.edited.loss == pytest.approx(losses[1], abs=1e-4)
-    assert found.perplexity_ratio == pytest.approx(math.exp(losses[1] - losses[0]), rel=1e-4)
-    assert found.kl == pytest.approx(kl.mean().item(), abs=1e-5)
-    assert found.kl_quantiles["0.9"] == pytest.approx(kl.flatten().quantile(0.9).item(), abs=1e-4)
-    assert found.kl_by_position[0] == pytest.approx(kl[:, :12].mean().item(), abs=1e-5)
-    assert len(found.loss_by_position) == 8
-    assert found.original.interventions["masked_first_token@64"] == pytest.approx(masked - plain, abs=1e-4)
+    assert (comparison.windows, comparison.window_tokens) == (3, 96)
+    assert comparison.original.loss == pytest.approx(losses[0], abs=1e-4)
+    assert comparison.edited.loss == pytest.approx(losses[1], abs=1e-4)
+    assert comparison.perplexity_ratio == pytest.approx(math.exp(losses[1] - losses[0]), rel=1e-4)
+    assert comparison.kl == pytest.approx(kl.mean().item(), abs=1e-5)
+    assert comparison.kl_quantiles["0.9"] == pytest.approx(kl.flatten().quantile(0.9).item(), abs=1e-4)
+    assert comparison.kl_by_position[0] == pytest.approx(kl[:, :12].mean().item(), abs=1e-5)
+    assert len(comparison.loss_by_position) == 8
+    assert comparison.original.interventions["masked_first_token@64"] == pytest.approx(masked - plain, abs=1e-4)
     meter = FirstTokenAttention()
     with torch.no_grad(), inspecting(original, meter):
         original(tokens[:2])
-    assert found.original.first_token_attention == pytest.approx(meter.result().mean().item(), abs=1e-6)
-    assert found.original.hidden_state_maximum > 800 > 20 > found.edited.hidden_state_maximum
+    assert comparison.original.first_token_attention == pytest.approx(meter.result().mean().item(), abs=1e-6)
+    assert comparison.original.hidden_state_maximum > 800 > 20 > comparison.edited.hidden_state_maximum
 
 
 def test_a_model_is_no_other_than_itself(models) -> None:
-    found = compare(models[0], models[0], Windows("bytes", "plain", list(windows(2, 96))))
-    assert found.kl == 0
-    assert found.perplexity_ratio == 1
-    assert found.original == found.edited
+    comparison = compare(models[0], models[0], Windows("bytes", "plain", list(windows(2, 96))))
+    assert comparison.kl == 0
+    assert comparison.perplexity_ratio == 1
+    assert comparison.original == comparison.edited
 
 
 def test_a_proof_has_all_kinds_lengths_and_beginnings(models) -> None:
     texts = [Text(kind, [], windows(1, 800, seed).flatten().tolist()) for seed, kind in enumerate(("a", "b"))]
     texts.append(Text("short", [], list(range(20))))
-    found = prove(*models, texts, byte_tokenizer())
-    assert [(one.kind, one.window_tokens, one.start, one.windows) for one in found] == [
-        (kind, 256, start, 3) for kind in ("a", "b") for start in ("plain", "special token")
-    ]
-    changed = [one for one in found if one.edited.interventions]
-    assert [one.start for one in changed] == ["special token"] * 2
-    for one in changed:
-        assert list(one.original.interventions) == list(INTERVENTIONS)
-        assert list(one.edited.interventions) == [*INTERVENTIONS, *GATE_INTERVENTIONS]
-    quality, sinks = markdown_table(quality_rows(found)), markdown_table(sink_rows(found))
+    comparisons = prove(*models, texts, byte_tokenizer())
+    assert [
+        (comparison.kind, comparison.window_tokens, comparison.start, comparison.windows) for comparison in comparisons
+    ] == [(kind, 256, start, 3) for kind in ("a", "b") for start in ("plain", "special token")]
+    changed = [comparison for comparison in comparisons if comparison.edited.interventions]
+    assert [comparison.start for comparison in changed] == ["special token"] * 2
+    for comparison in changed:
+        assert list(comparison.original.interventions) == list(INTERVENTIONS)
+        assert list(comparison.edited.interventions) == [*INTERVENTIONS, *GATE_INTERVENTIONS]
+    quality, sinks = markdown_table(quality_rows(comparisons)), markdown_table(sink_rows(comparisons))
     assert len(quality.splitlines()) == 2 + 4
     assert len({line.replace("\\|", "").count("|") for line in (quality + "\n" + sinks).splitlines()}) == 2
     assert f"{changed[0].original.first_token_attention:.4f} → {changed[0].edited.first_token_attention:.4f}" in sinks
@@ -90,5 +93,5 @@ def test_there_are_fewer_windows_that_are_longer(
 ) -> None:
     monkeypatch.setattr(models[0].config, "max_position_embeddings", 2304)
     texts = [Text("a", [], windows(1, 8192).flatten().tolist())]
-    found = prove(*models, texts, byte_tokenizer(), windows=count)
-    assert list(dict.fromkeys((one.window_tokens, one.windows) for one in found)) == expected
+    comparisons = prove(*models, texts, byte_tokenizer(), windows=count)
+    assert list(dict.fromkeys((comparison.window_tokens, comparison.windows) for comparison in comparisons)) == expected

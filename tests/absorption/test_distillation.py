@@ -21,22 +21,22 @@ from tests.helpers.sink_model import converted, sink_model, windows
 @pytest.fixture(scope="module")
 def sinks() -> list[Any]:
     """Each layer's of the original."""
-    states, found = LayerStates(converted(sink_model()), windows(8, 48).split(4)), []
+    states, actual = LayerStates(converted(sink_model()), windows(8, 48).split(4)), []
     for _ in range(4):
-        found.append(layer_sinks(states))
+        actual.append(layer_sinks(states))
         states.advance()
-    return found
+    return actual
 
 
 @torch.no_grad()
 def hidden_states(model: Any, tokens: torch.Tensor) -> np.ndarray:
     """After each layer, [layers, batch, tokens, hidden_size]."""
-    found: list[torch.Tensor] = []
-    handles = [layer.register_forward_hook(lambda *call: found.append(call[-1])) for layer in model.base_model.layers]
+    seen: list[torch.Tensor] = []
+    handles = [layer.register_forward_hook(lambda *call: seen.append(call[-1])) for layer in model.base_model.layers]
     model(tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    return torch.stack(found).double().numpy()
+    return torch.stack(seen).double().numpy()
 
 
 def log_probabilities(model: Any, tokens: torch.Tensor) -> np.ndarray:
@@ -58,8 +58,8 @@ def test_the_loss(sinks: list[Any], limit: float, teachers_own_counts: bool) -> 
     with torch.no_grad():
         divergence, mass, excess = distillation.terms(tokens)
         loss = distillation(tokens)
-    expected, found = log_probabilities(teacher, tokens), log_probabilities(student, tokens)
-    np.testing.assert_allclose(divergence, (np.exp(expected) * (expected - found)).sum(-1).mean(), rtol=1e-4)
+    expected, actual = log_probabilities(teacher, tokens), log_probabilities(student, tokens)
+    np.testing.assert_allclose(divergence, (np.exp(expected) * (expected - actual)).sum(-1).mean(), rtol=1e-4)
 
     student.set_attn_implementation("eager")
     with torch.no_grad():
@@ -119,8 +119,8 @@ def test_gates_are_trained_where_there_are_sinks(sinks: list[Any], has_sinks: bo
 def test_training_ends_by_text_of_its_own() -> None:
     """Neither what is trained on nor what is measured on."""
     texts = [Text("a", [1] * 900, [9] * 900, [5] * 300), Text("b", [1] * 90, [9] * 90, [6] * 20), Text("c", [1], [9])]
-    found = _validation_windows(texts, 64)
-    assert [(tuple(one.shape), one.unique().tolist()) for one in found] == [
+    actual = _validation_windows(texts, 64)
+    assert [(tuple(batch.shape), batch.unique().tolist()) for batch in actual] == [
         ((1, 64), [5]),
         ((1, 64), [5]),
         ((1, 20), [6]),

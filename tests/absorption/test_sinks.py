@@ -25,11 +25,11 @@ def test_probabilities_are_eager_attentions(variant: str) -> None:
         torch.testing.assert_close(inputs.probabilities(rows), expected[layer][:, :, rows], rtol=1e-5, atol=1e-6)
         sinks = torch.zeros(2, 20, dtype=torch.bool)
         sinks[:, [0, 11]] = True
-        found = inputs.to_sinks(sinks, rows).sum(-1)
+        actual = inputs.to_sinks(sinks, rows).sum(-1)
         both = expected[layer][:, :, rows][..., [0, 11]]
         both[:, :, 0, 0] = 0  # token 0's attention to itself
         both[:, :, 2, 1] = 0  # and token 11's
-        torch.testing.assert_close(found, both.sum(-1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual, both.sum(-1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["headwise", "sliding upper layers", "QK-norm, tied"])
@@ -50,20 +50,20 @@ def test_the_direction_of_a_sink() -> None:
     """w = C⁻¹u / uᵀC⁻¹u with C's ridge; read from other tokens' inputs there is less of it than of any other w."""
     inputs = torch.randn(6, 12, 8, generator=torch.Generator().manual_seed(0))
     inputs[:, 0] += 5
-    found = sink_direction(inputs.split(2), ridge=1e-2)
+    direction = sink_direction(inputs.split(2), ridge=1e-2)
     values = inputs.double().numpy()
-    u, others = values[:, 0].mean(0), values[:, 4:].reshape(-1, 8)
-    moment = others.T @ others / len(others)
+    u, later = values[:, 0].mean(0), values[:, 4:].reshape(-1, 8)
+    moment = later.T @ later / len(later)
     moment += 1e-2 * np.diag(moment).mean() * np.eye(8)
     solved = np.linalg.solve(moment, u)
-    np.testing.assert_allclose(found.direction, u, rtol=1e-5)
-    np.testing.assert_allclose(found.projector, solved / (solved @ u), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(direction.direction, u, rtol=1e-5)
+    np.testing.assert_allclose(direction.projector, solved / (solved @ u), rtol=1e-4, atol=1e-6)
     weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
-    removed = found.removed_from(weight)
-    torch.testing.assert_close(removed @ found.direction, torch.zeros(5), atol=1e-5, rtol=0)
-    kept = removed @ torch.from_numpy(others).float().T - weight @ torch.from_numpy(others).float().T
-    orthogonal = (weight @ found.direction)[:, None] * (found.direction @ torch.from_numpy(others).float().T)
-    assert kept.square().mean() < (orthogonal / found.direction.square().sum()).square().mean()
+    removed = direction.removed_from(weight)
+    torch.testing.assert_close(removed @ direction.direction, torch.zeros(5), atol=1e-5, rtol=0)
+    kept = removed @ torch.from_numpy(later).float().T - weight @ torch.from_numpy(later).float().T
+    orthogonal = (weight @ direction.direction)[:, None] * (direction.direction @ torch.from_numpy(later).float().T)
+    assert kept.square().mean() < (orthogonal / direction.direction.square().sum()).square().mean()
 
 
 def test_what_sinks_of_a_layer_get_and_give() -> None:

@@ -27,22 +27,22 @@ def test_default_texts_are_real_and_held_out_in_part() -> None:
     assert list(texts) == ["prose", "documentation", "code"]
     words = {"prose": "Elizabeth", "documentation": "The “for” statement", "code": "def __init__(self"}
     for kind, text in texts.items():
-        parts = [TOKENIZER.decode(part) for part in (text.training, text.validation, text.held_out)]
-        assert words[kind].replace("“", '"').replace("”", '"') in "".join(parts)
-        shares = [len(part) / sum(map(len, parts)) for part in parts]
+        sections = [TOKENIZER.decode(section) for section in (text.training, text.validation, text.held_out)]
+        assert words[kind].replace("“", '"').replace("”", '"') in "".join(sections)
+        shares = [len(section) / sum(map(len, sections)) for section in sections]
         assert shares == pytest.approx([0.7, 0.05, 0.25], rel=0.02)
         assert len(text.held_out) > 8192  # enough for the longest windows, whatever the tokenizer
         for number, other in ((2, 0), (2, 1), (1, 0)):  # but for a licence, perhaps
-            pieces = [parts[number][at : at + 300] for at in range(0, len(parts[number]) - 300, 300)]
-            assert sum(piece in parts[other] for piece in pieces) <= 0.01 * len(pieces)
+            pieces = [sections[number][at : at + 300] for at in range(0, len(sections[number]) - 300, 300)]
+            assert sum(piece in sections[other] for piece in pieces) <= 0.01 * len(pieces)
 
 
 def test_given_texts(tmp_path: Path) -> None:
     first, second = tmp_path / "laws.txt", tmp_path / "laws.md"
     first.write_text("abcdefgh" * 10, encoding="utf-8")
     second.write_text("other", encoding="utf-8")
-    (found,) = given_texts([first], TOKENIZER)
-    assert (found.kind, len(found.training), len(found.validation), len(found.held_out)) == ("laws", 56, 4, 20)
+    (actual,) = given_texts([first], TOKENIZER)
+    assert (actual.kind, len(actual.training), len(actual.validation), len(actual.held_out)) == ("laws", 56, 4, 20)
     with pytest.raises(AbsorptionError, match="another text has the name laws"):
         given_texts([first, second], TOKENIZER)
     with pytest.raises(EvaluationError, match="No such file"):
@@ -69,11 +69,11 @@ def test_half_of_the_tokens_are_in_long_windows(kinds: int) -> None:
     texts = [Text(str(kind), [kind] * 999, []) for kind in range(kinds)]
     windows = TrainingWindows(texts, TOKENIZER, settings.long_window_tokens, settings.batches_per_long)
     tokens = 2 * 384 * kinds
-    found = [windows.training_batch(64, number * 2, 2, seed=0) for number in range(settings.batches(tokens))]
-    assert [tuple(batch.shape) for batch in found] == [(2, 64), (2, 64), (2, 64), (1, 384)] * kinds
-    assert settings.tokens(len(found)) == windows.tokens(len(found), 64, 2) == tokens
+    actual = [windows.training_batch(64, number * 2, 2, seed=0) for number in range(settings.batches(tokens))]
+    assert [tuple(batch.shape) for batch in actual] == [(2, 64), (2, 64), (2, 64), (1, 384)] * kinds
+    assert settings.tokens(len(actual)) == windows.tokens(len(actual), 64, 2) == tokens
     assert windows.tokens(3, 64, 2) == 3 * 128
-    for batches, expected in ((found[3::4], 1), ([batch for batch in found if len(batch) == 2], 6)):
+    for batches, expected in ((actual[3::4], 1), ([batch for batch in actual if len(batch) == 2], 6)):
         of_kinds = [row[-1].item() for batch in batches for row in batch]
         assert [of_kinds.count(kind) for kind in range(kinds)] == [expected] * kinds
 
@@ -96,8 +96,8 @@ def test_batches_are_counted() -> None:
 
 
 def test_sampled_sequences_are_held_out_whole() -> None:
-    found = sampled_text("chat", [[number] * 3 for number in range(20)])
-    parts = [found.training, found.validation, found.held_out]
+    text = sampled_text("chat", [[number] * 3 for number in range(20)])
+    parts = [text.training, text.validation, text.held_out]
     assert parts == [
         [number for number in part for _ in range(3)] for part in (range(14), range(14, 15), range(15, 20))
     ]
@@ -108,10 +108,10 @@ def test_a_model_writes_text_and_chats() -> None:
     model = sink_model()
     state = torch.get_rng_state()
     for sample in (sample_text, sample_chats):
-        found = sample(model, TOKENIZER, 500, seed=1)
-        assert sum(map(len, found)) >= 500
-        assert found == sample(model, TOKENIZER, 500, seed=1)
-        assert found != sample(model, TOKENIZER, 500, seed=2)
+        actual = sample(model, TOKENIZER, 500, seed=1)
+        assert sum(map(len, actual)) >= 500
+        assert actual == sample(model, TOKENIZER, 500, seed=1)
+        assert actual != sample(model, TOKENIZER, 500, seed=2)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(BOS not in sequence for sequence in sample_text(model, TOKENIZER, 500, seed=1))
     for chat in sample_chats(model, TOKENIZER, 500, seed=1):
@@ -131,9 +131,9 @@ def test_samples_have_the_models_distribution() -> None:
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight[[5, 6]] = 1.0
         model.lm_head.weight[5] += torch.log(torch.tensor(3.0)) / 32
-    found = [token for text in sample_text(model, TOKENIZER, 6000, seed=0) for token in text[1:]]
-    assert found.count(5) / len(found) == pytest.approx(0.75, abs=0.03)
-    assert found.count(6) / len(found) == pytest.approx(0.25, abs=0.03)
+    actual = [token for text in sample_text(model, TOKENIZER, 6000, seed=0) for token in text[1:]]
+    assert actual.count(5) / len(actual) == pytest.approx(0.75, abs=0.03)
+    assert actual.count(6) / len(actual) == pytest.approx(0.25, abs=0.03)
 
 
 def test_without_a_chat_template_there_are_no_chats() -> None:

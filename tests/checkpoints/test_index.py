@@ -62,7 +62,7 @@ def drop(path: Path, name: str) -> None:
 
 
 def lists(name: str) -> Callable[[Path], object]:
-    return lambda path: listed(path, lambda found: found.update({name: shards(path)[-1].name}))
+    return lambda path: listed(path, lambda listing: listing.update({name: shards(path)[-1].name}))
 
 
 def holds(name: str) -> Callable[[Path], object]:
@@ -70,8 +70,8 @@ def holds(name: str) -> Callable[[Path], object]:
 
 
 def misplaced(path: Path) -> None:
-    others = [shard.name for shard in shards(path) if shard != holder(path, Q_PROJ)]
-    listed(path, lambda found: found.update({Q_PROJ: others[0]}))
+    names = [shard.name for shard in shards(path) if shard != holder(path, Q_PROJ)]
+    listed(path, lambda listing: listing.update({Q_PROJ: names[0]}))
 
 
 def repeated(path: Path, first: bool = True, change: float = 0.0, name: str = Q_PROJ) -> None:

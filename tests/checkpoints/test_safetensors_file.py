@@ -31,14 +31,14 @@ def test_the_library_reads_what_the_writer_wrote(tmp_path: Path) -> None:
         }
         digest = write_safetensors(path, new, {"format": "pt"})
         assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
-        found = load_file(path)
-        assert found.keys() == tensors.keys()
+        actual = load_file(path)
+        assert actual.keys() == tensors.keys()
         shard = read_shard(path, path.name)
         assert shard.metadata == {"format": "pt"}
         assert shard.data_bytes == sum(tensor.nbytes for tensor in tensors.values())
         for name, tensor in tensors.items():
-            assert found[name].dtype == dtype
-            assert torch.equal(found[name], tensor)
+            assert actual[name].dtype == dtype
+            assert torch.equal(actual[name], tensor)
             assert b"".join(shard.chunks(name)) == bytes(tensor.reshape(-1).view(torch.uint8).tolist())
 
 

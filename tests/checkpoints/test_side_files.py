@@ -80,9 +80,9 @@ def sizes(files: dict[str, bytes]) -> dict[str, int]:
 def test_small_files_come_along_and_weights_in_other_forms_do_not(llama: Path, tmp_path: Path) -> None:
     add(llama, KEPT | LEFT_OUT | HIDDEN)
     done = convert_checkpoint(llama, tmp_path / "gated")
-    own = {"generation_config.json", "tokenizer_config.json"}
-    assert contents(tmp_path / "gated").keys() == WRITTEN | own | KEPT.keys()
-    for name in own | KEPT.keys():
+    of_source = {"generation_config.json", "tokenizer_config.json"}
+    assert contents(tmp_path / "gated").keys() == WRITTEN | of_source | KEPT.keys()
+    for name in of_source | KEPT.keys():
         assert (tmp_path / "gated" / name).read_bytes() == (llama / name).read_bytes()
     assert done.left_out == sizes(LEFT_OUT) == in_json(tmp_path / "gated" / MANIFEST)["left_out"]
     assert plan_conversion(llama, tmp_path / "planned").left_out == done.left_out

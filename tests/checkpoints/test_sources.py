@@ -80,13 +80,13 @@ def test_a_verification_leaves_the_cache_alone(hub: Path, llama: Path, tmp_path:
     snapshot = hub / "snapshots" / ("c" * 40)
     (tmp_path / "gated").rename(snapshot)
     before = {path.name: path.read_bytes() for path in snapshot.iterdir()}
-    found = verify_checkpoint(llama, snapshot)
-    assert found.passed and not found.recorded
+    verification = verify_checkpoint(llama, snapshot)
+    assert verification.passed and not verification.recorded
     assert {path.name: path.read_bytes() for path in snapshot.iterdir()} == before
 
 
 @pytest.mark.parametrize(
-    ("given", "revision", "message"),
+    ("source", "revision", "message"),
     [
         ("owner/other", None, "owner/other: no such file or directory, and not to be had from the hub's cache"),
         ("owner/name", "v2", "owner/name: no such file .* at revision v2"),
@@ -97,10 +97,10 @@ def test_a_verification_leaves_the_cache_alone(hub: Path, llama: Path, tmp_path:
     ],
 )
 def test_what_is_neither_a_path_nor_on_the_hub(
-    hub: Path, llama: Path, tmp_path: Path, given: str, revision: str | None, message: str
+    hub: Path, llama: Path, tmp_path: Path, source: str, revision: str | None, message: str
 ) -> None:
     with pytest.raises(ConversionError, match=message.format(llama=llama)):
-        convert_checkpoint(given.format(llama=llama), tmp_path / "gated", revision=revision)
+        convert_checkpoint(source.format(llama=llama), tmp_path / "gated", revision=revision)
 
 
 def outside(path: Path, name: str) -> None:

@@ -130,8 +130,8 @@ def test_save_and_load_keep_every_field(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, GatedLlamaConfig)
-    expected, found = config.to_dict(), loaded.to_dict()
-    assert {key: found[key] for key in expected if key != "_name_or_path"} == {
+    expected, actual = config.to_dict(), loaded.to_dict()
+    assert {key: actual[key] for key in expected if key != "_name_or_path"} == {
         key: value for key, value in expected.items() if key != "_name_or_path"
     }
     assert "attn_output_gate" not in json.loads((tmp_path / "config.json").read_text())

@@ -123,8 +123,8 @@ def test_the_base_by_the_rule(theta: float, head_dim: int, original: int, length
     model = GatedLlamaForCausalLM(small_config(theta, head_dim, original))
     slowest = frequencies(model)[-1] * original
     extend_context(model, length)
-    found = model.config.rope_parameters
-    assert found == {"rope_type": "default", "rope_theta": pytest.approx(expected, rel=1e-9)}
+    actual = model.config.rope_parameters
+    assert actual == {"rope_type": "default", "rope_theta": pytest.approx(expected, rel=1e-9)}
     assert relative_difference(frequencies(model), plain_frequencies(expected, head_dim)) < 1e-6
     assert frequencies(model)[-1] * length == pytest.approx(slowest, rel=2e-6)
     assert frequencies(model)[0] == 1
@@ -162,14 +162,14 @@ def test_a_scaling_that_is_there_is_left_alone_or_replaced(case: str, through_ll
         with pytest.raises(ValueError, match=rf"rope_type='{name}', .*=\d.*replace_scaling=True"):
             extend_context(config, 1024, method)
         assert config.to_dict() == before
-        given = {}
+        length = {}
         if original is None:
             with pytest.raises(ValueError, match=f"'{name}' does not say .*original_max_position_embeddings has to be"):
                 extend_context(config, 1024, method, replace_scaling=True)
             assert config.to_dict() == before
-            given = {"original_max_position_embeddings": 128}
+            length = {"original_max_position_embeddings": 128}
         start = original or 128
-        extend_context(config, 1024, method, replace_scaling=True, **given)
+        extend_context(config, 1024, method, replace_scaling=True, **length)
         assert config.max_position_embeddings == 1024
         if method == "yarn":
             assert config.rope_parameters == yarn_of(

@@ -90,31 +90,31 @@ def seconds(slow_conversions: SlowConversions, checkpoint: Path, tmp_path_factor
     return time.perf_counter() - started
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("moment", range(8))
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_at_any_point(
     slow_conversions: SlowConversions,
     checkpoint: Path,
     seconds: float,
     tmp_path: Path,
-    part: int,
+    moment: int,
     sent: signal.Signals,
 ) -> None:
     """At a random point of each eighth of the time; every second time there is a result already."""
     output, before = tmp_path / "gated", contents(checkpoint)
     wholes = [contents_of_a_whole_result(checkpoint, tmp_path)]
-    if part % 2:
+    if moment % 2:
         convert_checkpoint(checkpoint, output, granularity="elementwise")
         wholes.append(contents(output))
     process = slow_conversions.start(checkpoint, output)
-    time.sleep(seconds * (part + random.random()) / 8)
+    time.sleep(seconds * (moment + random.random()) / 8)
     os.kill(process, sent)
     slow_conversions.wait()
 
     assert contents(checkpoint) == before
     if output.exists():
         assert contents(output) in wholes
-    elif part % 2:  # killed between taking the old result away and putting the new one there
+    elif moment % 2:  # killed between taking the old result away and putting the new one there
         assert sent != signal.SIGINT
     if sent == signal.SIGINT:
         assert {path.name for path in tmp_path.iterdir()} <= {"gated", "whole"}
@@ -126,9 +126,9 @@ def test_killed_at_any_point(
 def contents_of_a_whole_result(checkpoint: Path, tmp_path: Path) -> dict[str, str]:
     """What the slow conversion to tmp_path / "gated" writes: its card and manifest name the output."""
     convert_checkpoint(checkpoint, tmp_path / "gated", place="copy", overwrite=True)
-    found = contents(tmp_path / "gated")
+    files = contents(tmp_path / "gated")
     (tmp_path / "gated").rename(tmp_path / "whole")
-    return found
+    return files
 
 
 def test_the_next_run_puts_back_a_result_that_was_taken_away(llama: Path, tmp_path: Path) -> None:
@@ -172,13 +172,13 @@ def test_what_still_runs_is_not_taken_for_a_leftover(llama: Path, tmp_path: Path
 
 
 def test_only_leftovers_of_the_same_output_are_cleared(tmp_path: Path) -> None:
-    others = [".gated", ".gated.txt", f".gated.{'0' * 31}", f".other.{'0' * 32}", f"gated.{'0' * 32}", ".gated.old"]
-    for name in others:
+    kept = [".gated", ".gated.txt", f".gated.{'0' * 31}", f".other.{'0' * 32}", f"gated.{'0' * 32}", ".gated.old"]
+    for name in kept:
         (tmp_path / name).mkdir()
     (tmp_path / f".gated.{'1' * 32}").mkdir()
     (tmp_path / f".gated.{'2' * 32}").symlink_to(tmp_path / ".gated")
     clear_leftovers(tmp_path / "gated")
-    assert {path.name for path in tmp_path.iterdir()} == {*others, f".gated.{'2' * 32}"}
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, f".gated.{'2' * 32}"}
     assert not any((tmp_path / ".gated").iterdir())
 
 
@@ -325,9 +325,9 @@ def test_hashes_are_of_the_files_as_written(checkpoint: Path, tmp_path: Path) ->
     for granularity in ("headwise", "elementwise"):
         convert_checkpoint(checkpoint, tmp_path / granularity, granularity=granularity)
         manifest = json.loads((tmp_path / granularity / "gated_llama_manifest.json").read_text())
-        found = contents(tmp_path / granularity)
-        del found["gated_llama_manifest.json"]
-        assert {name: record["sha256"] for name, record in manifest["files"].items()} == found
+        files = contents(tmp_path / granularity)
+        del files["gated_llama_manifest.json"]
+        assert {name: record["sha256"] for name, record in manifest["files"].items()} == files
         for name, record in manifest["files"].items():
             assert record["size"] == (tmp_path / granularity / name).stat().st_size
 

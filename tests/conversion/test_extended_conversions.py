@@ -92,12 +92,12 @@ def test_an_extended_conversion_is_verified_and_ungated(
 
         expected = logits_by_transformers(llama, config["rope_parameters"], length, tokens)
         assert_close(logits_of(directory, tokens), expected)
-        found = verify_checkpoint(llama, directory, tokens=16)
-        assert found.passed and found.max_difference == 0 and not found.differing_fields
+        verification = verify_checkpoint(llama, directory, tokens=16)
+        assert verification.passed and verification.max_difference == 0 and not verification.differing_fields
         words = f"{length:,} tokens, rope_theta 25,198" + (", yarn, factor 4, from 512" if length == 2048 else "")
-        assert found.context == words
-        assert found.summary()["context"] == f"the source's extended alike: {words}"
-        assert found.recorded
+        assert verification.context == words
+        assert verification.summary()["context"] == f"the source's extended alike: {words}"
+        assert verification.recorded
         card = (directory / "README.md").read_text()
         assert f"| context | the source's extended alike: {words} |" in card
         assert "not verified since" not in card
@@ -135,10 +135,10 @@ def test_verification_tells_of_a_context_that_is_not_the_recorded_one(llama: Pat
     ):
         extend_checkpoint(gated, tmp_path / name, context=LONGER)
         edit_json(tmp_path / name / "config.json", change)
-        found = verify_checkpoint(llama, tmp_path / name, tokens=16)
-        assert not found.passed
-        assert found.differing_fields == ("rope_parameters",)
-        assert found.max_difference > 1e-3
+        verification = verify_checkpoint(llama, tmp_path / name, tokens=16)
+        assert not verification.passed
+        assert verification.differing_fields == ("rope_parameters",)
+        assert verification.max_difference > 1e-3
     assert verify_checkpoint(llama, gated, tokens=16).context is None
     # Nor does a manifest pass that tells of another extension than was made.
     edit_json(gated / MANIFEST, lambda manifest: manifest.update(context=[LONGER]))
@@ -164,8 +164,8 @@ def test_converting_with_a_context_is_converting_and_extending(
     extend_checkpoint(llama, tmp_path / "source", context=context)
     convert_checkpoint(tmp_path / "source", tmp_path / "converted")
     assert_close(logits_of(tmp_path / "converted", tokens), expected)
-    found = verify_checkpoint(llama, tmp_path / "at once", tokens=16)
-    assert found.max_difference == 0 and found.context is not None
+    verification = verify_checkpoint(llama, tmp_path / "at once", tokens=16)
+    assert verification.max_difference == 0 and verification.context is not None
     ungate_checkpoint(tmp_path / "at once", tmp_path / "back")
     assert contents(tmp_path / "back") == before == contents(llama)
 

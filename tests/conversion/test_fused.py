@@ -109,9 +109,9 @@ def test_an_imported_checkpoint_computes_what_its_fused_source_does(
         expected = fused_logits(weights, config, sequence, layout)
         assert expected.std() > 0.5
         with torch.no_grad():
-            found = gated(sequence[None]).logits[0]
+            actual = gated(sequence[None]).logits[0]
         # The model's sigmoid and its frequencies of RoPE are float32.
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
         # A gate that belongs to another head would show.
         assert (
             fused_logits(weights, config, sequence, "per head" if layout == "grouped" else "grouped") - expected
@@ -132,10 +132,10 @@ def test_imported_tensors_are_the_source_s_rows(tmp_path: Path, name: str, dtype
         if "q_proj" not in name:
             assert torch.equal(gated[name], tensor)
             continue
-        for block, part in enumerate(tensor.split(queries + gates)):
+        for block, group in enumerate(tensor.split(queries + gates)):
             q = gated[name][block * queries : (block + 1) * queries]
             g = gated[name.replace("q_proj", "g_proj")][block * gates : (block + 1) * gates]
-            assert torch.equal(part, torch.cat([q, g]))
+            assert torch.equal(group, torch.cat([q, g]))
 
 
 def qwen3_next(**fields: Any) -> Qwen3NextConfig:
@@ -174,9 +174,9 @@ def test_qwen3_next_s_layers_against_transformers_own(
     source = Qwen3NextForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
     gated = AutoModelForCausalLM.from_pretrained(tmp_path / "gated", dtype=torch.float32)
     with torch.no_grad():
-        expected, found = source(tokens).logits, gated(tokens).logits
+        expected, actual = source(tokens).logits, gated(tokens).logits
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(FORMATS))
@@ -184,16 +184,16 @@ def test_an_import_is_verified_by_its_tensors(tmp_path: Path, name: str) -> None
     fields, _, rows = FORMATS[name]
     write_fused(tmp_path / "source", fields, rows)
     convert_checkpoint(tmp_path / "source", tmp_path / "gated")
-    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
-    assert found.passed and found.max_difference is None
-    assert found.text == "Transformers has no model of the source's format"
+    verification = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
+    assert verification.passed and verification.max_difference is None
+    assert verification.text == "Transformers has no model of the source's format"
     for path in (tmp_path / "gated").glob("*.safetensors"):
         tensors = load_file(path)
         if changed := [name for name in tensors if "layers.1.self_attn.g_proj.weight" in name]:
             tensors[changed[0]][3] += 1
             save_file(tensors, path, metadata={"format": "pt"})
-    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
-    assert not found.passed and found.differing == ("model.layers.1.self_attn.q_proj.weight",)
+    verification = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
+    assert not verification.passed and verification.differing == ("model.layers.1.self_attn.q_proj.weight",)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -201,9 +201,9 @@ def test_a_qwen3_next_is_verified_by_its_logits_too(tmp_path: Path, dtype: torch
     source = Qwen3NextForCausalLM(qwen3_next())
     source.to(dtype).save_pretrained(tmp_path / "source", max_shard_size="100KB")
     convert_checkpoint(tmp_path / "source", tmp_path / "gated")
-    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
-    assert found.passed, found
-    assert found.max_difference is not None and not found.differing
+    verification = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
+    assert verification.passed, verification
+    assert verification.max_difference is not None and not verification.differing
 
 
 def test_an_import_that_generates_otherwise_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,8 +218,8 @@ def test_an_import_that_generates_otherwise_does_not_pass(tmp_path: Path, monkey
         return forward(self, hidden_states, **keywords)
 
     monkeypatch.setattr(GatedLlamaAttention, "forward", without_mask)
-    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
-    assert not found.passed and found.max_difference is not None and found.max_difference < 1e-4
+    verification = verify_checkpoint(tmp_path / "source", tmp_path / "gated")
+    assert not verification.passed and verification.max_difference is not None and verification.max_difference < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -271,9 +271,9 @@ def test_rows_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     chunks = Shard.chunks
 
     def spy(shard: Shard, tensor: str, *where: int):
-        for part in chunks(shard, tensor, *where):
-            sizes.append((tensor, len(part)))
-            yield part
+        for chunk in chunks(shard, tensor, *where):
+            sizes.append((tensor, len(chunk)))
+            yield chunk
 
     monkeypatch.setattr(Shard, "chunks", spy)
     monkeypatch.setattr("modeling_gated.checkpoints.files.CHUNK", 1000)

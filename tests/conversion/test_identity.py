@@ -46,9 +46,9 @@ def test_logits_are_bit_identical(
         source_model.config.tie_word_embeddings
     )
     with torch.no_grad():
-        expected, found = reloaded(tokens).logits, gated(tokens).logits
+        expected, actual = reloaded(tokens).logits, gated(tokens).logits
         assert expected.std() > 0.1
-        assert torch.equal(found, expected)
+        assert torch.equal(actual, expected)
         for implementation in ("eager", "sdpa"):
             reloaded.set_attn_implementation(implementation)
             gated.set_attn_implementation(implementation)

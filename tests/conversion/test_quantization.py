@@ -116,9 +116,9 @@ def test_a_quantized_checkpoint_computes_what_its_source_does(
     assert kinds[0] is kinds[1]
     assert type(gated.lm_head) is type(source.lm_head)
     with torch.no_grad():
-        expected, found = source(tokens).logits, gated(tokens).logits
+        expected, actual = source(tokens).logits, gated(tokens).logits
     assert expected.float().std() > 0.1
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
     ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
     for path in plain.iterdir():
@@ -128,9 +128,9 @@ def test_a_quantized_checkpoint_computes_what_its_source_does(
 def test_verification_compares_the_tensors_of_a_quantized_checkpoint(plain: Path, tmp_path: Path) -> None:
     fp8(plain)
     convert_checkpoint(plain, tmp_path / "gated")
-    found = verify_checkpoint(plain, tmp_path / "gated")
-    assert found.passed and found.max_difference is None
-    assert found.text == "the checkpoints are quantized"
+    verification = verify_checkpoint(plain, tmp_path / "gated")
+    assert verification.passed and verification.max_difference is None
+    assert verification.text == "the checkpoints are quantized"
 
 
 @pytest.mark.parametrize("method", [name for name, scheme in SCHEMES.items() if scheme.fields])
@@ -214,8 +214,8 @@ def test_another_config_of_a_quantized_checkpoint_does_not_pass(plain: Path, tmp
     convert_checkpoint(plain, tmp_path / "gated")
     path = tmp_path / "gated" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"gate_scale": 3.0, "rms_norm_eps": 0.5}))
-    found = verify_checkpoint(plain, tmp_path / "gated")
-    assert not found.passed and found.differing_fields == ("rms_norm_eps", "gate_scale")
+    verification = verify_checkpoint(plain, tmp_path / "gated")
+    assert not verification.passed and verification.differing_fields == ("rms_norm_eps", "gate_scale")
 
 
 def test_gates_have_the_dtype_of_what_is_not_quantized(plain: Path, tmp_path: Path, tokens: torch.Tensor) -> None:

@@ -89,8 +89,8 @@ def test_nothing_else_is_touched(llama: Path, old: Path, tmp_path: Path) -> None
     assert {name: manifest["files"][name]["sha256"] for name in CODE_FILES} == {
         name: after[name] for name in CODE_FILES
     }
-    found = verify_checkpoint(llama, old)
-    assert found.passed and found.changed_code == found.outdated_code == ()
+    verification = verify_checkpoint(llama, old)
+    assert verification.passed and verification.changed_code == verification.outdated_code == ()
     ungate_checkpoint(old, tmp_path / "ungated")
     assert contents(tmp_path / "ungated") == contents(llama)
 
@@ -104,8 +104,8 @@ def test_an_old_checkpoint_needs_no_new_files(llama: Path, old: Path, tmp_path: 
     assert contents(old) == before
     assert {path.name for path in (tmp_path / "extended").glob("*.py")} == set(OLD_FILES)
     assert refresh_code(tmp_path / "extended").files == CODE_FILES
-    found = verify_checkpoint(llama, tmp_path / "extended")
-    assert found.passed and found.changed_code == found.outdated_code == ()
+    verification = verify_checkpoint(llama, tmp_path / "extended")
+    assert verification.passed and verification.changed_code == verification.outdated_code == ()
     ungate_checkpoint(tmp_path / "extended", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(llama)
 
@@ -126,10 +126,14 @@ def test_a_file_of_the_source_is_kept_for_ungate(llama: Path, old: Path, tmp_pat
 
 
 def test_verification_says_that_the_code_is_of_another_version(llama: Path, old: Path) -> None:
-    found = verify_checkpoint(llama, old)
-    assert found.passed and found.outdated_code == CODE_FILES
-    assert found.verdict.startswith("identical") and found.verdict.endswith("not by the code in the checkpoint")
-    assert found.summary()["code"].startswith(f"{', '.join(CODE_FILES)} of another version, which may generate wrong")
+    verification = verify_checkpoint(llama, old)
+    assert verification.passed and verification.outdated_code == CODE_FILES
+    assert verification.verdict.startswith("identical") and verification.verdict.endswith(
+        "not by the code in the checkpoint"
+    )
+    assert verification.summary()["code"].startswith(
+        f"{', '.join(CODE_FILES)} of another version, which may generate wrong"
+    )
 
 
 def test_current_code_is_left_alone(gated: Path) -> None:

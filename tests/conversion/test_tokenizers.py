@@ -85,10 +85,10 @@ def tokenizer(path: Path, **options: Any) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def behaviour(found: PreTrainedTokenizerBase) -> list[Any]:
-    ids = [found(text).input_ids for text in TEXTS]
-    special = [found.bos_token, found.eos_token, found.unk_token, found.pad_token, found.padding_side]
-    return [ids, [found.decode(each) for each in ids], special, found.model_max_length, found.get_vocab()]
+def behaviour(loaded: PreTrainedTokenizerBase) -> list[Any]:
+    ids = [loaded(text).input_ids for text in TEXTS]
+    special = [loaded.bos_token, loaded.eos_token, loaded.unk_token, loaded.pad_token, loaded.padding_side]
+    return [ids, [loaded.decode(each) for each in ids], special, loaded.model_max_length, loaded.get_vocab()]
 
 
 @pytest.mark.fast(only="[mistral-")
@@ -104,13 +104,13 @@ def test_a_result_tokenizes_as_its_source(tmp_path: Path, family: str, kind: str
             file.write_text(json.dumps(config))
         expected = tokenizer(path)
         convert_checkpoint(path, tmp_path / "gated", overwrite=True)
-        found = tokenizer(tmp_path / "gated")
+        actual = tokenizer(tmp_path / "gated")
         if expected is None:  # it needs trust_remote_code, or files that are not there: nothing is changed
-            assert found is None or "auto_map" not in (config or {})
+            assert actual is None or "auto_map" not in (config or {})
             assert config is None or (tmp_path / "gated" / file.name).read_bytes() == file.read_bytes()
             continue
-        assert found is not None
-        assert behaviour(found) == behaviour(expected)
+        assert actual is not None
+        assert behaviour(actual) == behaviour(expected)
         # A gated model without this package is loaded with trust_remote_code, which must not change the tokenizer.
         trusting = tokenizer(tmp_path / "gated", trust_remote_code=True)
         assert trusting is not None and behaviour(trusting) == behaviour(expected)
@@ -162,10 +162,10 @@ def test_a_fix_that_depends_on_the_model_type_is_kept(tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
     expected = tokenizer(path)
     convert_checkpoint(path, tmp_path / "gated")
-    found = tokenizer(tmp_path / "gated")
-    assert expected is not None and found is not None
-    assert found("12345").input_ids == expected("12345").input_ids
-    assert behaviour(found) == behaviour(expected)
+    actual = tokenizer(tmp_path / "gated")
+    assert expected is not None and actual is not None
+    assert actual("12345").input_ids == expected("12345").input_ids
+    assert behaviour(actual) == behaviour(expected)
     assert file.read_bytes() != (tmp_path / "gated" / "tokenizer.json").read_bytes()  # the class alone is not enough
     ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(path)
@@ -182,17 +182,17 @@ def converted_earlier(tmp_path: Path, family: str = "mistral", kind: str = "meta
 
 def test_verify_fails_where_the_tokenizer_differs_and_repair_mends_it(tmp_path: Path) -> None:
     path = converted_earlier(tmp_path)
-    found = verify_checkpoint(path, tmp_path / "gated", tokens=20)
-    assert not found.passed and found.verdict == "different" and found.max_difference == 0
-    assert any("has other ids" in line for line in found.tokenizer.differences)
-    assert "gated-llama repair-tokenizer" in found.summary()["tokenizer"]
+    verification = verify_checkpoint(path, tmp_path / "gated", tokens=20)
+    assert not verification.passed and verification.verdict == "different" and verification.max_difference == 0
+    assert any("has other ids" in line for line in verification.tokenizer.differences)
+    assert "gated-llama repair-tokenizer" in verification.summary()["tokenizer"]
     weights = {name: digest for name, digest in contents(tmp_path / "gated").items() if "safetensors" in name}
 
     done = CliRunner().invoke(app, ["repair-tokenizer", str(tmp_path / "gated")])
     assert done.exit_code == 0 and "tokenizer_config.json" in done.stdout
-    found = verify_checkpoint(path, tmp_path / "gated", tokens=20)
-    assert found.passed and found.tokenizer.texts > 20
-    assert found.summary()["tokenizer"].startswith("the source's: equal ids of")
+    verification = verify_checkpoint(path, tmp_path / "gated", tokens=20)
+    assert verification.passed and verification.tokenizer.texts > 20
+    assert verification.summary()["tokenizer"].startswith("the source's: equal ids of")
     assert {name: digest for name, digest in contents(tmp_path / "gated").items() if name in weights} == weights
     assert repair_tokenizer(tmp_path / "gated").files == ()
     ungate_checkpoint(tmp_path / "gated", tmp_path / "back")
@@ -213,8 +213,8 @@ def test_repair_of_others_and_of_what_was_extended(tmp_path: Path, family: str, 
     extend_checkpoint(tmp_path / "gated", tmp_path / "extended", context={"length": 1024})
     for directory in (tmp_path / "gated", tmp_path / "extended"):
         repair_tokenizer(directory)
-        found, expected = tokenizer(directory), tokenizer(path)
-        assert found is not None and expected is not None and behaviour(found) == behaviour(expected)
+        actual, expected = tokenizer(directory), tokenizer(path)
+        assert actual is not None and expected is not None and behaviour(actual) == behaviour(expected)
     assert verify_checkpoint(path, tmp_path / "extended", tokens=20).passed
     ungate_checkpoint(tmp_path / "extended", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(path)
@@ -262,8 +262,8 @@ def test_verify_sees_settings_that_change(tmp_path: Path, changes: dict[str, Any
     file = tmp_path / "gated" / "tokenizer_config.json"
     assert verify_checkpoint(path, tmp_path / "gated", tokens=20).passed
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    found = verify_checkpoint(path, tmp_path / "gated", tokens=20)
-    assert not found.passed and found.tokenizer.differences
+    verification = verify_checkpoint(path, tmp_path / "gated", tokens=20)
+    assert not verification.passed and verification.tokenizer.differences
 
 
 def test_verify_sees_a_normalizer_that_changes(tmp_path: Path) -> None:
@@ -271,18 +271,18 @@ def test_verify_sees_a_normalizer_that_changes(tmp_path: Path) -> None:
     convert_checkpoint(path, tmp_path / "gated")
     file = tmp_path / "gated" / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "NFKC"}}))
-    found = verify_checkpoint(path, tmp_path / "gated", tokens=20)
-    assert not found.passed and any("has other ids" in line for line in found.tokenizer.differences)
+    verification = verify_checkpoint(path, tmp_path / "gated", tokens=20)
+    assert not verification.passed and any("has other ids" in line for line in verification.tokenizer.differences)
     file.write_text("{")
-    found = verify_checkpoint(path, tmp_path / "gated", tokens=20)
-    assert not found.passed and "must be a JSON file" in found.tokenizer.differences[0]
+    verification = verify_checkpoint(path, tmp_path / "gated", tokens=20)
+    assert not verification.passed and "must be a JSON file" in verification.tokenizer.differences[0]
 
 
 def test_verify_says_why_it_compared_no_tokenizers(tmp_path: Path) -> None:
     path = source(tmp_path / "source", "llama", "byte-level", CONFIGS["with code"])
     convert_checkpoint(path, tmp_path / "gated")
-    found = verify_checkpoint(path, tmp_path / "gated", tokens=20)
-    assert found.passed and found.summary()["tokenizer"].startswith("not compared:")
+    verification = verify_checkpoint(path, tmp_path / "gated", tokens=20)
+    assert verification.passed and verification.summary()["tokenizer"].startswith("not compared:")
 
 
 @pytest.mark.parametrize(("kind", "name"), [("byte-level", "with code"), ("vocabulary and merges", "no class")])
@@ -315,8 +315,8 @@ def test_a_large_tokenizer_config_is_converted(tmp_path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     assert (path / "tokenizer_config.json").stat().st_size > 1_000_000
     convert_checkpoint(path, tmp_path / "gated")
-    expected, found = tokenizer(path), tokenizer(tmp_path / "gated")
-    assert expected is not None and found is not None and behaviour(found) == behaviour(expected)
+    expected, actual = tokenizer(path), tokenizer(tmp_path / "gated")
+    assert expected is not None and actual is not None and behaviour(actual) == behaviour(expected)
 
 
 @pytest.mark.parametrize("template", ["{{ strftime_now('%f') }}", "{{ raise_exception('no') }}", "{% syntax"])
@@ -344,8 +344,8 @@ def test_repair_of_a_tokenizer_that_was_saved_with_the_wrong_class(tmp_path: Pat
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "gated" / name).write_bytes((path / name).read_bytes())
     assert repair_tokenizer(tmp_path / "gated", path).files == ("tokenizer_config.json",)
-    found, expected = tokenizer(tmp_path / "gated"), tokenizer(path)
-    assert found is not None and expected is not None and behaviour(found) == behaviour(expected)
+    actual, expected = tokenizer(tmp_path / "gated"), tokenizer(path)
+    assert actual is not None and expected is not None and behaviour(actual) == behaviour(expected)
 
 
 def test_repair_keeps_what_is_the_checkpoint_s_own(tmp_path: Path) -> None:
@@ -357,9 +357,9 @@ def test_repair_keeps_what_is_the_checkpoint_s_own(tmp_path: Path) -> None:
         repair_tokenizer(tmp_path / "gated", path)
     assert contents(tmp_path / "gated") == before
     repair_tokenizer(tmp_path / "gated")  # by the manifest, only the class is the source's
-    found, expected = tokenizer(tmp_path / "gated"), tokenizer(path)
-    assert found is not None and expected is not None
-    assert found.chat_template == "{{ messages }}" and behaviour(found) == behaviour(expected)
+    actual, expected = tokenizer(tmp_path / "gated"), tokenizer(path)
+    assert actual is not None and expected is not None
+    assert actual.chat_template == "{{ messages }}" and behaviour(actual) == behaviour(expected)
 
 
 def test_code_is_left_out_where_the_source_loads_without(tmp_path: Path) -> None:
@@ -367,5 +367,5 @@ def test_code_is_left_out_where_the_source_loads_without(tmp_path: Path) -> None
     path = source(tmp_path / "source", "llama", "byte-level", CONFIGS["Llama, with code"])
     convert_checkpoint(path, tmp_path / "gated")
     assert "auto_map" not in json.loads((tmp_path / "gated" / "tokenizer_config.json").read_text())
-    found, expected = tokenizer(tmp_path / "gated", trust_remote_code=True), tokenizer(path)
-    assert found is not None and expected is not None and behaviour(found) == behaviour(expected)
+    actual, expected = tokenizer(tmp_path / "gated", trust_remote_code=True), tokenizer(path)
+    assert actual is not None and expected is not None and behaviour(actual) == behaviour(expected)

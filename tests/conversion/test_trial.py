@@ -163,9 +163,9 @@ def test_a_window_that_only_the_source_s_cache_applies_is_noted(tmp_path: Path) 
     assert "note: config.json: sliding_window=4 is not read by a llama model" in done.stderr
     ids = torch.arange(1, 20)[None]
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "gated").generate(ids, **options)
+    actual = AutoModelForCausalLM.from_pretrained(tmp_path / "gated").generate(ids, **options)
     expected = AutoModelForCausalLM.from_pretrained(path).generate(ids, **options, use_cache=False)
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     assert convert_checkpoint(source(tmp_path / "plain"), tmp_path / "other").config_notes == ()
     mistral = source(tmp_path / "mistral", "mistral", sliding_window=4)
     assert convert_checkpoint(mistral, tmp_path / "windowed").config_notes == ()
@@ -206,8 +206,8 @@ KERNELS = {
 def test_verify_runs_both_models_alike_whatever_kernel_a_config_names(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = source(tmp_path / "source", **changes)
     convert_checkpoint(path, tmp_path / "gated")
-    found = verify_checkpoint(path, tmp_path / "gated", tokens=50)
-    assert found.verdict.startswith("identical") and found.max_difference == 0
+    verification = verify_checkpoint(path, tmp_path / "gated", tokens=50)
+    assert verification.verdict.startswith("identical") and verification.max_difference == 0
     converted = json.loads((tmp_path / "gated" / "config.json").read_text())
     if "experts_implementation" not in changes:  # so that Transformers runs the result as it runs the source
         assert [converted["attn_implementation"]] == list(changes.values())

@@ -28,14 +28,19 @@ from tests.helpers.word_tokenizer import save_word_tokenizer
 def test_a_conversion_passes(source_model: PreTrainedModel, tmp_path: Path, dtype: torch.dtype) -> None:
     source_model.to(dtype).save_pretrained(tmp_path / "source", max_shard_size="60KB")
     convert_checkpoint(tmp_path / "source", tmp_path / "gated")
-    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated", tokens=50)
-    assert found.passed and found.verdict.startswith("identical")
-    assert (found.max_difference, found.kl_divergence, found.top1_agreement, found.tokens) == (0, 0, 1, 50)
-    assert found.tensors == len(open_checkpoint(tmp_path / "source").tensors())
-    assert found.generation is not None and found.generation.is_same
-    assert (found.generation.tokens, found.generation.max_difference) == (3 * NEW_TOKENS, 0)
+    verification = verify_checkpoint(tmp_path / "source", tmp_path / "gated", tokens=50)
+    assert verification.passed and verification.verdict.startswith("identical")
     assert (
-        found.summary()["cached_generation"]
+        verification.max_difference,
+        verification.kl_divergence,
+        verification.top1_agreement,
+        verification.tokens,
+    ) == (0, 0, 1, 50)
+    assert verification.tensors == len(open_checkpoint(tmp_path / "source").tensors())
+    assert verification.generation is not None and verification.generation.is_same
+    assert (verification.generation.tokens, verification.generation.max_difference) == (3 * NEW_TOKENS, 0)
+    assert (
+        verification.summary()["cached_generation"]
         == "24 tokens, from a prompt and a left-padded batch of two: equal to the source's"
     )
 
@@ -115,10 +120,10 @@ def test_a_broken_cache_fails_though_logits_are_equal(
         return forward(self, hidden_states, **keywords)
 
     monkeypatch.setattr(GatedLlamaAttention, "forward", spoiled)
-    found = verify_checkpoint(llama, tmp_path / "gated")
-    assert found.max_difference == 0 and not found.differing
-    assert not found.passed and found.verdict == "different"
-    assert line in found.summary()["cached_generation"]
+    verification = verify_checkpoint(llama, tmp_path / "gated")
+    assert verification.max_difference == 0 and not verification.differing
+    assert not verification.passed and verification.verdict == "different"
+    assert line in verification.summary()["cached_generation"]
     assert line in (tmp_path / "gated" / "README.md").read_text()
 
 
@@ -128,10 +133,10 @@ def test_a_generation_of_other_weights_differs(llama: Path, tmp_path: Path) -> N
     change(tmp_path / "gated", "model.layers.1.mlp.up_proj.weight")
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (llama, tmp_path / "gated")]
     pair = [streamed(path, model) for path, model in zip((llama, tmp_path / "gated"), models, strict=True)]
-    found = compare_generation(*pair, torch.arange(1, 25))
-    assert not found.is_same and found.error is None and found.max_difference > 0
-    one = compare_generation(*pair, torch.tensor([5]))  # repeated, so that the shorter prompt has padding
-    assert one.tokens == 3 * NEW_TOKENS
+    comparison = compare_generation(*pair, torch.arange(1, 25))
+    assert not comparison.is_same and comparison.error is None and comparison.max_difference > 0
+    generation = compare_generation(*pair, torch.tensor([5]))  # repeated, so that the shorter prompt has padding
+    assert generation.tokens == 3 * NEW_TOKENS
 
 
 def test_two_models_without_a_cache_do_not_pass(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,8 +174,8 @@ def test_a_checkpoint_that_lost_one_code_file_is_told(llama: Path, tmp_path: Pat
     (tmp_path / "gated" / "gated_llama_manifest.json").unlink()
     assert verify_checkpoint(llama, tmp_path / "gated").outdated_code == ()
     (tmp_path / "gated" / "modeling_gated_llama.py").unlink()
-    found = verify_checkpoint(llama, tmp_path / "gated")
-    assert found.passed and found.outdated_code == ("modeling_gated_llama.py",)
+    verification = verify_checkpoint(llama, tmp_path / "gated")
+    assert verification.passed and verification.outdated_code == ("modeling_gated_llama.py",)
 
 
 def test_the_streamed_models_give_the_models_logits(
@@ -185,8 +190,8 @@ def test_the_streamed_models_give_the_models_logits(
         stream = streamed(path, model)
         with torch.no_grad():
             expected = model(tokens[:1]).logits[0]
-        found = torch.cat(list(stream.logits(stream.hidden_states(tokens[0]))), -1)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        actual = torch.cat(list(stream.logits(stream.hidden_states(tokens[0]))), -1)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
         assert all(parameter.is_meta for parameter in stream.decoder.layers.parameters())
 
 
@@ -197,13 +202,13 @@ def test_the_figures_are_those_of_the_definitions(llama: Path, tokens: torch.Ten
     pair = [streamed(path, model) for path, model in zip((llama, tmp_path / "gated"), models, strict=True)]
     with torch.no_grad():
         one, other = (model(tokens[:1]).logits[0].double() for model in models)
-    found = LogitsComparison(*pair, tokens[0])
-    assert found.max_difference == pytest.approx((one - other).abs().max().item(), rel=1e-4)
-    assert found.max_difference > 0.01
+    comparison = LogitsComparison(*pair, tokens[0])
+    assert comparison.max_difference == pytest.approx((one - other).abs().max().item(), rel=1e-4)
+    assert comparison.max_difference > 0.01
     p, q = one.log_softmax(-1), other.log_softmax(-1)
-    assert found.kl_divergence == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
+    assert comparison.kl_divergence == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3)
     agreement = (one.argmax(-1) == other.argmax(-1)).double().mean().item()
-    assert found.top1_agreement == pytest.approx(agreement)
+    assert comparison.top1_agreement == pytest.approx(agreement)
     assert agreement < 1
 
 
@@ -227,10 +232,10 @@ def change(directory: Path, name: str) -> None:
 def test_a_change_fails_and_is_named(llama: Path, tmp_path: Path, name: str, line: tuple[str, str]) -> None:
     convert_checkpoint(llama, tmp_path / "gated", place="copy")
     change(tmp_path / "gated", name)
-    found = verify_checkpoint(llama, tmp_path / "gated")
-    assert not found.passed and found.verdict == "different"
-    assert found.max_difference is not None and found.max_difference > 0
-    assert found.summary()[line[0]] == line[1]
+    verification = verify_checkpoint(llama, tmp_path / "gated")
+    assert not verification.passed and verification.verdict == "different"
+    assert verification.max_difference is not None and verification.max_difference > 0
+    assert verification.summary()[line[0]] == line[1]
 
 
 def test_a_change_that_logits_do_not_show_fails_too(llama: Path, tmp_path: Path) -> None:
@@ -241,23 +246,23 @@ def test_a_change_that_logits_do_not_show_fails_too(llama: Path, tmp_path: Path)
     tensors = load_file(shard)
     tensors["model.layers.0.input_layernorm.weight"].view(torch.int32)[0] ^= 1
     save_file(tensors, shard, metadata={"format": "pt"})
-    found = verify_checkpoint(llama, tmp_path / "gated", tokens=3)
-    assert not found.passed and found.differing == ("model.layers.0.input_layernorm.weight",)
+    verification = verify_checkpoint(llama, tmp_path / "gated", tokens=3)
+    assert not verification.passed and verification.differing == ("model.layers.0.input_layernorm.weight",)
 
 
 def test_another_layout_of_the_same_tensors_passes(sharded: Path, tmp_path: Path) -> None:
     """Saved again, in other shards."""
     convert_checkpoint(sharded, tmp_path / "gated")
     AutoModelForCausalLM.from_pretrained(tmp_path / "gated").save_pretrained(tmp_path / "again")
-    found = verify_checkpoint(sharded, tmp_path / "again")
-    assert found.passed and not found.recorded
+    verification = verify_checkpoint(sharded, tmp_path / "again")
+    assert verification.passed and not verification.recorded
 
 
 def test_another_model_is_not_taken_for_the_source(llama: Path, sharded: Path, tmp_path: Path) -> None:
     convert_checkpoint(sharded, tmp_path / "gated")
-    found = verify_checkpoint(llama, tmp_path / "gated")
-    assert not found.passed
-    assert "model.layers.2.mlp.down_proj.weight" in found.differing
+    verification = verify_checkpoint(llama, tmp_path / "gated")
+    assert not verification.passed
+    assert "model.layers.2.mlp.down_proj.weight" in verification.differing
     config = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(ConversionError, match=r"gated: has other tensors or shapes than .*llama"):
@@ -273,8 +278,8 @@ def test_tensors_that_only_the_gated_checkpoint_has_are_seen(sharded: Path, llam
     content = json.loads(index.read_text())
     content["weight_map"]["model.layers.0.self_attn.q_proj.bias"] = shard.name
     index.write_text(json.dumps(content))
-    found = verify_checkpoint(llama, tmp_path / "gated")
-    assert not found.passed and found.differing == ("model.layers.0.self_attn.q_proj.bias",)
+    verification = verify_checkpoint(llama, tmp_path / "gated")
+    assert not verification.passed and verification.differing == ("model.layers.0.self_attn.q_proj.bias",)
 
 
 def test_the_card_and_the_manifest_record_the_last_result(llama: Path, tmp_path: Path) -> None:
@@ -282,8 +287,8 @@ def test_the_card_and_the_manifest_record_the_last_result(llama: Path, tmp_path:
     convert_checkpoint(llama, gated, place="link")
     assert "Not run yet" in (gated / "README.md").read_text()
     for expected in ("identical: the same function, bit for bit", "different"):
-        found = verify_checkpoint(llama, gated)
-        assert found.recorded and found.verdict == expected
+        verification = verify_checkpoint(llama, gated)
+        assert verification.recorded and verification.verdict == expected
         card = (gated / "README.md").read_text()
         assert f"| verdict | {expected} |" in card and "Not run yet" not in card
         assert card.count("| verdict |") == 1
@@ -298,11 +303,11 @@ def test_the_card_and_the_manifest_record_the_last_result(llama: Path, tmp_path:
 def test_real_text_by_default_or_a_file(llama: Path, tmp_path: Path) -> None:
     save_word_tokenizer(llama)
     convert_checkpoint(llama, tmp_path / "gated")
-    found = verify_checkpoint(llama, tmp_path / "gated", tokens=40)
-    assert found.passed and (found.tokens, found.text) == (40, "Python's language reference")
+    verification = verify_checkpoint(llama, tmp_path / "gated", tokens=40)
+    assert verification.passed and (verification.tokens, verification.text) == (40, "Python's language reference")
     (tmp_path / "words.txt").write_text("a b b a")
-    found = verify_checkpoint(llama, tmp_path / "gated", text=tmp_path / "words.txt")
-    assert found.passed and (found.tokens, found.text) == (4, "words.txt")
+    verification = verify_checkpoint(llama, tmp_path / "gated", text=tmp_path / "words.txt")
+    assert verification.passed and (verification.tokens, verification.text) == (4, "words.txt")
 
 
 @pytest.mark.parametrize(
@@ -344,8 +349,8 @@ def test_nan_does_not_pass(llama: Path, tmp_path: Path) -> None:
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
     convert_checkpoint(llama, tmp_path / "gated")
-    found = verify_checkpoint(llama, tmp_path / "gated")
-    assert not found.passed and not found.differing
+    verification = verify_checkpoint(llama, tmp_path / "gated")
+    assert not verification.passed and not verification.differing
 
 
 def test_at_most_one_layer_is_in_memory(sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,9 +374,9 @@ def test_what_it_compares_is_the_package_s_model(llama: Path, tmp_path: Path) ->
     """The code that a checkpoint carries is not run, but compared with what conversion wrote."""
     convert_checkpoint(llama, tmp_path / "gated")
     (tmp_path / "gated" / "modeling_gated_llama.py").write_text("raise SystemExit('ran')")
-    found = verify_checkpoint(llama, tmp_path / "gated")
-    assert found.max_difference == 0
-    assert not found.passed and found.changed_code == ("modeling_gated_llama.py",)
+    verification = verify_checkpoint(llama, tmp_path / "gated")
+    assert verification.max_difference == 0
+    assert not verification.passed and verification.changed_code == ("modeling_gated_llama.py",)
     assert GatedLlamaForCausalLM.__module__ == "modeling_gated.modeling_gated_llama"
 
 
@@ -383,8 +388,8 @@ def test_a_read_only_result_is_verified_but_not_recorded(
 
     convert_checkpoint(llama, tmp_path / "gated")
     monkeypatch.setattr(verify, "replace_file", refuse)
-    found = verify_checkpoint(llama, tmp_path / "gated")
-    assert found.passed and not found.recorded
+    verification = verify_checkpoint(llama, tmp_path / "gated")
+    assert verification.passed and not verification.recorded
 
 
 @pytest.mark.parametrize(
@@ -404,9 +409,9 @@ def test_another_config_fails_even_where_these_logits_do_not_show_it(tmp_path: P
     convert_checkpoint(tmp_path / "source", tmp_path / "gated")
     path = tmp_path / "gated" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
-    found = verify_checkpoint(tmp_path / "source", tmp_path / "gated", tokens=20)
-    assert not found.passed and found.differing_fields == (field,)
-    assert found.summary()["config"] == f"{field} not as in the source"
+    verification = verify_checkpoint(tmp_path / "source", tmp_path / "gated", tokens=20)
+    assert not verification.passed and verification.differing_fields == (field,)
+    assert verification.summary()["config"] == f"{field} not as in the source"
 
 
 def test_a_head_that_is_stored_beside_tied_embeddings(llama: Path, tmp_path: Path, tokens: torch.Tensor) -> None:

@@ -39,9 +39,9 @@ def plain_losses(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_losses_are_those_of_one_forward_pass(variant: str, chunk_size: int, tokens: torch.Tensor) -> None:
     model = gated_model(variant)
-    found = loss_by_position(model, tokens[0], chunk_size=chunk_size)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), plain_losses(model, tokens[0]), rtol=1e-4, atol=1e-5)
+    actual = loss_by_position(model, tokens[0], chunk_size=chunk_size)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), plain_losses(model, tokens[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_no_tensor_grows_with_the_square_of_the_length() -> None:
@@ -173,11 +173,11 @@ def test_who_reads_to_the_needle_scores() -> None:
     for share, expected in ((1.0, 1.0), (0.5, 0.5), (0.0, 0.0)):
         model = Reader(tokenizer, reads(share))
         options = {"name": "reader", "lengths": [1000, 2000], "tasks": ["passkey"], "samples": 10}
-        found = evaluate_context(model, tokenizer, **options)
-        for score in found.scores:
+        evaluation = evaluate_context(model, tokenizer, **options)
+        for score in evaluation.scores:
             assert score.score == pytest.approx(expected, abs=0.11)
             assert score.length - 120 < score.prompt_tokens <= score.length - 16
-        assert found.beyond == (2000,)
+        assert evaluation.beyond == (2000,)
         assert model.generation_config.repetition_penalty == 2.0
 
 
@@ -207,17 +207,17 @@ def test_the_command_compares_checkpoints(checkpoints: tuple[Path, Path], tmp_pa
     content = json.loads((tmp_path / "new" / "found" / "context.json").read_text())
     assert (tmp_path / "new" / "found" / "context.png").read_bytes().startswith(b"\x89PNG")
     plain, gated = content["evaluations"]
-    for found, path in ((plain, checkpoints[0]), (gated, checkpoints[1])):
-        assert (found["name"], found["lengths"], found["beyond"]) == (path.name, [800, 1600], [1600])
-        assert found["chat_template"] is True
+    for actual, path in ((plain, checkpoints[0]), (gated, checkpoints[1])):
+        assert (actual["name"], actual["lengths"], actual["beyond"]) == (path.name, [800, 1600], [1600])
+        assert actual["chat_template"] is True
         tokens = byte_tokenizer()(read_text(None)[0])["input_ids"][:1600]
         losses = plain_losses(AutoModelForCausalLM.from_pretrained(path), torch.tensor(tokens))
         expected = [losses[:799].mean().item(), losses[799:].mean().item()]
-        assert [part["loss"] for part in found["losses"]] == pytest.approx(expected, rel=1e-5)
-        assert [part["tokens"] for part in found["losses"]] == [799, 800]
+        assert [bucket["loss"] for bucket in actual["losses"]] == pytest.approx(expected, rel=1e-5)
+        assert [bucket["tokens"] for bucket in actual["losses"]] == [799, 800]
         assert f"{expected[0]:.3f}" in out and f"{expected[1]:.3f}*" in out
-    assert [part["loss"] for part in gated["losses"]] == pytest.approx(
-        [part["loss"] for part in plain["losses"]], rel=1e-6
+    assert [bucket["loss"] for bucket in gated["losses"]] == pytest.approx(
+        [bucket["loss"] for bucket in plain["losses"]], rel=1e-6
     )
     assert plain["scores"] == gated["scores"]
     assert {score["task"] for score in plain["scores"]} == set(TASKS)
@@ -304,7 +304,7 @@ def test_what_was_found_is_kept_when_the_next_one_fails(
     assert code == 1
     assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'damaged'}")
     content = json.loads((tmp_path / "found" / "context.json").read_text())
-    assert [found["name"] for found in content["evaluations"]] == ["plain"]
+    assert [evaluation["name"] for evaluation in content["evaluations"]] == ["plain"]
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

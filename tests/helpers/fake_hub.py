@@ -66,9 +66,9 @@ def _handler(repository: Repository) -> type[BaseHTTPRequestHandler]:
                 "sha": repository.commit,
                 "siblings": [{"rfilename": path} for path in repository.files],
             }
-            if path in [f"/api/models/{repository.name}/revision/{one}" for one in revisions]:
+            if path in [f"/api/models/{repository.name}/revision/{revision}" for revision in revisions]:
                 return self.answer_json(info)
-            if path in [f"/api/models/{repository.name}/tree/{one}" for one in revisions]:
+            if path in [f"/api/models/{repository.name}/tree/{revision}" for revision in revisions]:
                 return self.answer_json(repository.tree())
             if path.startswith(f"/api/models/{repository.name}/revision/"):
                 return self.answer(

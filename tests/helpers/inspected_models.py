@@ -91,13 +91,13 @@ def eager_attention(model: PreTrainedModel, inputs: dict[str, Any]) -> list[np.n
 def sequences(kind: str) -> Iterator[tuple[int, range]]:
     """Each sequence of an input that has more than one token, with its row of the batch."""
     for row, parts in enumerate(INPUTS[kind]):
-        yield from ((row, part) for part in parts if len(part) > 1)
+        yield from ((row, places) for places in parts if len(places) > 1)
 
 
 def mean_over_queries(attention: np.ndarray, kind: str, value: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """[heads]: mean over all queries but the first of `value` of a sequence's probabilities [heads, queries, keys]."""
     parts = []
-    for row, part in sequences(kind):
-        own = attention[row][:, part.start : part.stop, part.start : part.stop]
-        parts.append(value(own)[:, 1:])
+    for row, places in sequences(kind):
+        probabilities = attention[row][:, places.start : places.stop, places.start : places.stop]
+        parts.append(value(probabilities)[:, 1:])
     return np.concatenate(parts, axis=1).mean(axis=1)

@@ -66,14 +66,14 @@ def attention(x: np.ndarray, weights: Weights, config: GatedLlamaConfig) -> np.n
     theta = config.rope_parameters["rope_theta"]
 
     def heads_of(name: str, position: str, gate: str, norm: str | None) -> list[np.ndarray]:
-        found = []
+        seen = []
         for head, y in enumerate(np.split(projected := project(x, weights, name), projected.shape[-1] // head_dim, -1)):
             if position in config.gate_position:
                 y = apply_gate(y, x, weights, gate, config, head)
             if norm is not None and config.use_qk_norm:
                 y = rms_norm(y, weights[f"{norm}.weight"], eps)
-            found.append(y if norm is None else rotate(y, theta))
-        return found
+            seen.append(y if norm is None else rotate(y, theta))
+        return seen
 
     queries = heads_of("q_proj", "G4", "g_q_proj", "q_norm")
     keys = heads_of("k_proj", "G3", "g_k_proj", "k_norm")

@@ -10,6 +10,6 @@ def gate_names(model: nn.Module, names: tuple[str, ...] = ("g_proj",)) -> set[st
 
 def unwrapped(name: str, *parts: str) -> str:
     """A trained copy's parameter's name in the model that is not PEFT's."""
-    for part in (*parts, "default."):
-        name = name.replace(part, "")
+    for prefix in (*parts, "default."):
+        name = name.replace(prefix, "")
     return name.removeprefix("base_model.model.")

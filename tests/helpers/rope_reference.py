@@ -45,13 +45,13 @@ def yarn_frequencies_by_turns(theta: float, head_dim: int, factor: float, origin
     return (1 - gamma) * plain / factor + gamma * plain
 
 
-def relative_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found / expected - 1).max())
+def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(actual / expected - 1).max())
 
 
 def rotary_of(model: nn.Module) -> nn.Module:
-    (found,) = (module for module in model.modules() if isinstance(module, LlamaRotaryEmbedding))
-    return found
+    (actual,) = (module for module in model.modules() if isinstance(module, LlamaRotaryEmbedding))
+    return actual
 
 
 def frequencies(model: nn.Module) -> np.ndarray:

@@ -85,10 +85,10 @@ def converted(source: LlamaForCausalLM, **fields: Any) -> GatedLlamaForCausalLM:
     fields |= {"attention_bias": True, "attention_output_bias": True}
     config = GatedLlamaConfig.from_source_config(source.config, **fields)
     model = GatedLlamaForCausalLM(config).eval().requires_grad_(False)
-    given = source.state_dict()
+    tensors = source.state_dict()
     if config.tie_word_embeddings:
-        del given["lm_head.weight"]
-    missing = model.load_state_dict(given, strict=False).missing_keys
+        del tensors["lm_head.weight"]
+    missing = model.load_state_dict(tensors, strict=False).missing_keys
     assert all(re.search(r"bias$|\.(g_proj|q_norm|k_norm)\.|^lm_head\.", name) for name in missing)
     return model
 

@@ -64,7 +64,7 @@ def test_they_are_those_of_eager_attention(name: str, kind: str) -> None:
             metered = model(**inputs).logits
     assert torch.equal(plain, metered)
     for layer, attention in enumerate(expected):
-        sink = mean_over_queries(attention, kind, lambda own: own[:, :, 0])
+        sink = mean_over_queries(attention, kind, lambda probabilities: probabilities[:, :, 0])
         np.testing.assert_allclose(first_token.result()[layer], sink, rtol=0, atol=1e-5)
         np.testing.assert_allclose(
             entropies.result()[layer], mean_over_queries(attention, kind, entropy), rtol=0, atol=1e-5
@@ -83,10 +83,12 @@ def test_sink_rates_follow_their_definition(name: str, kind: str, tokens: int | 
     for attention in eager_attention(model, inputs):
         for head in range(attention.shape[1]):
             importances = []
-            for row, part in sequences(kind):
-                end = min(len(part), tokens or len(part))
-                own = attention[row, head, part.start : part.start + end, part.start : part.start + end]
-                importances.append([own[token:, token].sum() / (end - token) for token in range(end)])
+            for row, places in sequences(kind):
+                end = min(len(places), tokens or len(places))
+                probabilities = attention[
+                    row, head, places.start : places.start + end, places.start : places.start + end
+                ]
+                importances.append([probabilities[token:, token].sum() / (end - token) for token in range(end)])
             first.append([importance[0] for importance in importances])
             candidates = [importance[1 : len(importance) - 6 + 1] for importance in importances]
             other.append([max(importance) for importance in candidates if importance])
@@ -96,9 +98,9 @@ def test_sink_rates_follow_their_definition(name: str, kind: str, tokens: int | 
         with torch.no_grad(), inspecting(model, meter):
             model(**inputs)
         assert meter.result().sequences == len(list(sequences(kind)))
-        found = getattr(meter.result(), of).flatten()
-        np.testing.assert_array_equal(found, (np.array(expected) > epsilon).mean(1))
-        assert 0 < found.mean() < 1
+        actual = getattr(meter.result(), of).flatten()
+        np.testing.assert_array_equal(actual, (np.array(expected) > epsilon).mean(1))
+        assert 0 < actual.mean() < 1
 
 
 def test_a_short_window_has_no_other_sinks() -> None:
@@ -148,8 +150,8 @@ def test_probabilities_are_there_for_meters_of_ones_own() -> None:
     meter = Whole()
     seen: list[torch.Tensor] = []
 
-    def first_scores(attention: torch.nn.Module, given: dict, output: object) -> None:
-        states = given["hidden_states"][:, 0]  # at position 0, where RoPE turns nothing
+    def first_scores(attention: torch.nn.Module, arguments: dict, output: object) -> None:
+        states = arguments["hidden_states"][:, 0]  # at position 0, where RoPE turns nothing
         query, key = attention.q_proj(states).view(2, 9, 16), attention.k_proj(states).view(2, 3, 16)
         seen.append((query * key.repeat_interleave(3, dim=1)).sum(-1) / 4)
 
@@ -183,13 +185,13 @@ def test_norms_and_ranks_leave_padding_out(kind: str) -> None:
         model(**inputs)
     for hook in hooks:
         hook.remove()
-    found = norms.result()
+    actual = norms.result()
     starts = [(row, part.start) for row, parts in enumerate(INPUTS[kind]) for part in parts]
     others = [(row, place) for row, parts in enumerate(INPUTS[kind]) for part in parts for place in part[1:]]
     for layer in range(3):
         for name, first, rest in (
-            ("k_proj", found.first_key, found.other_keys),
-            ("v_proj", found.first_value, found.other_values),
+            ("k_proj", actual.first_key, actual.other_keys),
+            ("v_proj", actual.first_value, actual.other_values),
         ):
             lengths = np.linalg.norm(seen[name][layer].view(2, TOKENS, 2, 8).double().numpy(), axis=-1)
             expected = [np.mean([lengths[place] for place in places], axis=0) for places in (starts, others)]

@@ -110,8 +110,8 @@ def test_what_is_measured_is_the_mean(tmp_path: Path) -> None:
     model, inputs = inspected_model("llama, grouped queries"), inputs_of("padded right")
     model.train()
     model.model.layers[1].eval()
-    found = measure(model, inputs["input_ids"], inputs["attention_mask"])
-    assert set(found) == {"first_token_attention", "massive_activation"}
+    measurements = measure(model, inputs["input_ids"], inputs["attention_mask"])
+    assert set(measurements) == {"first_token_attention", "massive_activation"}
     assert model.training
     assert not model.model.layers[1].training
     model.eval()
@@ -119,7 +119,7 @@ def test_what_is_measured_is_the_mean(tmp_path: Path) -> None:
         torch.cat([torch.tensor(layer[0][:, 1:31, 0]), torch.tensor(layer[1][:, 1:, 0])], dim=1).mean()
         for layer in eager_attention(model, inputs)
     ]
-    assert found["first_token_attention"] == pytest.approx(sum(attention).item() / 3, abs=1e-5)
+    assert measurements["first_token_attention"] == pytest.approx(sum(attention).item() / 3, abs=1e-5)
 
 
 def test_what_cannot_be_measured_does_not_end_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

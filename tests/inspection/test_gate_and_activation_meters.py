@@ -33,10 +33,10 @@ def places(kind: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 
 def attention_inputs(model: PreTrainedModel, inputs: dict[str, Any]) -> list[np.ndarray]:
     """X of each layer, float64 [batch, tokens, hidden_size]."""
-    found: list[np.ndarray] = []
+    seen: list[np.ndarray] = []
     hooks = [
         layer.self_attn.register_forward_pre_hook(
-            lambda module, given, named: found.append(named["hidden_states"].double().numpy()), with_kwargs=True
+            lambda module, given, named: seen.append(named["hidden_states"].double().numpy()), with_kwargs=True
         )
         for layer in model.base_model.layers
     ]
@@ -44,7 +44,7 @@ def attention_inputs(model: PreTrainedModel, inputs: dict[str, Any]) -> list[np.
         model(**inputs)
     for hook in hooks:
         hook.remove()
-    return found
+    return seen
 
 
 @pytest.mark.fast
@@ -57,12 +57,12 @@ def test_gate_scores_are_those_of_the_formula(name: str, kind: str) -> None:
     meter = GateScores(bins=10)
     with torch.no_grad(), inspecting(model, meter):
         model(**inputs)
-    found = meter.result()
-    assert set(found) == set(config.gate_position)
+    actual = meter.result()
+    assert set(actual) == set(config.gate_position)
     first, others = places(kind)
     everywhere = first + others
     for layer, states in enumerate(attention_inputs(model, inputs)):
-        for position, statistics in found.items():
+        for position, statistics in actual.items():
             gate = getattr(model.model.layers[layer].self_attn, GATE_PROJECTIONS[position])
             weights = {name: tensor.double().detach().numpy() for name, tensor in gate.named_parameters()}
             given = np.ones((2, TOKENS, 1)) if config.gate_input_independent else states
@@ -94,9 +94,9 @@ def test_scores_are_before_the_scale_and_values_after() -> None:
     meter, drift = GateScores(), GateDrift(1.5)
     with torch.no_grad(), inspecting(model, meter, drift):
         model(**inputs)
-    found = meter.result()["G1"]
-    torch.testing.assert_close(found.value, 2 * found.mean)
-    assert found.mean.max() < 1
+    actual = meter.result()["G1"]
+    torch.testing.assert_close(actual.value, 2 * actual.mean)
+    assert actual.mean.max() < 1
     values = []
     for layer, states in zip(model.model.layers, attention_inputs(model, inputs), strict=True):
         gate = layer.self_attn.g_proj
@@ -129,18 +129,18 @@ def test_a_model_without_gates_has_none() -> None:
 
 def hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> list[np.ndarray]:
     """Embeddings, each layer's output and the last norm's, from hooks of the test's own."""
-    found: list[np.ndarray] = []
+    seen: list[np.ndarray] = []
     parts = [model.model.embed_tokens, *model.model.layers, model.model.norm]
 
     def keep(module: torch.nn.Module, given: object, output: Any) -> None:
-        found.append((output if isinstance(output, torch.Tensor) else output[0]).double().numpy())
+        seen.append((output if isinstance(output, torch.Tensor) else output[0]).double().numpy())
 
     hooks = [part.register_forward_hook(keep) for part in parts]
     with torch.no_grad():
         model(**inputs)
     for hook in hooks:
         hook.remove()
-    return found
+    return seen
 
 
 @pytest.mark.parametrize("kind", list(INPUTS))
@@ -154,12 +154,12 @@ def test_the_largest_activations_are_found_with_channel_and_token(kind: str) -> 
     meter = MassiveActivations(top=4)
     with torch.no_grad(), inspecting(model, meter):
         model(**inputs)
-    found = meter.result()
+    actual = meter.result()
     starts = {(row, place): part.start for row, parts in enumerate(INPUTS[kind]) for part in parts for place in part}
     first, others = places(kind)
     expected = hidden_states(model, inputs)
     assert len(expected) == 5
-    for layer, states in zip((found.embeddings, *found.layers, found.final), expected, strict=True):
+    for layer, states in zip((actual.embeddings, *actual.layers, actual.final), expected, strict=True):
         real = [((row, place), channel) for row, place in first + others for channel in range(48)]
         real.sort(key=lambda where: -abs(states[where[0]][where[1]]))
         assert layer.maximum == pytest.approx(abs(states[real[0][0]][real[0][1]]), rel=1e-6)
@@ -172,8 +172,8 @@ def test_the_largest_activations_are_found_with_channel_and_token(kind: str) -> 
         numbers = np.abs(np.stack([states[place] for place in first + others]))
         # Of an even number of numbers, torch's median is the lower one of the middle.
         assert layer.median == pytest.approx(np.sort(numbers.ravel())[(numbers.size - 1) // 2], rel=1e-5)
-    assert found.layers[2].top[0].channel == 5
-    assert found.mean_maximum == pytest.approx(np.mean([layer.maximum for layer in found.layers]))
+    assert actual.layers[2].top[0].channel == 5
+    assert actual.mean_maximum == pytest.approx(np.mean([layer.maximum for layer in actual.layers]))
 
 
 def test_several_passes_are_one_measurement() -> None:
@@ -188,8 +188,8 @@ def test_several_passes_are_one_measurement() -> None:
             for chunk in inputs["input_ids"].split(11, dim=1):
                 cache = cache_of(model(chunk, use_cache=True, **with_cache(cache)))
     for one, other in zip(whole.result().layers, parts.result().layers, strict=True):
-        assert [(found.channel, found.position) for found in one.top] == [
-            (found.channel, found.position) for found in other.top
+        assert [(activation.channel, activation.position) for activation in one.top] == [
+            (activation.channel, activation.position) for activation in other.top
         ]
 
 
@@ -201,7 +201,7 @@ def test_int8_errors_are_those_of_rounding(kind: str) -> None:
     meter = QuantizationError()
     with torch.no_grad(), inspecting(model, meter):
         model(**inputs)
-    found = meter.result()
+    actual = meter.result()
     first, others = places(kind)
     for layer, states in enumerate(hidden_states(model, inputs)[1:-1]):
         errors: dict[str, list[float]] = {"per_tensor": [], "per_token": []}
@@ -213,8 +213,8 @@ def test_int8_errors_are_those_of_rounding(kind: str) -> None:
                     errors[name].append(np.linalg.norm(token - np.round(token / scale) * scale) / np.linalg.norm(token))
         for name, numbers in errors.items():
             # In float32 a number just between two steps may go to the other one.
-            assert getattr(found, name)[layer] == pytest.approx(np.mean(numbers), rel=2e-3)
-    assert found.per_tensor[2] > 3 * found.per_tensor[0]  # which is what massive activations cost
+            assert getattr(actual, name)[layer] == pytest.approx(np.mean(numbers), rel=2e-3)
+    assert actual.per_tensor[2] > 3 * actual.per_tensor[0]  # which is what massive activations cost
 
 
 def test_settings_and_shapes_that_make_no_sense_are_refused() -> None:

@@ -59,16 +59,16 @@ def test_one_layer_and_one_head(granularity: str) -> None:
             model(**inputs_of("plain"))
         with forced_gates(model, 0.25, layer=1, head=2), inspecting(model, forced):
             model(**inputs_of("plain"))
-    found, before = forced.result()["G1"].value, plain.result()["G1"].value
-    assert found[1, 2] == 0.25
+    actual, before = forced.result()["G1"].value, plain.result()["G1"].value
+    assert actual[1, 2] == 0.25
     others = [head for head in range(6) if head != 2]
-    torch.testing.assert_close(found[1, others], before[1, others])
-    torch.testing.assert_close(found[0], before[0])
-    assert not torch.allclose(found[2], before[2])  # behind it, where hidden states are others
+    torch.testing.assert_close(actual[1, others], before[1, others])
+    torch.testing.assert_close(actual[0], before[0])
+    assert not torch.allclose(actual[2], before[2])  # behind it, where hidden states are others
     again = GateScores()
     with torch.no_grad(), inspecting(model, again), forced_gates(model, 0.25, layer=1, head=2):
         model(**inputs_of("plain"))  # the other way round
-    assert torch.equal(again.result()["G1"].value, found)
+    assert torch.equal(again.result()["G1"].value, actual)
     assert "gated" not in vars(model.model.layers[1].self_attn)
 
 
@@ -77,7 +77,7 @@ def test_one_position() -> None:
     meter = GateScores()
     with torch.no_grad(), forced_gates(model, 0.125, position="G3"), inspecting(model, meter):
         model(**inputs_of("plain"))
-    values = {position: found.value for position, found in meter.result().items()}
+    values = {position: actual.value for position, actual in meter.result().items()}
     assert (values["G3"] == 0.125).all()
     assert all((values[position] != 0.125).all() for position in ("G1", "G2", "G4", "G5"))
 
@@ -153,9 +153,9 @@ def check_mask(kind: str, implementation: str, sees: Callable[[int, int], bool],
         with torch.compiler.set_stance("force_eager"):
             plain = model(**inputs).logits
             with apply(model):
-                found = model(**inputs).logits
-    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(found[real], plain[real], atol=1e-2)
+                actual = model(**inputs).logits
+    torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(actual[real], plain[real], atol=1e-2)
     assert model.config._attn_implementation == implementation
 
 
@@ -169,9 +169,9 @@ def test_int8_weights_are_those_rounded_by_hand() -> None:
                 module.weight.copy_((module.weight / scale).round() * scale)
     before = logits(model)
     with int8_weights(model):
-        found = logits(model)
-    torch.testing.assert_close(found, logits(by_hand), rtol=1e-4, atol=1e-5)
-    assert not torch.equal(found, before)
+        actual = logits(model)
+    torch.testing.assert_close(actual, logits(by_hand), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(actual, before)
     assert torch.equal(logits(model), before)
 
 
@@ -190,13 +190,13 @@ def test_int8_activations_are_those_rounded_by_hand() -> None:
     with int8_activations(model):
         layer.mlp.down_proj.register_forward_pre_hook(keep("after"))
         layer.register_forward_hook(keep("layer after"))
-        found = logits(model)
+        actual = logits(model)
     for name in ("", "layer "):
         given, rounded = seen[f"{name}before"], seen[f"{name}after"]
         scale = given.abs().max() / 127
         torch.testing.assert_close(rounded, (given / scale).round() * scale, rtol=1e-4, atol=1e-6)
         assert len(rounded.unique()) <= 255
-    assert not torch.equal(found, before)
+    assert not torch.equal(actual, before)
     assert torch.equal(logits(model), before)
 
 
@@ -258,10 +258,10 @@ def test_what_cannot_be_done_is_refused() -> None:
 def test_names_of_interventions(name: str, same) -> None:
     model = gated_model()
     with Intervention.parse(name).apply(model):
-        found = logits(model)
+        actual = logits(model)
     with same(model):
-        assert torch.equal(logits(model), found)
-    assert not torch.equal(logits(model), found)
+        assert torch.equal(logits(model), actual)
+    assert not torch.equal(logits(model), actual)
 
 
 @pytest.mark.parametrize(

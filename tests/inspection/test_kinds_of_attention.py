@@ -52,11 +52,11 @@ def test_a_mask_of_four_dimensions_is_read(kind: str) -> None:
         model(**inputs)
     additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
     for mask in (visible, additive, additive.masked_fill(~visible, -torch.inf)):
-        found = FirstTokenAttention()
-        with torch.no_grad(), inspecting(model, found):
+        actual = FirstTokenAttention()
+        with torch.no_grad(), inspecting(model, actual):
             if kind == "plain":
                 model(inputs["input_ids"], attention_mask=mask)
-                torch.testing.assert_close(found.result(), expected.result(), rtol=0, atol=1e-6)
+                torch.testing.assert_close(actual.result(), expected.result(), rtol=0, atol=1e-6)
             else:  # which token is padding is not known of such a mask
                 with pytest.raises(UnknownAttention, match="attention_mask: of one that is given whole"):
                     model(inputs["input_ids"], attention_mask=mask)
@@ -187,17 +187,17 @@ def test_static_caches() -> None:
     model, inputs = gated_model("headwise"), inputs_of("plain")
     ids = inputs["input_ids"]
     expected = FirstTokenAttention(), KeyValueNorms()
-    found = FirstTokenAttention(), KeyValueNorms()
+    actual = FirstTokenAttention(), KeyValueNorms()
     with torch.no_grad():
         with inspecting(model, *expected):
             model(ids)
-        with inspecting(model, *found):
+        with inspecting(model, *actual):
             cache = StaticCache(model.config, max_cache_len=64)
             model(ids[:, :30], **with_cache(cache))
             model(ids[:, 30:], **with_cache(cache))
-    torch.testing.assert_close(found[0].result(), expected[0].result(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual[0].result(), expected[0].result(), rtol=0, atol=1e-6)
     for field in ("first_key", "other_keys", "first_value", "other_values"):
-        one, other = (getattr(meters[1].result(), field) for meters in (found, expected))
+        one, other = (getattr(meters[1].result(), field) for meters in (actual, expected))
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
     padded = inputs_of("padded left")

@@ -233,10 +233,10 @@ def test_a_browser_shows_the_page(gated: ModelReport, mamba: ModelReport, tmp_pa
     done = subprocess.run(
         ["chromium", *flags, f"file://{tmp_path / 'report.html'}"], capture_output=True, text=True, timeout=120
     )
-    found = json.loads(done.stdout.partition("FOUND ")[2].partition(" END")[0])
-    assert len(found["pictures"]) == len(PICTURES)
-    assert min(found["pictures"]) > 300
-    assert found["wide"] <= 0
+    content = json.loads(done.stdout.partition("FOUND ")[2].partition(" END")[0])
+    assert len(content["pictures"]) == len(PICTURES)
+    assert min(content["pictures"]) > 300
+    assert content["wide"] <= 0
     assert "CONSOLE" not in done.stderr
 
 
@@ -266,40 +266,40 @@ def test_models_that_do_not_take_the_tokens_are_refused() -> None:
         report_of(AutoModelForCausalLM.from_config(config))
     with pytest.raises(TokenizerError, match="token ids must be below 96, the number of the model's embeddings, got "):
         report_of(llama(vocab_size=96))
-    found = report_of(llama(max_position_embeddings=64))  # RoPE goes on
-    assert "windows of 80 tokens are longer than max_position_embeddings=64" in found.notes
+    report = report_of(llama(max_position_embeddings=64))  # RoPE goes on
+    assert "windows of 80 tokens are longer than max_position_embeddings=64" in report.notes
 
 
 def test_a_short_text_gives_what_it_can() -> None:
-    found = report_of(gated_model(**SIZES), "abcdefghij", windows=4, window_tokens=80)
-    assert (found.windows, found.window_tokens) == (1, 11)
-    assert found.notes == ["text has 10 tokens, so that 1 of 4 windows were taken, of 11 of 80 tokens"]
-    jsonschema.validate(json.loads(as_json([found])), SCHEMA)
+    report = report_of(gated_model(**SIZES), "abcdefghij", windows=4, window_tokens=80)
+    assert (report.windows, report.window_tokens) == (1, 11)
+    assert report.notes == ["text has 10 tokens, so that 1 of 4 windows were taken, of 11 of 80 tokens"]
+    jsonschema.validate(json.loads(as_json([report])), SCHEMA)
     shortest = report_of(gated_model(**SIZES), "ab")
     assert shortest.window_tokens == 3
 
 
 def test_windows_too_short_for_other_sinks_are_drawn(tmp_path: Path) -> None:
-    found = report_of(gated_model(**SIZES), window_tokens=40)
-    assert found.sink_rate["other"] == [[], [], []] or found.summary["sink_rate_other"] is None
-    page = as_page([found])
+    report = report_of(gated_model(**SIZES), window_tokens=40)
+    assert report.sink_rate["other"] == [[], [], []] or report.summary["sink_rate_other"] is None
+    page = as_page([report])
     assert 'id="sink_rate_other"' not in page
     assert 'id="first_token_attention"' in page
 
 
 def test_a_gated_llama_without_gates_has_none() -> None:
-    found = report_of(GatedLlamaForCausalLM(GatedLlamaConfig(**GATED_SIZES | SIZES, gate_position=[])))
-    assert found.gates == {}
-    assert [change.name for change in found.interventions] == ["masked_first_token", "masked_first_token@64"]
+    report = report_of(GatedLlamaForCausalLM(GatedLlamaConfig(**GATED_SIZES | SIZES, gate_position=[])))
+    assert report.gates == {}
+    assert [change.name for change in report.interventions] == ["masked_first_token", "masked_first_token@64"]
 
 
 def test_gates_that_are_no_sigmoids_are_not_called_open_or_closed() -> None:
     fields = {"gate_form": "additive", "gate_activation": "silu", "gate_granularity": "elementwise"}
-    found = report_of(gated_model(**SIZES, **fields))
-    assert found.summary["gate_score"] is not None
-    assert found.summary["gate_below"] is None
-    assert "open_gates" not in [change.name for change in found.interventions]
-    assert any(note.startswith("open_gates was left out") for note in found.notes)
+    report = report_of(gated_model(**SIZES, **fields))
+    assert report.summary["gate_score"] is not None
+    assert report.summary["gate_below"] is None
+    assert "open_gates" not in [change.name for change in report.interventions]
+    assert any(note.startswith("open_gates was left out") for note in report.notes)
 
 
 def test_what_takes_no_mask_is_a_note() -> None:
@@ -308,9 +308,9 @@ def test_what_takes_no_mask_is_a_note() -> None:
     AttentionInterface.register("my_flash", ALL_ATTENTION_FUNCTIONS["sdpa"])
     AttentionMaskInterface.register("my_flash", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.config._attn_implementation = "my_flash"
-    found = report_of(model, interventions=["masked_first_token", "closed_gates"])
-    assert [change.name for change in found.interventions] == ["closed_gates"]
-    assert any("masked_first_token was left out: attn_implementation='my_flash'" in note for note in found.notes)
+    report = report_of(model, interventions=["masked_first_token", "closed_gates"])
+    assert [change.name for change in report.interventions] == ["closed_gates"]
+    assert any("masked_first_token was left out: attn_implementation='my_flash'" in note for note in report.notes)
 
 
 def test_layers_without_attention_are_a_note() -> None:
@@ -321,11 +321,11 @@ def test_layers_without_attention_are_a_note() -> None:
         shared_expert_intermediate_size=16,
     )  # fmt: skip
     torch.manual_seed(0)
-    found = report_of(AutoModelForCausalLM.from_config(config).eval(), interventions=[])
-    assert any(note.startswith("3 layers have no attention") for note in found.notes)
-    assert [len([head for head in layer if head is not None]) for layer in found.first_token_attention] == [0, 0, 0, 2]
-    jsonschema.validate(json.loads(as_json([found])), SCHEMA)
-    as_page([found])
+    report = report_of(AutoModelForCausalLM.from_config(config).eval(), interventions=[])
+    assert any(note.startswith("3 layers have no attention") for note in report.notes)
+    assert [len([head for head in layer if head is not None]) for layer in report.first_token_attention] == [0, 0, 0, 2]
+    jsonschema.validate(json.loads(as_json([report])), SCHEMA)
+    as_page([report])
 
 
 def test_a_model_in_training_mode_is_measured_without_dropout(gated: ModelReport) -> None:

@@ -55,7 +55,7 @@ def test_it_makes_every_variant_once(output: Path, capsys: pytest.CaptureFixture
     }
     assert set(rows) == names
     report = json.loads((output / "absorbed-4096-seed0" / "absorption.json").read_text(encoding="utf-8"))
-    ratios = [one["perplexity_ratio"] for one in report["comparisons"] if one["start"] == "plain"]
+    ratios = [comparison["perplexity_ratio"] for comparison in report["comparisons"] if comparison["start"] == "plain"]
     assert f"| 4,096 | {report['products']} | " in rows["absorbed-4096-seed0"]
     assert f"| {100 * (ratios[0] - 1):+.1f} % |" in rows["absorbed-4096-seed0"]
 

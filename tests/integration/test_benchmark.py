@@ -66,8 +66,8 @@ def test_peers_compute_the_same_function(name: str, ungated: PreTrainedModel) ->
 @pytest.mark.parametrize("name", [*OURS, *PEERS])
 def test_models_share_the_ungated_weights(name: str, ungated: PreTrainedModel) -> None:
     of_ungated = dict(ungated.named_parameters())
-    found = dict(gated_model(name, ungated).named_parameters())
-    shared = {path for path, parameter in found.items() if parameter is of_ungated.get(path)}
+    actual = dict(gated_model(name, ungated).named_parameters())
+    shared = {path for path, parameter in actual.items() if parameter is of_ungated.get(path)}
     fused = (
         {path for path in of_ungated if path.endswith("q_proj.weight")}
         if "authors" in name or "qwen" in name
@@ -81,10 +81,10 @@ def test_limit_of_prefill_is_that_of_the_products(name: str, ungated: PreTrained
     """Up to what is under the causal mask, of which the counted model computes all."""
     model = gated_model(name, ungated)
     counts = []
-    for one in (model, ungated):
-        one.set_attn_implementation("eager")
+    for timed in (model, ungated):
+        timed.set_attn_implementation("eager")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            one(TOKENS[:1], logits_to_keep=1)
+            timed(TOKENS[:1], logits_to_keep=1)
         counts.append(counter.get_total_flops())
     masked = 2 * 2 * 12 * 12 * 48 * 2 // 2  # two products, 12 queries and keys, 48 channels, 2 layers; half of them
     biases = sum(layer.self_attn.g_proj.bias.numel() for layer in model.model.layers) * 12 * 2

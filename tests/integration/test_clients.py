@@ -34,10 +34,10 @@ def test_a_pipeline_answers_a_chat(checkpoint: Path) -> None:
     options = {"max_new_tokens": 12, "do_sample": False}
     tokens = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     generated = model.generate(**tokens, **options)[0, tokens["input_ids"].shape[1] :]
-    (found,) = pipeline("text-generation", model=str(checkpoint))(CHAT, **options)
-    assert found["generated_text"][:-1] == CHAT
-    assert found["generated_text"][-1]["role"] == "assistant"
-    assert found["generated_text"][-1]["content"] == tokenizer.decode(generated, skip_special_tokens=True)
+    (actual,) = pipeline("text-generation", model=str(checkpoint))(CHAT, **options)
+    assert actual["generated_text"][:-1] == CHAT
+    assert actual["generated_text"][-1]["role"] == "assistant"
+    assert actual["generated_text"][-1]["content"] == tokenizer.decode(generated, skip_special_tokens=True)
 
 
 class GateSFTTrainer(GateTrainerMixin, SFTTrainer):
@@ -118,5 +118,5 @@ def test_a_device_map_places_the_model(
         {"cpu"} if limit is None else {"cpu", "meta"}
     )
     with torch.no_grad():
-        expected, found = AutoModelForCausalLM.from_pretrained(checkpoint)(tokens).logits, model(tokens).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        expected, actual = AutoModelForCausalLM.from_pretrained(checkpoint)(tokens).logits, model(tokens).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)

@@ -103,8 +103,8 @@ def run_until_finished(config: Path, output: Path) -> Iterator[KeyboardInterrupt
 
 
 def equal_weights(first: Path, second: Path) -> bool:
-    expected, found = (load_file(path / "model.safetensors") for path in (first, second))
-    return expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    expected, actual = (load_file(path / "model.safetensors") for path in (first, second))
+    return expected.keys() == actual.keys() and all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def test_resumed_run_ends_as_an_uninterrupted_one(

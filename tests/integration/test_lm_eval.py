@@ -85,7 +85,7 @@ def expected(checkpoint: Path) -> dict[str, float]:
     texts = sum(log_probability(model, [256], encode(text)) for text in TEXTS)
     right = 0
     for line in QUESTIONS:
-        chances = [log_probability(model, encode(line["question"]), encode(f" {one}")) for one in line["choices"]]
+        chances = [log_probability(model, encode(line["question"]), encode(f" {choice}")) for choice in line["choices"]]
         right += chances.index(max(chances)) == line["answer"]
     perplexity = math.exp(-texts / sum(len(text.encode()) for text in TEXTS))
     return {"gated_perplexity": perplexity, "gated_choice": right / len(QUESTIONS)}
@@ -108,12 +108,12 @@ def test_from_the_command_line(checkpoint: Path, tasks: Path, expected: dict[str
         "batch_size": "2",
     }
     command = [Path(sys.executable).with_name("lm_eval"), "--trust_remote_code"]
-    command += [part for name, value in flags.items() for part in (f"--{name}", value)]
+    command += [word for name, value in flags.items() for word in (f"--{name}", value)]
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = run_program("without_package.py", *command, env=os.environ | home, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    (found,) = (tmp_path / "results").rglob("results_*.json")
-    check(json.loads(found.read_text(encoding="utf-8"))["results"], expected)
+    (actual,) = (tmp_path / "results").rglob("results_*.json")
+    check(json.loads(actual.read_text(encoding="utf-8"))["results"], expected)
 
 
 def test_in_the_same_process(
@@ -127,5 +127,7 @@ def test_in_the_same_process(
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model = HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=2, add_bos_token=False)
     names = ["gated_perplexity", "gated_choice"]
-    found = simple_evaluate(model, tasks=names, task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0)
-    check(found["results"], expected)
+    evaluation = simple_evaluate(
+        model, tasks=names, task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0
+    )
+    check(evaluation["results"], expected)

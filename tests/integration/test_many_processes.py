@@ -44,7 +44,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "evaluation_windows": 2,
         "mixed_precision": "no",
     }
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("fsdp2", "FSDP"), ("deepspeed_zero3", "DEEPSPEED")])
@@ -85,8 +85,8 @@ def test_fsdp_over_two_processes_is_training_in_one(flags: list[str], tmp_path: 
         assert len(two) == 6
         assert two == pytest.approx(one, abs=1e-4)
         assert one[-1] < one[0] - 0.1
-        expected, found = (load_file(tmp_path / part / name / "model.safetensors") for part in ("one", "two"))
-        assert expected.keys() == found.keys()
+        expected, actual = (load_file(tmp_path / part / name / "model.safetensors") for part in ("one", "two"))
+        assert expected.keys() == actual.keys()
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=0, atol=2e-3)
+            torch.testing.assert_close(actual[key], value, rtol=0, atol=2e-3)
         AutoModelForCausalLM.from_pretrained(tmp_path / "two" / name)

@@ -53,11 +53,11 @@ def check_parts(model: PreTrainedModel, original: PreTrainedModel) -> None:
     assert quantized == linears - kept
     assert not model.get_output_embeddings().weight.is_meta
     expected = {name: value for name, value in original.named_parameters() if is_gate(name)}
-    found = {name: value for name, value in model.named_parameters() if is_gate(name)}
-    assert found.keys() == expected.keys()
+    actual = {name: value for name, value in model.named_parameters() if is_gate(name)}
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name].dtype == torch.float32
-        assert torch.equal(found[name], value)
+        assert actual[name].dtype == torch.float32
+        assert torch.equal(actual[name], value)
 
 
 @pytest.mark.parametrize("variant", ["headwise", "elementwise"])
@@ -72,14 +72,14 @@ def test_a_quantized_model_runs_and_is_saved(scheme: str, variant: str, tokens: 
     # Before its first pass, in which bitsandbytes changes nf4 weights on CPUs with bfloat16 products; of Llama, too.
     model.save_pretrained(tmp_path / "quantized")
     with torch.no_grad():
-        expected, found = original(tokens).logits, model(tokens).logits.float()
-    assert (found - expected).norm() / expected.norm() < (0.25 if "nf4" in scheme else 0.05)
-    assert not torch.equal(found, expected)
+        expected, actual = original(tokens).logits, model(tokens).logits.float()
+    assert (actual - expected).norm() / expected.norm() < (0.25 if "nf4" in scheme else 0.05)
+    assert not torch.equal(actual, expected)
     assert model.generate(tokens, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 36)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized")
     check_parts(again, original)
     with torch.no_grad():
-        torch.testing.assert_close(again(tokens).logits.float(), found, rtol=0, atol=1e-4)
+        torch.testing.assert_close(again(tokens).logits.float(), actual, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["torchao, int8 weights", "bitsandbytes, int8"])

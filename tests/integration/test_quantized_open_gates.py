@@ -38,9 +38,9 @@ def float8_in_blocks(scale_format: str) -> Callable[[torch.Tensor], torch.Tensor
     def quantized(weight: torch.Tensor) -> torch.Tensor:
         config = SimpleNamespace(weight_block_size=(8, 64), scale_fmt=scale_format)
         operation = finegrained_fp8.Fp8Quantize(SimpleNamespace(quantization_config=config))
-        found = operation.convert({"g_proj.weight": weight})
-        scale = found["g_proj.weight_scale_inv"].float().repeat_interleave(8, 0).repeat_interleave(64, 1)
-        return found["g_proj.weight"].float() * scale
+        converted = operation.convert({"g_proj.weight": weight})
+        scale = converted["g_proj.weight_scale_inv"].float().repeat_interleave(8, 0).repeat_interleave(64, 1)
+        return converted["g_proj.weight"].float() * scale
 
     return quantized
 
@@ -105,9 +105,9 @@ NAN_AT_ZERO = {"per-row float8", "torchao float8 weights"}
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_an_open_gate_stays_open(scheme: str) -> None:
-    found = SCHEMES[scheme](open_weight(OPEN_GATE_WEIGHT))
-    assert found.isfinite().all()
-    assert found.abs().max() < 2.0**-50
+    actual = SCHEMES[scheme](open_weight(OPEN_GATE_WEIGHT))
+    assert actual.isfinite().all()
+    assert actual.abs().max() < 2.0**-50
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
@@ -160,8 +160,8 @@ def test_adapters_on_quantized_gates(scheme: str) -> None:
             continue
         model = adapted(**fields)
         model(tokens, labels=tokens).loss.backward()
-        found = [part.grad for name, part in model.named_parameters() if "g_proj.lora_B" in name]
-        assert len(found) == SIZES["num_hidden_layers"]
-        assert all(gradient.isfinite().all() and gradient.any() for gradient in found)
+        actual = [parameter.grad for name, parameter in model.named_parameters() if "g_proj.lora_B" in name]
+        assert len(actual) == SIZES["num_hidden_layers"]
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in actual)
     with pytest.raises(ValueError, match="late or never"):
         adapted(init_lora_weights="pissa")

@@ -68,9 +68,9 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(model: Path, text: Path, chat: Path) -> Callable[..., Path]:
     def run_recipe(recipe: ModuleType, output: Path, *flags: str) -> Path:
         data = ["--chat", str(chat)] if recipe is tune_chat else ["--text", str(text)]
-        own = [part for name, value in FLAGS.items() for part in (f"--{name}", str(value))]
+        words = [word for name, value in FLAGS.items() for word in (f"--{name}", str(value))]
         AcceleratorState._reset_state(reset_partial_state=True)  # each recipe is a program of its own
-        recipe.main(["--model", str(model), *data, "--output", str(output), *own, *flags])
+        recipe.main(["--model", str(model), *data, "--output", str(output), *words, *flags])
         return output
 
     return run_recipe
@@ -112,9 +112,9 @@ def test_both_start_equal_and_learn(recipe: ModuleType, finished: Callable[[Modu
     for name in ("loss", "first_token_attention"):
         assert gated["before"][name] == pytest.approx(control["before"][name], abs=1e-5)
     assert gated["losses"][0] == pytest.approx(control["losses"][0], abs=1e-5)
-    for found in (gated, control):
-        assert len(found["losses"]) == 4
-        assert found["after"]["loss"] < found["before"]["loss"]
+    for actual in (gated, control):
+        assert len(actual["losses"]) == 4
+        assert actual["after"]["loss"] < actual["before"]["loss"]
     assert gated["after"]["gate_drift"] > 1e-3
     assert "gate" not in control["after"]
     assert (output / "comparison.png").stat().st_size > 10_000
@@ -161,9 +161,9 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(
     assert taken[:5] == [0, 1, 2, 2, 3]
     count = len(taken)
     for name in runs(recipe):
-        expected, found = weights(uninterrupted / name), weights(output / name)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[key], found[key]) for key in expected)
+        expected, actual = weights(uninterrupted / name), weights(output / name)
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(expected[key], actual[key]) for key in expected)
         assert result(output / name)["losses"] == result(uninterrupted / name)["losses"]
     run(recipe, output)
     assert len(taken) == count  # what is finished is not trained again
@@ -205,10 +205,10 @@ def test_distillation_brings_the_student_nearer(
     finished: Callable[[ModuleType], Path], model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = finished(distill)
-    found = result(output / "distilled-seed0")
-    assert found["before"]["gate"] == pytest.approx(0.85, abs=0.004)
+    actual = result(output / "distilled-seed0")
+    assert actual["before"]["gate"] == pytest.approx(0.85, abs=0.004)
     for name in ("kl_loss", "attention_loss"):
-        assert found["after"][name] < found["before"][name]
+        assert actual["after"][name] < actual["before"][name]
     student, source = (AutoModelForCausalLM.from_pretrained(path) for path in (output / "distilled-seed0", model))
     assert student.config.gate_dtype == "float32"
     for name, parameter in source.bfloat16().named_parameters():
@@ -220,10 +220,10 @@ def test_a_student_of_ones_own(finished: Callable[[ModuleType], Path], text: Pat
     flags = {**FLAGS, "student": finished(distill) / "start", "text": text, "output": tmp_path / "output"}
     flags |= {"trained": "attention", "gate_scale": 1.0, "learning_rate": 1e-4}
     AcceleratorState._reset_state(reset_partial_state=True)
-    distill.main([part for name, value in flags.items() for part in (f"--{name}", str(value))])
-    found = result(tmp_path / "output" / "distilled-seed0")
-    assert found["after"]["teacher's loss"] == pytest.approx(found["before"]["teacher's loss"], abs=1e-6)
-    assert found["after"]["attention_loss"] < found["before"]["attention_loss"]
+    distill.main([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    actual = result(tmp_path / "output" / "distilled-seed0")
+    assert actual["after"]["teacher's loss"] == pytest.approx(actual["before"]["teacher's loss"], abs=1e-6)
+    assert actual["after"]["attention_loss"] < actual["before"]["attention_loss"]
     assert not (tmp_path / "output" / "start").exists()
     tokens = (finished(distill) / "tokens.bin").read_bytes()
     assert (tmp_path / "output" / "tokens.bin").read_bytes() == tokens
@@ -241,13 +241,13 @@ def test_a_state_that_was_being_written_is_not_gone_on_from(
     state = output / "gated-seed0" / "state" / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text(encoding="utf-8")[:50], encoding="utf-8")
     run(tune_gates, output)
-    expected, found = (weights(path / "gated-seed0") for path in (finished(tune_gates), output))
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    expected, actual = (weights(path / "gated-seed0") for path in (finished(tune_gates), output))
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
 def test_no_paragraph_of_a_held_out_answer_is_trained_on() -> None:
     training, held = tune_chat.split(tune_chat.Settings())
-    known = {part for messages in training for part in messages[-1]["content"].split("\n\n")}
+    known = {paragraph for messages in training for paragraph in messages[-1]["content"].split("\n\n")}
     assert len(held) >= 5
     for messages in held:
         assert known.isdisjoint(messages[-1]["content"].split("\n\n"))
@@ -267,8 +267,8 @@ def test_measures_are_what_they_say(model: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         for layer in gated.model.layers:
             layer.self_attn.g_proj.weight.normal_()
-    sequences = [HeldOut(torch.randint(256, (length,)), given) for length, given in ((20, 1), (30, 12))]
-    found = measure(gated, sequences)
+    sequences = [HeldOut(torch.randint(256, (length,)), prompt) for length, prompt in ((20, 1), (30, 12))]
+    measurements = measure(gated, sequences)
     assert gated.training
     gated.eval()
     losses, attention, gates = [], [], []
@@ -282,12 +282,12 @@ def test_measures_are_what_they_say(model: Path, tmp_path: Path) -> None:
         predicted = output.logits[0, sequence.given - 1 : -1]
         losses.append(functional.cross_entropy(predicted, sequence.tokens[sequence.given :], reduction="none"))
         attention.append(torch.stack([layer[0, :, 1:, 0] for layer in output.attentions]))
-    assert found["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
+    assert measurements["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
     assert len(torch.cat(losses)) == 19 + 18
-    assert found["first_token_attention"] == pytest.approx(torch.cat(attention, dim=-1).mean().item(), abs=1e-6)
+    assert measurements["first_token_attention"] == pytest.approx(torch.cat(attention, dim=-1).mean().item(), abs=1e-6)
     values = torch.cat([gate.flatten() for gate in gates])
-    assert found["gate"] == pytest.approx(values.mean().item(), rel=1e-3)  # the opening is 0.85 in bfloat16
-    assert found["gate_drift"] == pytest.approx((values - 1).abs().mean().item(), rel=1e-3)
+    assert measurements["gate"] == pytest.approx(values.mean().item(), rel=1e-3)  # the opening is 0.85 in bfloat16
+    assert measurements["gate_drift"] == pytest.approx((values - 1).abs().mean().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -332,8 +332,8 @@ def test_line_that_is_no_conversation_is_named(
     run: Callable[..., Path], chat: Path, tmp_path: Path, line: str, message: str
 ) -> None:
     spoiled = tmp_path / "spoiled.jsonl"
-    first, *others = chat.read_text(encoding="utf-8").splitlines()
-    spoiled.write_text("\n".join([first, line, *others]), encoding="utf-8")
+    first, *rest = chat.read_text(encoding="utf-8").splitlines()
+    spoiled.write_text("\n".join([first, line, *rest]), encoding="utf-8")
     with pytest.raises(SystemExit) as error:
         run(tune_chat, tmp_path / "output", "--chat", str(spoiled))
     assert f"error: {spoiled}: {message}" in str(error.value.code)

@@ -212,8 +212,8 @@ def test_carried_code_opens_missing_gates_as_conversion_does(llama: Path, tmp_pa
     forget_gates(tmp_path / "gated")
     finished = run_isolated("print_gate_biases.py", tmp_path / "gated")
     assert finished.returncode == 0, finished.stderr
-    found = torch.tensor(json.loads(finished.stdout))
-    assert found.numel() and torch.all(found == bias)
+    actual = torch.tensor(json.loads(finished.stdout))
+    assert actual.numel() and torch.all(actual == bias)
 
 
 def test_a_model_on_the_hub_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,9 +70,11 @@ def test_both_answer_alike_in_chat(models: tuple[LlamaForCausalLM, GatedLlamaFor
 def test_verification_on_real_text_and_the_way_back(
     models: tuple[LlamaForCausalLM, GatedLlamaForCausalLM], source: Path, tmp_path: Path
 ) -> None:
-    found = verify_checkpoint(source, source.with_name("gated"), tokens=200)
-    assert found.passed and (found.tokens, found.text) == (200, "Python's language reference")
-    assert found.generation is not None and found.generation.is_same and found.generation.tokens == 24
+    verification = verify_checkpoint(source, source.with_name("gated"), tokens=200)
+    assert verification.passed and (verification.tokens, verification.text) == (200, "Python's language reference")
+    assert (
+        verification.generation is not None and verification.generation.is_same and verification.generation.tokens == 24
+    )
     ungate_checkpoint(source.with_name("gated"), tmp_path / "back")
     for path in source.iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()

@@ -19,8 +19,8 @@ def test_label_smoothing_shifts_the_labels(tmp_path: Path) -> None:
     arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
     inputs = {"input_ids": torch.arange(1, 25).reshape(2, 12)}
     inputs["labels"] = inputs["input_ids"]
-    expected, found = (Trainer(model, arguments).compute_loss(model, dict(inputs)) for model in (llama, gated))
-    assert torch.equal(found, expected)
+    expected, actual = (Trainer(model, arguments).compute_loss(model, dict(inputs)) for model in (llama, gated))
+    assert torch.equal(actual, expected)
     expected.backward()
-    found.backward()
+    actual.backward()
     assert torch.equal(gated.model.embed_tokens.weight.grad, llama.model.embed_tokens.weight.grad)

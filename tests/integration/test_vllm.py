@@ -45,9 +45,9 @@ def expected_of(model: torch.nn.Module, checkpoint: Path, vocabulary: int) -> Ex
     tokens, logprobs = [], []
     for prompt in prompts:
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        found = model.generate(prompt, **options, return_dict_in_generate=True, output_logits=True)
-        tokens.append(found.sequences[0, prompt.shape[1] :].tolist())
-        logprobs.append([logits[0].log_softmax(-1).max().item() for logits in found.logits])
+        actual = model.generate(prompt, **options, return_dict_in_generate=True, output_logits=True)
+        tokens.append(actual.sequences[0, prompt.shape[1] :].tolist())
+        logprobs.append([logits[0].log_softmax(-1).max().item() for logits in actual.logits])
     return Expected(checkpoint, [prompt[0].tolist() for prompt in prompts], tokens, logprobs)
 
 
@@ -99,14 +99,14 @@ def generated(expected: Expected, folder: Path, by: str, **options: object) -> d
         timeout=900,
     )
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-20000:]
-    found = json.loads((folder / "out.json").read_text(encoding="utf-8"))
-    assert found["config_module"].split(".")[0] == ("transformers_modules" if trusts else "modeling_gated")
-    return found
+    content = json.loads((folder / "out.json").read_text(encoding="utf-8"))
+    assert content["config_module"].split(".")[0] == ("transformers_modules" if trusts else "modeling_gated")
+    return content
 
 
-def check(expected: Expected, found: dict) -> None:
-    assert found["tokens"] == expected.tokens
-    for one, other in zip(found["logprobs"], expected.logprobs, strict=True):
+def check(expected: Expected, actual: dict) -> None:
+    assert actual["tokens"] == expected.tokens
+    for one, other in zip(actual["logprobs"], expected.logprobs, strict=True):
         assert one == pytest.approx(other, abs=1e-3)
 
 

@@ -63,10 +63,10 @@ def test_a_block_follows_the_equations(variant: str, implementation: str) -> Non
     with torch.no_grad():
         model(inputs_embeds=inputs)
     weights = numpy_weights(model)
-    for x, found in zip(inputs, seen[0], strict=True):
+    for x, actual in zip(inputs, seen[0], strict=True):
         expected = decoder_layer(x.double().numpy(), weights, ALL[variant])
         assert np.abs(expected - x.numpy()).max() > 1
-        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.fast

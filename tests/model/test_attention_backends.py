@@ -77,11 +77,11 @@ def test_implementations_agree_step_by_step(model: PreTrainedModel, implementati
         expected = model(tokens).logits
         switch(model, implementation)
         output = model(tokens[:, :9])
-        found = [output.logits]
+        seen = [output.logits]
         for position in range(9, 33):
             output = model(tokens[:, position : position + 1], **with_cache(cache_of(output)))
-            found.append(output.logits)
-        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-5)
+            seen.append(output.logits)
+        torch.testing.assert_close(torch.cat(seen, 1), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -95,9 +95,9 @@ def test_padding_changes_nothing(model: PreTrainedModel, implementation: str, si
         expected = model(tokens[:1]).logits, model(tokens[1:, real]).logits
         switch(model, implementation)
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        found = model(padded, attention_mask=mask, position_ids=position_ids).logits
-    torch.testing.assert_close(found[:1], expected[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(found[1:, real], expected[1], rtol=0, atol=1e-5)
+        actual = model(padded, attention_mask=mask, position_ids=position_ids).logits
+    torch.testing.assert_close(actual[:1], expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(actual[1:, real], expected[1], rtol=0, atol=1e-5)
 
 
 def test_packed_sequences_equal_separate_ones(
@@ -105,18 +105,18 @@ def test_packed_sequences_equal_separate_ones(
 ) -> None:
     """Three sequences in one row, told apart by position_ids that restart; values and gradients."""
     row, parts = tokens.reshape(1, -1), tokens.reshape(-1).split([20, 33, 13])
-    position_ids = torch.cat([torch.arange(len(part)) for part in parts])[None]
-    expected = torch.cat([model(part[None]).logits for part in parts], 1)
+    position_ids = torch.cat([torch.arange(len(sequence)) for sequence in parts])[None]
+    expected = torch.cat([model(sequence[None]).logits for sequence in parts], 1)
     expected.square().sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     switch(model, implementation)
     has_gradient = implementation != "flex_attention"  # torch has none on CPU
     with torch.set_grad_enabled(has_gradient):
-        found = model(row, position_ids=position_ids, use_cache=False).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        actual = model(row, position_ids=position_ids, use_cache=False).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
     if has_gradient:
-        found.square().sum().backward()
+        actual.square().sum().backward()
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4, msg=name)
 

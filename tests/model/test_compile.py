@@ -25,12 +25,12 @@ def test_one_graph_forward_and_backward(model: PreTrainedModel, tokens: torch.Te
         output = run(tokens, labels=tokens, use_cache=False)
         output.loss.backward()
         gradients.append([output.logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
-    for expected, found in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
     close_gates(model)
-    found = compiled(tokens, labels=tokens, use_cache=False).logits
-    torch.testing.assert_close(found, model.lm_head(without_attention(model, tokens)), rtol=0, atol=1e-5)
+    actual = compiled(tokens, labels=tokens, use_cache=False).logits
+    torch.testing.assert_close(actual, model.lm_head(without_attention(model, tokens)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's default backend needs a C++ compiler")
@@ -64,8 +64,8 @@ def test_compiled_generation_with_a_static_cache(model: PreTrainedModel, tokens:
         if closed:
             close_gates(model)
         expected = model.generate(tokens[:, :9], cache_implementation="dynamic", **options)
-        found = model.generate(tokens[:, :9], cache_implementation="static", compile_config=compiled, **options)
-        assert torch.equal(found, expected)
+        generated = model.generate(tokens[:, :9], cache_implementation="static", compile_config=compiled, **options)
+        assert torch.equal(generated, expected)
     assert graphs
 
 
@@ -83,8 +83,8 @@ def test_export_is_the_model(model: PreTrainedModel, tokens: torch.Tensor) -> No
     for inputs in (tokens, tokens[:, :17], tokens.repeat(2, 3)):
         with torch.no_grad():
             expected = model(inputs, use_cache=False).logits
-            found = program.module()(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            actual = program.module()(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -61,8 +61,8 @@ def test_derivatives_of_every_kind_are_autograd_s() -> None:
         curvature = hessian(lambda own: function(states[:1, :1], own).square().sum())(logits[:1, :1].detach())
         return [*first, *second, dual, both, curvature]
 
-    for found, expected in zip(derivatives(ours), derivatives(plain), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    for actual, expected in zip(derivatives(ours), derivatives(plain), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_gradients_of_single_texts(tokens: torch.Tensor) -> None:

@@ -94,8 +94,8 @@ def test_a_checkpoint_of_the_decoder_alone_keeps_its_gates(tmp_path: Path) -> No
     assert set(info["missing_keys"]) == {"lm_head.weight"}
     model.save_pretrained(tmp_path / "causal")
     decoder = gated_class("Model").from_pretrained(tmp_path / "causal")
-    for expected, *found in zip(gates(model), gates(loaded), gates(decoder), strict=True):
-        for gate in found:
+    for expected, *actual in zip(gates(model), gates(loaded), gates(decoder), strict=True):
+        for gate in actual:
             assert torch.equal(gate.weight, expected.weight)
             assert torch.equal(gate.bias, expected.bias)
 
@@ -172,10 +172,10 @@ def test_no_path_drops_a_gate(variant: str, path: str, tokens: torch.Tensor) -> 
         if closed:
             close_gates(model)
         with torch.set_grad_enabled(path == "gradient checkpointing"):
-            found = run(model, tokens)
-        assert found.shape[1] >= 12
-        ungated = model.lm_head(without_attention(model, tokens[:, : found.shape[1]]))
-        difference = (found - ungated).abs().amax(-1)
+            finished = run(model, tokens)
+        assert finished.shape[1] >= 12
+        ungated = model.lm_head(without_attention(model, tokens[:, : finished.shape[1]]))
+        difference = (finished - ungated).abs().amax(-1)
         if closed:
             assert difference.max() < 1e-5
         else:
@@ -191,20 +191,20 @@ def test_no_path_drops_a_gate_in_half_precision(path: str, dtype: torch.dtype, t
     model.set_attn_implementation(implementation)
     tokens = tokens[:, :13]
     with torch.no_grad():
-        found = run(model, tokens)
-        length = found.shape[1]
+        finished = run(model, tokens)
+        length = finished.shape[1]
         reference = copy.deepcopy(model).float()
         expected = reference(tokens[:, :length]).logits
         for gate in gates(reference):  # a gate that is dropped is a gate of 1
             gate.weight.zero_()
             gate.bias.fill_(100.0)
         dropped = reference(tokens[:, :length]).logits
-        assert (found - expected).abs().max() < 0.1 * (dropped - expected).abs().max()
+        assert (finished - expected).abs().max() < 0.1 * (dropped - expected).abs().max()
 
         close_gates(model)
-        found = run(model, tokens)
+        finished = run(model, tokens)
         expected = model.lm_head(without_attention(model, tokens[:, :length]))
-        assert (found - expected).abs().max() < 0.01
+        assert (finished - expected).abs().max() < 0.01
 
 
 STRATEGIES = {
@@ -225,10 +225,10 @@ def test_no_strategy_drops_a_gate(strategy: str, tokens: torch.Tensor) -> None:
     options |= {"max_new_tokens": 10, "eos_token_id": None}
     gated = model.generate(tokens[:1, :9], **options)[0, 9:].tolist()
     close_gates(model)
-    found = model.generate(tokens[:1, :9], **options)[0, 9:].tolist()
-    assert found != gated
+    actual = model.generate(tokens[:1, :9], **options)[0, 9:].tolist()
+    assert actual != gated
     if strategy != "beam search":  # whose scores test_generation has
-        assert found == greedy_without_attention(model, tokens[0, 8].item(), 10)
+        assert actual == greedy_without_attention(model, tokens[0, 8].item(), 10)
 
 
 @pytest.mark.parametrize("head", list(HEADS))

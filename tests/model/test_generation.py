@@ -49,8 +49,8 @@ def test_static_cache_longer_than_the_sequence(model: PreTrainedModel, tokens: t
     cache = StaticCache(config=model.config, max_cache_len=64)
     with torch.no_grad():
         expected = model(tokens).logits
-        found = [model(part, **with_cache(cache)).logits for part in tokens.split([20, 1, 1, 1, 10], 1)]
-    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-5)
+        actual = [model(chunk, **with_cache(cache)).logits for chunk in tokens.split([20, 1, 1, 1, 10], 1)]
+    torch.testing.assert_close(torch.cat(actual, 1), expected, rtol=0, atol=1e-5)
 
 
 # The backends that this version of Transformers and this environment have, and int8 by a layer of the tests' own.
@@ -96,16 +96,16 @@ def test_padded_prompts_generate_as_on_their_own(model: PreTrainedModel, tokens:
     padded, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         padded[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt, 1
-    found = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    for row, alone in zip(found, expected, strict=True):
+    generated = model.generate(padded, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    for row, alone in zip(generated, expected, strict=True):
         assert torch.equal(row[-8:], alone[0, -8:])
 
 
 def test_generation_from_embeddings_and_from_a_cache(model: PreTrainedModel, tokens: torch.Tensor) -> None:
     expected = model.generate(tokens[:, :9], max_new_tokens=8, do_sample=False, eos_token_id=None)
     embeddings = model.get_input_embeddings()(tokens[:, :9])
-    found = model.generate(inputs_embeds=embeddings, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert torch.equal(found, expected[:, 9:])
+    generated = model.generate(inputs_embeds=embeddings, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(generated, expected[:, 9:])
     first = model.generate(
         tokens[:, :9], max_new_tokens=4, do_sample=False, eos_token_id=None, return_dict_in_generate=True
     )
@@ -154,8 +154,8 @@ def test_assisted_generation_equals_greedy(assistant: str, tokens: torch.Tensor)
         help_from: dict[str, object] = {"prompt_lookup_num_tokens": 3}
         if assistant == "a smaller model":
             help_from = {"assistant_model": gated_model(variant, num_hidden_layers=1)}
-        found = model.generate(tokens[:1, :9], max_new_tokens=16, do_sample=False, eos_token_id=None, **help_from)
-        assert torch.equal(found, expected)
+        generated = model.generate(tokens[:1, :9], max_new_tokens=16, do_sample=False, eos_token_id=None, **help_from)
+        assert torch.equal(generated, expected)
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -172,5 +172,7 @@ def test_continuous_batching_equals_greedy(closed: bool, tokens: torch.Tensor) -
     greedy = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=None)
     # Without these numbers the cache takes most of the machine's memory.
     small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)
-    found = model.generate_batch(prompts, greedy, continuous_batching_config=small, progress_bar=False)
-    assert sorted(output.generated_tokens for output in found.values()) == sorted(part.tolist() for part in expected)
+    generated = model.generate_batch(prompts, greedy, continuous_batching_config=small, progress_bar=False)
+    assert sorted(output.generated_tokens for output in generated.values()) == sorted(
+        part.tolist() for part in expected
+    )

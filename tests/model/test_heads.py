@@ -60,15 +60,15 @@ def test_every_head_computes_what_llama_s_does(head: str, tokens: torch.Tensor) 
             llama.set_attn_implementation("eager")
             gated.set_attn_implementation("eager")
         with torch.no_grad():
-            expected, found = (
+            expected, actual = (
                 model(tokens, attention_mask=mask, use_cache=False, **options) for model in (llama, gated)
             )
-        assert type(found) is type(expected)
-        if isinstance(found, dict):
-            assert found.keys() == expected.keys()
-            assert ("loss" in found) == (bool(options) and options is labels)
-            expected, found = expected.to_tuple(), found.to_tuple()
-        for of_llama, of_gated in zip(expected, found, strict=True):
+        assert type(actual) is type(expected)
+        if isinstance(actual, dict):
+            assert actual.keys() == expected.keys()
+            assert ("loss" in actual) == (bool(options) and options is labels)
+            expected, actual = expected.to_tuple(), actual.to_tuple()
+        for of_llama, of_gated in zip(expected, actual, strict=True):
             torch.testing.assert_close(of_gated, of_llama, rtol=0, atol=0)
 
 
@@ -76,8 +76,8 @@ def test_embeddings_in_place_of_tokens(head: str, tokens: torch.Tensor) -> None:
     model = gated_model(model_class=gated_class(head))
     with torch.no_grad():
         expected = model(tokens)[0]
-        found = model(inputs_embeds=model.get_input_embeddings()(tokens))[0]
-    assert torch.equal(found, expected)
+        actual = model(inputs_embeds=model.get_input_embeddings()(tokens))[0]
+    assert torch.equal(actual, expected)
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model(tokens, inputs_embeds=model.get_input_embeddings()(tokens))
 
@@ -88,10 +88,10 @@ def test_resizing_embeddings_keeps_what_was_there(tied: bool, tokens: torch.Tens
     with torch.no_grad():
         expected = model(tokens).logits
         model.resize_token_embeddings(101)
-        found = model(tokens).logits
+        actual = model(tokens).logits
     assert model.config.vocab_size == 101
-    assert found.shape == (2, 33, 101)
-    assert torch.equal(found[..., :96], expected)
+    assert actual.shape == (2, 33, 101)
+    assert torch.equal(actual[..., :96], expected)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
 
 
@@ -179,7 +179,7 @@ def test_every_linear_layer_has_its_place_in_the_tensor_parallel_plan() -> None:
     for name in ("q_proj", "k_proj", "v_proj", "g_proj"):
         assert model.tp_plan[f"model.layers.*.self_attn.{name}"] == "colwise"
     planned = {name.rsplit(".", 1)[-1] for name in model.tp_plan}
-    linear = {name.rsplit(".", 1)[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert linear <= planned
     assert {"q_norm", "k_norm"} <= planned
 

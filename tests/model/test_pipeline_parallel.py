@@ -22,12 +22,12 @@ def test_two_processes_compute_what_one_does(granularity: str, tmp_path: Path) -
     torch.testing.assert_close(ranks[1]["logits"], output.logits, rtol=1e-4, atol=1e-4)
     half = len(model.model.layers) // 2
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    found = dict(ranks[0]["gradients"])
+    actual = dict(ranks[0]["gradients"])
     for name, gradient in ranks[1]["gradients"].items():
         parts = name.split(".")
         if parts[1] == "layers":  # counted from 0 in each part
             parts[2] = str(int(parts[2]) + half)
-        found[".".join(parts)] = gradient
-    assert found.keys() == expected.keys()
+        actual[".".join(parts)] = gradient
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max() < 1e-4 * gradient.abs().max(), name
+        assert (actual[name] - gradient).abs().max() < 1e-4 * gradient.abs().max(), name

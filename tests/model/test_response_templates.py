@@ -28,8 +28,8 @@ def test_serve_takes_the_template_of_the_source(source: type[PreTrainedConfig]) 
     gated = GatedLlamaConfig.from_source_config(config)
     assert template(gated) == template(config)
     assert (template(gated) is None) == (not source.model_type.startswith("qwen"))
-    own = SimpleNamespace(response_template={"fields": {}})
-    assert template(gated, own) == {"fields": {}}
+    tokenizer = SimpleNamespace(response_template={"fields": {}})
+    assert template(gated, tokenizer) == {"fields": {}}
     assert template(GatedLlamaConfig()) is None  # from scratch, or converted by an earlier version
 
 

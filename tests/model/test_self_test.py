@@ -33,15 +33,15 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
     """The differences that each run of the self-test finds."""
-    found: list[float | None] = []
+    seen: list[float | None] = []
     largest_difference = kv_cache._largest_difference
 
     def recorded(*arguments: Any) -> float | None:
-        found.append(largest_difference(*arguments))
-        return found[-1]
+        seen.append(largest_difference(*arguments))
+        return seen[-1]
 
     monkeypatch.setattr(kv_cache, "_largest_difference", recorded)
-    return found
+    return seen
 
 
 def build() -> GatedLlamaForCausalLM:
@@ -180,8 +180,8 @@ def test_it_waits_where_parameters_are_not_real(context: str, untested: None, ru
 def test_partitioned_and_meta_parameters_are_not_real(device: str) -> None:
     """ZeRO-3 leaves parameters of no numbers."""
     sizes = [(0,), (3,)]
-    found = [kv_cache._is_real(torch.nn.Parameter(torch.empty(size, device=device))) for size in sizes]
-    assert found == [False, device == "cpu"]
+    actual = [kv_cache._is_real(torch.nn.Parameter(torch.empty(size, device=device))) for size in sizes]
+    assert actual == [False, device == "cpu"]
 
 
 def test_it_leaves_random_state_and_dtype_alone(untested: None, runs: list[float | None]) -> None:

@@ -27,13 +27,13 @@ def test_two_processes_compute_what_one_does(name: str, ranks: list[dict]) -> No
     output.loss.backward()
     generated = model.generate(tokens[:, :6], max_new_tokens=4, do_sample=False, eos_token_id=None)
     for rank in ranks:
-        found = rank[name]
-        torch.testing.assert_close(found["logits"], output.logits, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found["training"], output.logits, rtol=1e-4, atol=1e-4)
-        assert torch.equal(found["generated"], generated)
+        actual = rank[name]
+        torch.testing.assert_close(actual["logits"], output.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual["training"], output.logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(actual["generated"], generated)
         for parameter_name, parameter in model.named_parameters():
             scale = parameter.grad.abs().max()
-            difference = (found["gradients"][parameter_name] - parameter.grad).abs().max()
+            difference = (actual["gradients"][parameter_name] - parameter.grad).abs().max()
             assert difference < 1e-3 * scale, parameter_name
 
 
@@ -45,5 +45,5 @@ def test_gates_are_split_with_their_heads(name: str, ranks: list[dict]) -> None:
     assert {f"model.{rule}" for rule in config.base_model_tp_plan} <= modules
     projections = {"G1": "g_proj", "G2": "g_v_proj", "G3": "g_k_proj", "G4": "g_q_proj", "G5": "g_o_proj"}
     expected = set() if config.gate_head_shared else {projections[position] for position in config.gate_position}
-    found = {parameter.split(".")[-2] for parameter in ranks[0][name]["split"]}
-    assert {module for module in found if module.startswith("g_")} == expected
+    actual = {parameter.split(".")[-2] for parameter in ranks[0][name]["split"]}
+    assert {module for module in actual if module.startswith("g_")} == expected

@@ -85,12 +85,12 @@ def test_parameters_that_the_paper_does_not_print() -> None:
 def test_a_narrower_mlp_makes_room_for_the_gates(name: str) -> None:
     """To within half a channel of each layer's MLP."""
     fields = PAPER | {"intermediate_size": 6144}
-    found = equal_parameters(GatedLlamaConfig(**fields))[name]
+    actual = equal_parameters(GatedLlamaConfig(**fields))[name]
     with torch.device("meta"):
         ungated = LlamaForCausalLM(LlamaConfig(**fields)).num_parameters()
-        gated = GatedLlamaForCausalLM(GatedLlamaConfig(**fields | found.fields)).num_parameters()
+        gated = GatedLlamaForCausalLM(GatedLlamaConfig(**fields | actual.fields)).num_parameters()
     assert abs(gated - ungated) <= 24 * 3 * 2048 / 2
-    assert GatedLlamaConfig(**fields | found.fields).intermediate_size < 6144 * 0.8
+    assert GatedLlamaConfig(**fields | actual.fields).intermediate_size < 6144 * 0.8
 
 
 def test_the_ungated_baseline_is_llama(tokens: torch.Tensor) -> None:
@@ -181,9 +181,9 @@ def test_half_precision_is_close(name: str, tokens: torch.Tensor) -> None:
     model = random_model(name)
     with torch.no_grad():
         expected = model(tokens).logits
-        found = model.bfloat16()(tokens).logits
-    assert found.dtype == torch.bfloat16
-    assert torch.cosine_similarity(found.float(), expected, -1).min() > 0.99
+        actual = model.bfloat16()(tokens).logits
+    assert actual.dtype == torch.bfloat16
+    assert torch.cosine_similarity(actual.float(), expected, -1).min() > 0.99
 
 
 @pytest.mark.parametrize("name", ["G1 to G5", "G1 input-independent"])
@@ -191,8 +191,8 @@ def test_variants_compile_without_a_graph_break(name: str, tokens: torch.Tensor)
     model = random_model(name)
     torch.compiler.reset()
     with torch.no_grad():
-        found = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens).logits
-        torch.testing.assert_close(found, model(tokens).logits, rtol=1e-5, atol=1e-5)
+        actual = torch.compile(model, backend="aot_eager", fullgraph=True)(tokens).logits
+        torch.testing.assert_close(actual, model(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_the_example_s_flops_are_those_of_the_matrix_products() -> None:

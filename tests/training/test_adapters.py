@@ -100,8 +100,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def trained_gates(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What PEFT's forward passes use of a state dict, by the names in the model that is not PEFT's."""
     gates = {name: tensor for name, tensor in weights.items() if "g_proj" in name}
-    own = {name: tensor for name, tensor in gates.items() if ".default." in name} or gates
-    return {unwrapped(name, "modules_to_save.", "ln_tuning_layers."): tensor for name, tensor in own.items()}
+    trained = {name: tensor for name, tensor in gates.items() if ".default." in name} or gates
+    return {unwrapped(name, "modules_to_save.", "ln_tuning_layers."): tensor for name, tensor in trained.items()}
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -121,10 +121,10 @@ def test_a_loaded_adapter_is_the_saved_one(kind: str, way: str, trained: Trained
         model = trained.loaded(kind)
     else:
         model = AutoPeftModelForCausalLM.from_pretrained(trained.adapters[kind, 0])
-    found, expected = model.state_dict(), trained.weights[kind, 0]
-    assert found.keys() == expected.keys()
+    actual, expected = model.state_dict(), trained.weights[kind, 0]
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(actual[name], tensor), name
     assert_close(logits_of(model), trained.logits[kind, 0])
 
 
@@ -168,11 +168,11 @@ def test_float32_gates_of_a_bfloat16_base_are_kept(kind: str, tmp_path: Path) ->
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **options),
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", gate_dtype="float32"),
     ):
-        found = loaded.state_dict()
-        assert found.keys() == model.state_dict().keys()
+        actual = loaded.state_dict()
+        assert actual.keys() == model.state_dict().keys()
         for name, tensor in model.state_dict().items():
-            assert found[name].dtype == tensor.dtype, name
-            assert torch.equal(found[name], tensor), name
+            assert actual[name].dtype == tensor.dtype, name
+            assert torch.equal(actual[name], tensor), name
         for name, tensor in expected.items():
             assert torch.equal(loaded.merge_and_unload().get_parameter(name), tensor), name
 
@@ -189,7 +189,7 @@ def test_a_small_model_s_gates_take_less_than_a_megabyte(tmp_path: Path) -> None
 def lora_product(weights: dict[str, torch.Tensor], module: str) -> torch.Tensor:
     """What LoRA adds to a weight, in float64."""
     prefix = f"base_model.model.{module}"
-    down, up = (weights[f"{prefix}.lora_{part}.default.weight"].double() for part in "AB")
+    down, up = (weights[f"{prefix}.lora_{letter}.default.weight"].double() for letter in "AB")
     return (8 / 4) * up @ down
 
 
@@ -208,8 +208,8 @@ def test_weighted_sums_of_lora_adapters(combination: str, rank: int | None, trai
         products = [lora_product(trained.weights["LoRA", number], name) for number in range(2)]
         added = 0.7 * products[0] - 0.4 * products[1]
         layer = model.base_model.model.get_submodule(name)
-        found = layer.scaling["sum"] * layer.lora_B["sum"].weight.double() @ layer.lora_A["sum"].weight.double()
-        torch.testing.assert_close(found, added, rtol=1e-4, atol=1e-6)
+        actual = layer.scaling["sum"] * layer.lora_B["sum"].weight.double() @ layer.lora_A["sum"].weight.double()
+        torch.testing.assert_close(actual, added, rtol=1e-4, atol=1e-6)
         weight = expected.get_parameter(f"{name}.weight")
         weight.data = (weight.double() + added).float()
     assert_close(logits_of(model), logits_of(expected))
@@ -288,9 +288,9 @@ def test_adapters_of_float32_gates_name_a_base_that_has_them(tmp_path: Path) -> 
                 parameter.add_(torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    found, expected = (dict(part.named_parameters()) for part in (loaded, model))
+    actual, expected = (dict(either.named_parameters()) for either in (loaded, model))
     trained_names = [name for name in expected if "ln_tuning_layers" in name]
     assert len(trained_names) == 6
     for name in trained_names:
-        assert found[name].dtype == torch.float32
-        assert torch.equal(found[name], expected[name])
+        assert actual[name].dtype == torch.float32
+        assert torch.equal(actual[name], expected[name])

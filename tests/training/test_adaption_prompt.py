@@ -22,11 +22,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 def adapted(model: Any) -> Any:
     config = AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
     torch.manual_seed(1)
-    found = get_peft_model(model, config)
-    for name, parameter in found.named_parameters():
+    actual = get_peft_model(model, config)
+    for name, parameter in actual.named_parameters():
         if "adaption_gate" in name:  # at 0 the prompts have no effect
             parameter.data.fill_(0.5)
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("family", CONFIGS)

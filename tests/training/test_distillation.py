@@ -77,9 +77,9 @@ def reference(
     weights = torch.ones(tokens.shape) if mask is None else mask
     weights = weights.to(student.dtype)
     ratios = []
-    for found, expected in zip(results[0][0], results[1][0], strict=True):
+    for actual, expected in zip(results[0][0], results[1][0], strict=True):
         expected = expected.detach()
-        squared = ((found - expected) ** 2).sum(-1), (expected**2).sum(-1)
+        squared = ((actual - expected) ** 2).sum(-1), (expected**2).sum(-1)
         ratios.append((squared[0] * weights).sum() / (squared[1] * weights).sum())
     logits, expected_logits = results[0][1], results[1][1].detach()
     probabilities = expected_logits.softmax(-1)
@@ -105,17 +105,17 @@ def test_a_converted_model_has_nothing_to_learn(mask: str, tokens: torch.Tensor)
 def test_losses_are_what_the_formulas_say(weights: tuple[float, float], mask: str, tokens: torch.Tensor) -> None:
     teacher = source()
     student = moved(converted(teacher))
-    given = masks()[mask]
+    attention_mask = masks()[mask]
     distillation = Distillation(student, teacher, attention_weight=weights[0], kl_weight=weights[1], chunk_size=10)
-    found = distillation(tokens, given)
+    losses = distillation(tokens, attention_mask)
     with torch.no_grad():
         doubles = [copy.deepcopy(model).double() for model in (student, teacher)]
-        attention, kl = (float(value) for value in reference(*doubles, tokens, given))
+        attention, kl = (float(value) for value in reference(*doubles, tokens, attention_mask))
     assert attention > 0.01
     assert kl > 1e-5
-    np.testing.assert_allclose(found.attention_loss.item(), attention, rtol=1e-4)
-    np.testing.assert_allclose(found.kl_loss.item(), kl, rtol=2e-3)
-    np.testing.assert_allclose(found.loss.item(), weights[0] * attention + weights[1] * kl, rtol=1e-3)
+    np.testing.assert_allclose(losses.attention_loss.item(), attention, rtol=1e-4)
+    np.testing.assert_allclose(losses.kl_loss.item(), kl, rtol=2e-3)
+    np.testing.assert_allclose(losses.loss.item(), weights[0] * attention + weights[1] * kl, rtol=1e-3)
 
 
 def test_what_has_no_weight_is_not_computed(tokens: torch.Tensor) -> None:
@@ -168,9 +168,9 @@ def test_a_sum_over_chunks_is_the_sum(tokens: torch.Tensor) -> None:
     for chunk_size in (1, 6, 20, 50):
         sizes: list[int] = []
 
-        def summed(own: torch.Tensor, factor: torch.Tensor, to: list[int] = sizes) -> torch.Tensor:
-            to.append(len(own))
-            return (own.sin() * factor).sum()
+        def summed(chunk: torch.Tensor, factor: torch.Tensor, to: list[int] = sizes) -> torch.Tensor:
+            to.append(len(chunk))
+            return (chunk.sin() * factor).sum()
 
         total = sum_over_chunks(summed, rows, factors, chunk_size=chunk_size)
         torch.testing.assert_close(total, (rows.sin() * factors).sum())
@@ -188,7 +188,7 @@ def test_nothing_that_a_chunk_makes_is_kept_but_of_the_last() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        total = sum_over_chunks(lambda own: (own @ factors).exp().sum(), rows, chunk_size=5)
+        total = sum_over_chunks(lambda chunk: (chunk @ factors).exp().sum(), rows, chunk_size=5)
     assert max(kept) == 5 * 1000
     assert kept.count(5 * 1000) == 1
     (gradient,) = torch.autograd.grad(total, rows)
@@ -252,10 +252,10 @@ def test_a_student_in_evaluation_mode_stays_so() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("separate", [False, True])
 def test_a_frozen_base_is_in_memory_once(separate: bool, tied: bool, dtype: torch.dtype) -> None:
-    own = source(tie_word_embeddings=tied).to(dtype)
-    student = train_gates_alone(moved(converted(own).to(dtype)))
+    teacher = source(tie_word_embeddings=tied).to(dtype)
+    student = train_gates_alone(moved(converted(teacher).to(dtype)))
     alone = sum(storages(student).values())
-    distillation = Distillation(student, own if separate else None)
+    distillation = Distillation(student, teacher if separate else None)
     together = storages(distillation.student, distillation.teacher)
     assert sum(together.values()) < 1.01 * alone
     head, embedding = distillation.teacher.lm_head.weight, distillation.teacher.model.embed_tokens.weight
@@ -287,9 +287,9 @@ def test_what_is_trained_alone_is_copied(tokens: torch.Tensor) -> None:
     student.model.layers[1].mlp.requires_grad_(True)
     teacher = Distillation(student).teacher
     for name, parameter in teacher.named_parameters():
-        own = student.get_parameter(name)
-        assert torch.equal(parameter, own)
-        assert (parameter is own) == ("layers.1.mlp" not in name), name
+        of_student = student.get_parameter(name)
+        assert torch.equal(parameter, of_student)
+        assert (parameter is of_student) == ("layers.1.mlp" not in name), name
 
 
 def test_a_teacher_of_other_weights_keeps_them() -> None:
@@ -324,9 +324,9 @@ def test_nothing_is_shared_if_not_wanted(separate: bool, tokens: torch.Tensor) -
     distillation = Distillation(student, teacher if separate else None, share_weights=False)
     assert storages(student).keys().isdisjoint(storages(distillation.teacher))
     assert distillation.teacher.lm_head.weight is distillation.teacher.model.embed_tokens.weight
-    found = distillation(tokens)
+    losses = distillation(tokens)
     expected = Distillation(student)(tokens)
-    assert_close(found.loss, expected.loss)
+    assert_close(losses.loss, expected.loss)
 
 
 @pytest.mark.parametrize("share_weights", [False, True])
@@ -336,16 +336,16 @@ def test_a_converted_model_ungated_is_its_source(
 ) -> None:
     teacher = source(**options)
     student = moved(converted(teacher)).train()
-    found = ungated(student, share_weights=share_weights)
-    assert not found.training
+    actual = ungated(student, share_weights=share_weights)
+    assert not actual.training
     assert student.config.gate_position == ["G1"]
-    assert found.state_dict().keys() == teacher.state_dict().keys()
+    assert actual.state_dict().keys() == teacher.state_dict().keys()
     for name, tensor in teacher.state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor), name
-    assert not any(tensor.is_meta for tensor in (*found.parameters(), *found.buffers()))
+        assert torch.equal(actual.state_dict()[name], tensor), name
+    assert not any(tensor.is_meta for tensor in (*actual.parameters(), *actual.buffers()))
     with torch.no_grad():
-        assert_close(found(tokens).logits, teacher(tokens).logits)
-        assert (found(tokens).logits - student(tokens).logits).abs().max() > 1e-3
+        assert_close(actual(tokens).logits, teacher(tokens).logits)
+        assert (actual(tokens).logits - student(tokens).logits).abs().max() > 1e-3
 
 
 def test_gates_at_every_position_are_left_out(tokens: torch.Tensor) -> None:
@@ -370,7 +370,7 @@ def test_models_do_not_keep_hooks(tokens: torch.Tensor) -> None:
 def test_distilling_brings_gates_back(tokens: torch.Tensor) -> None:
     student = train_gates_alone(moved(converted(source())))
     distillation = Distillation(student)
-    optimizer = torch.optim.AdamW([own for own in student.parameters() if own.requires_grad], lr=3e-2)
+    optimizer = torch.optim.AdamW([parameter for parameter in student.parameters() if parameter.requires_grad], lr=3e-2)
     losses = []
     for _ in range(40):
         optimizer.zero_grad()

@@ -50,17 +50,17 @@ def copied(state_dict: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_weights_are_the_rounded_ones_of_float32(name: str, dtype: torch.dtype) -> None:
-    found, expected = weights(dtype), [nn.Parameter(weight.detach().float()) for weight in weights(dtype)]
-    optimizer, plain = keep_float32_states(MAKERS[name](found)), MAKERS[name](expected)
+    actual, expected = weights(dtype), [nn.Parameter(weight.detach().float()) for weight in weights(dtype)]
+    optimizer, plain = keep_float32_states(MAKERS[name](actual)), MAKERS[name](expected)
     for step in range(20):
-        take_steps(optimizer, found, range(step, step + 1), dtype)
+        take_steps(optimizer, actual, range(step, step + 1), dtype)
         take_steps(plain, expected, range(step, step + 1), dtype)
-        for own, reference in zip(found, expected, strict=True):
-            assert own.dtype == dtype
-            assert torch.equal(own, reference.to(dtype))
+        for updated, reference in zip(actual, expected, strict=True):
+            assert updated.dtype == dtype
+            assert torch.equal(updated, reference.to(dtype))
     rounded = weights(dtype)
     take_steps(MAKERS[name](rounded), rounded, range(20), dtype)
-    assert not all(torch.equal(own, other) for own, other in zip(found, rounded, strict=True))
+    assert not all(torch.equal(updated, other) for updated, other in zip(actual, rounded, strict=True))
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -97,13 +97,13 @@ def test_a_loaded_optimizer_goes_on_as_if_never_saved(name: str) -> None:
     take_steps(resumed, again, range(10, 20), torch.bfloat16)
     assert all(state[key].data_ptr() != value.data_ptr() for state, key, value in tensors_of(resumed, saved))
     take_steps(optimizer, parameters, range(10, 20), torch.bfloat16)
-    for found, expected in zip(again, parameters, strict=True):
-        assert torch.equal(found, expected)
-        assert resumed.state[found].keys() == optimizer.state[expected].keys()
+    for actual, expected in zip(again, parameters, strict=True):
+        assert torch.equal(actual, expected)
+        assert resumed.state[actual].keys() == optimizer.state[expected].keys()
         for key, value in optimizer.state[expected].items():
             if torch.is_tensor(value):
                 assert value.dtype == torch.float32
-                assert torch.equal(resumed.state[found][key], value), key
+                assert torch.equal(resumed.state[actual][key], value), key
 
 
 def tensors_of(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> list[tuple[dict, str, torch.Tensor]]:
@@ -135,14 +135,14 @@ def test_float32_weights_are_updated_as_ever() -> None:
     plain = weights(torch.float32)[1:]
     optimizer, reference = keep_float32_states(torch.optim.AdamW(mixed)), torch.optim.AdamW(plain)
     for _ in range(5):
-        for own, other in zip(mixed[1:], plain, strict=True):
-            own.grad, other.grad = torch.ones_like(own), torch.ones_like(other)
+        for weight, other in zip(mixed[1:], plain, strict=True):
+            weight.grad, other.grad = torch.ones_like(weight), torch.ones_like(other)
         mixed[0].grad = torch.ones_like(mixed[0])
         optimizer.step()
         reference.step()
-    for own, other in zip(mixed[1:], plain, strict=True):
-        assert torch.equal(own, other)
-        assert optimizer.state[own].keys() == reference.state[other].keys()
+    for weight, other in zip(mixed[1:], plain, strict=True):
+        assert torch.equal(weight, other)
+        assert optimizer.state[weight].keys() == reference.state[other].keys()
     assert optimizer.state[mixed[0]].keys() > optimizer.state[mixed[1]].keys()
 
 

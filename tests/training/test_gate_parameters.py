@@ -75,7 +75,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def group_of(groups: list[dict[str, Any]], parameter: nn.Parameter) -> dict[str, Any]:
-    (group,) = (group for group in groups if any(own is parameter for own in group["params"]))
+    (group,) = (group for group in groups if any(member is parameter for member in group["params"]))
     return group
 
 
@@ -145,8 +145,8 @@ def test_an_ungated_model_has_no_gate_learning_rate() -> None:
     model = LlamaForCausalLM(tiny_llama())
     with pytest.raises(ValueError, match=r"gate_lr=0\.001.*it has no g_"):
         gate_param_groups(model, lr=1e-4, gate_lr=1e-3)
-    decayed, others = gate_param_groups(model, lr=1e-4, weight_decay=0.1)
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    decayed, undecayed = gate_param_groups(model, lr=1e-4, weight_decay=0.1)
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
     norms = {id(parameter) for name, parameter in model.named_parameters() if "norm" in name}
-    assert {id(parameter) for parameter in others["params"]} == norms
+    assert {id(parameter) for parameter in undecayed["params"]} == norms
     assert len(decayed["params"]) + len(norms) == len(list(model.parameters()))

@@ -82,8 +82,8 @@ def test_when_enough_is_enough(losses: list[float], ended: bool) -> None:
 
 @pytest.mark.fast
 def test_training_ends_when_held_out_losses_do_not_fall(tmp_path: Path) -> None:
-    given = iter([5.0, 4.0, 4.5, 4.2, 1.0])
-    trained(tmp_path, Evaluation(lambda module: next(given), every=3, patience=2))
+    losses = iter([5.0, 4.0, 4.5, 4.2, 1.0])
+    trained(tmp_path, Evaluation(lambda module: next(losses), every=3, patience=2))
     assert read_losses(tmp_path, "short", "held_out") == [5.0, 4.0, 4.5, 4.2]
     assert len(read_losses(tmp_path, "short")) == 12
 
@@ -104,8 +104,8 @@ def test_what_is_gone_on_from_keeps_its_held_out_losses(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "parts", interrupting(parts, 4))
     AcceleratorState._reset_state(reset_partial_state=True)
-    found = trained(tmp_path / "parts", interrupting([], 0))
-    assert torch.equal(found.weight, expected.weight)
+    actual = trained(tmp_path / "parts", interrupting([], 0))
+    assert torch.equal(actual.weight, expected.weight)
     for kind in ("losses", "held_out"):
         assert read_losses(tmp_path / "parts", "short", kind) == read_losses(tmp_path / "whole", "short", kind)
 

@@ -48,23 +48,23 @@ def gate_layers(model: PreTrainedModel) -> list[nn.Linear]:
 @contextmanager
 def recorded(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
     """The gates of a forward pass, [batch, seq, heads] of each layer."""
-    found: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
     scale = model.config.gate_scale
     hooks = [
-        gate.register_forward_hook(lambda _, __, logits: found.append(scale * torch.sigmoid(logits.float())))
+        gate.register_forward_hook(lambda _, __, logits: seen.append(scale * torch.sigmoid(logits.float())))
         for gate in gate_layers(model)
     ]
-    yield found
+    yield seen
     for hook in hooks:
         hook.remove()
 
 
 @torch.no_grad()
 def distance_from_one(model: PreTrainedModel) -> float:
-    with recorded(model.eval()) as found:
+    with recorded(model.eval()) as actual:
         model(batch(1000))
-    assert len(found) == len(gate_layers(model))
-    return torch.stack(found).sub(1).abs().mean().item()
+    assert len(actual) == len(gate_layers(model))
+    return torch.stack(actual).sub(1).abs().mean().item()
 
 
 def train(
@@ -177,7 +177,7 @@ def test_float32_gates_are_loaded_and_saved(name: str, tokens: torch.Tensor, tmp
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in plain.parameters()} == {torch.bfloat16}
     with torch.no_grad():
-        logits = [own(tokens).logits.float() for own in (whole, model, plain)]
+        logits = [each(tokens).logits.float() for each in (whole, model, plain)]
         gates_off = AutoModelForCausalLM.from_pretrained(tmp_path / "float32", gate_position=[])(tokens).logits
     assert (logits[0] - logits[1]).abs().max() < 0.02
     assert (logits[1] - logits[2]).abs().max() < 0.02
@@ -217,8 +217,8 @@ def test_float32_gates_without_the_package(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("float32", "saved", "weights")]
     finished = run_isolated("load_gate_dtypes.py", *paths)
     assert finished.returncode == 0, finished.stderr
-    for found in torch.load(paths[-1]):
-        assert found.keys() == model.state_dict().keys()
+    for actual in torch.load(paths[-1]):
+        assert actual.keys() == model.state_dict().keys()
         for name, tensor in model.state_dict().items():
-            assert found[name].dtype == tensor.dtype, name
-            assert torch.equal(found[name], tensor), name
+            assert actual[name].dtype == tensor.dtype, name
+            assert torch.equal(actual[name], tensor), name

@@ -93,9 +93,9 @@ def trainable(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def modules_of(names: set[str], part: str) -> set[str]:
+def modules_of(names: set[str], infix: str) -> set[str]:
     """The last names of the modules that have a parameter of which `part` is a part of the name."""
-    return {name.split(part)[0].rsplit(".", 1)[-1] for name in names if part in name}
+    return {name.split(infix)[0].rsplit(".", 1)[-1] for name in names if infix in name}
 
 
 POSITIONS = {

@@ -107,7 +107,7 @@ def test_gates_that_peft_counts_as_trained_move(method: str) -> None:
         warnings.simplefilter("always")
         model = get_peft_model(gated, config_of(method, target_modules="all-linear"))
     left_out = [str(warning.message) for warning in caught if "gates out of target_modules" in str(warning.message)]
-    adapted = [gate for gate in gate_layers(model) if any(part.requires_grad for part in gate.parameters())]
+    adapted = [gate for gate in gate_layers(model) if any(parameter.requires_grad for parameter in gate.parameters())]
     if method in CANNOT_TRAIN_GATES:
         assert len(left_out) == 1 and CANNOT_TRAIN_GATES[method] in left_out[0] and "\n" not in left_out[0]
         assert not adapted
@@ -125,7 +125,7 @@ def test_gates_that_peft_counts_as_trained_move(method: str) -> None:
     model.eval()
     keep(adapted)
     model.train()
-    optimizer = torch.optim.Adam([part for part in model.parameters() if part.requires_grad], lr=1e-3)
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
     for step in range(4):
         loss = model(**keywords(method)).loss
         assert torch.isfinite(loss)
@@ -179,7 +179,7 @@ def test_lora_ga_trains_gates() -> None:
     config.lora_ga_config = LoraGAConfig()
     preprocess_loraga(gated, config, lambda: gated(TOKENS, labels=TOKENS).loss.backward())
     model = get_peft_model(gated, config)
-    assert all(any(part.requires_grad for part in gate.parameters()) for gate in gate_layers(model))
+    assert all(any(parameter.requires_grad for parameter in gate.parameters()) for gate in gate_layers(model))
 
 
 def test_alora_trains_gates() -> None:
@@ -188,7 +188,9 @@ def test_alora_trains_gates() -> None:
         warnings.simplefilter("error", UserWarning)
         model = get_peft_model(models()[0], config_of("LORA", alora_invocation_tokens=[5], target_modules="all-linear"))
     model.train()(**keywords("LORA")).loss.backward()
-    moved = {name: part.grad.abs().max() for name, part in model.named_parameters() if "g_proj.lora_B" in name}
+    moved = {
+        name: parameter.grad.abs().max() for name, parameter in model.named_parameters() if "g_proj.lora_B" in name
+    }
     assert len(moved) == SIZES["num_hidden_layers"] and all(moved.values())
 
 
@@ -205,7 +207,7 @@ def test_a_gate_targeted_as_a_parameter() -> None:
     with pytest.raises(ValueError, match=r"^target_parameters must not include .*out of target_parameters"):
         get_peft_model(models()[0], config_of("pissa", **fields))
     model = get_peft_model(models()[0], config_of("LORA", **fields))
-    assert all(any(part.requires_grad for part in gate.parameters()) for gate in gate_layers(model))
+    assert all(any(parameter.requires_grad for parameter in gate.parameters()) for gate in gate_layers(model))
 
 
 @pytest.mark.parametrize("target", [["q_proj", "g_proj"], r".*\.self_attn\..*_proj"], ids=["list", "expression"])
@@ -253,7 +255,7 @@ def test_gates_that_have_been_trained_take_any_method() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = get_peft_model(gated, config_of("OFT", target_modules="all-linear", oft_block_size=16))
-    assert all(any(part.requires_grad for part in gate.parameters()) for gate in gate_layers(model))
+    assert all(any(parameter.requires_grad for parameter in gate.parameters()) for gate in gate_layers(model))
 
 
 def test_gates_in_full_and_frozen_are_no_targets() -> None:
