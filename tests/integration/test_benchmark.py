@@ -94,12 +94,15 @@ def test_limit_of_prefill_is_that_of_the_products(name: str, ungated: PreTrained
 
 @pytest.mark.parametrize("name", ["ungated", *OURS, "plain-headwise", "plain-elementwise"])
 def test_memory_of_training_is_what_gates_keep(name: str, ungated: PreTrainedModel) -> None:
-    """In bytes of float32: the logits, or plainly the gates, and the gated output."""
+    """
+    In bytes of float32: the gated output; for elementwise gates the logits, for headwise gates activations and gates,
+    and for plain gates, which have no scale, the gates.
+    """
     of_ungated = Training(ungated, 2, 12, compiled=False).memory()
     model = ungated if name == "ungated" else gated_model(name, ungated)
     of_gates = Training(model, 2, 12, compiled=False).memory() - of_ungated
-    rows, channels = (48 if "elementwise" in name else 6), 48
-    expected = 2 * 2 * 12 * 4 * (rows + channels)  # layers, windows, tokens, bytes
+    kept = {"elementwise": 48, "headwise": 6 + 6, "plain-elementwise": 48, "plain-headwise": 6}.get(name, 0)
+    expected = 2 * 2 * 12 * 4 * (kept + 48)  # layers, windows, tokens, bytes
     assert of_gates == (0 if name == "ungated" else expected)
 
 
