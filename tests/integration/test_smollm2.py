@@ -3,11 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import os
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -111,39 +106,3 @@ def test_a_gguf_file_converts_directly(source: Path, text: torch.Tensor, tmp_pat
     back = {path.name for path in (tmp_path / "back").iterdir()}
     assert back == {path.name for path in source.iterdir()}  # what Transformers dequantizes and saves
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.model_type == "llama"
-
-
-def test_the_readme_runs_as_written(
-    models: tuple[LlamaForCausalLM, GatedLlamaForCausalLM], source: Path, tmp_path: Path
-) -> None:
-    """Each line of `gated-llama`, and its Python in a process of its own, where `make demo` has been run."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
-    commands = [line.split() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
-    programs = [block for kind, block in blocks if kind == "python"]
-    assert len(programs) == 6
-    demo = tmp_path / "build" / "demo"
-    demo.mkdir(parents=True)
-    (demo / "SmolLM2-135M-Instruct").symlink_to(source)
-    (demo / "SmolLM2-135M-Instruct-gated").symlink_to(source.with_name("gated"))
-
-    scripts = Path(sys.executable).parent
-    converted = [command for command in commands if command[0] == "gated-llama"]
-    assert len(converted) == 15
-    for number, command in enumerate(converted):
-        # In float32 where there is a choice: not every processor has bfloat16 products, whose detour takes minutes.
-        dtype = ["--dtype", "float32"] if command[1] in ("inspect", "evaluate-context") else []
-        subprocess.run([scripts / command[0], *command[1:], *dtype], cwd=tmp_path, check=True, capture_output=True)
-        # A checkpoint that nothing reads any more leaves its place on the disk to the next one.
-        to_come = "\n".join(["build/demo", *map(" ".join, converted[number + 1 :]), *programs])
-        for path in demo.parent.iterdir():
-            if f"build/{path.name}" not in to_come:
-                shutil.rmtree(path)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    answer, *_ = (
-        subprocess.run(
-            [sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True, env=environment
-        ).stdout
-        for program in programs
-    )
-    assert "The capital of France is Paris." in answer
