@@ -229,7 +229,7 @@ def _standardize(config: PreTrainedConfig) -> None:
 
 
 def _rotary_state(module: nn.Module) -> _State:
-    """What a rotary module computes with: its buffers and attributes, except for the config."""
+    """Return the buffers and attributes of a rotary module, except its config."""
     attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     state = attributes | {name: buffer.clone() for name, buffer in module.named_buffers()}
     return {name: value for name, value in state.items() if name not in ("config", "training")}
@@ -276,7 +276,7 @@ def _check_length(name: str, length: object) -> None:
 
 
 def _kept(config: PreTrainedConfig) -> dict[str, Any]:
-    """What no extension changes."""
+    """Check what no extension may change."""
     return {name: value for name, value in config.rope_parameters.items() if name == "partial_rotary_factor"}
 
 

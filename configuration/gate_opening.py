@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How gates start: the bias that gives them their opening, and the scale with which an open gate is exactly 1.
+"""Start of gates: the bias that gives them their opening, and the scale with which an open gate is exactly 1.
 
 A checkpoint carries this file for gates that its weights lack. Its config does not hold their bias, which is not just
 a rounded logit(gate_init): about half of all bfloat16 numbers have no scale with which a gate is exactly 1.

@@ -1,4 +1,4 @@
-"""What model a checkpoint holds: its config.json, checked against its headers, as the config of the gated model."""
+"""The model in a checkpoint: its config.json, checked against its headers, as the config of the gated model."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence

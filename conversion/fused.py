@@ -87,7 +87,7 @@ class FusedGates:
 
 
 def is_fused(raw: dict[str, Any]) -> bool:
-    """Whether a config.json says that `q_proj` holds gates."""
+    """Return whether a config.json says that `q_proj` holds gates."""
     return any(raw.get(flag) for flag in (*AUTHORS_FLAGS.values(), QWEN3_NEXT_FLAG)) or is_qwen3_next(raw)
 
 

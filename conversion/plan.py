@@ -1,4 +1,4 @@
-"""What a conversion is going to write: every file of the result, where its bytes come from, and how many they are."""
+"""Plan of a conversion: every file of the result, the source of its bytes, and its size."""
 
 import json
 import os

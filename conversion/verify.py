@@ -322,7 +322,7 @@ def _digests(
     gated_tensors: dict[str, tuple[Shard, Tensor]],
     fused: FusedGates | None,
 ) -> tuple[Any, Any]:
-    """What has to be equal for a tensor: its dtype, shape and SHA-256, or for imported gates what it was made of."""
+    """Return what must be equal for a tensor: dtype, shape and SHA-256, or for imported gates the rows of the source."""
     shard, tensor = source_tensors[name]
     if fused is not None and ".self_attn.q_proj." in name:
         gate = name.replace("q_proj", "g_proj")

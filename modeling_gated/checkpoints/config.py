@@ -49,7 +49,7 @@ def naming(where: object) -> Iterator[None]:
 
 
 def is_qwen3_next(raw: dict[str, Any]) -> bool:
-    """Whether a config.json is a Qwen3-Next's, whose norm weights count from zero."""
+    """Return whether a config.json is that of a Qwen3-Next, whose norm weights are added to 1."""
     return raw.get("model_type") == "qwen3_next"
 
 

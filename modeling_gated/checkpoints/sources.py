@@ -33,7 +33,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What a model card calls it: the hub's name, or the last part of the path."""
+        """Return the name for a model card: the id on the hub, or the last part of the path."""
         return self.repo_id or self.path.name
 
 

@@ -1,4 +1,4 @@
-"""How well a model uses a long context: loss by position, and tasks whose answer lies somewhere in the input."""
+"""Evaluation of long contexts: loss by position, and tasks whose answer lies somewhere in the input."""
 
 import math
 import random

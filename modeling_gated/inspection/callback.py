@@ -125,6 +125,6 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 def initial_gate(config: GatedLlamaConfig) -> float:
-    """What a gate of a new model, or of one that was just converted, is: that of a zero input."""
+    """Return the value of a gate in a new or newly converted model: that of a zero input."""
     bias = initial_gate_bias(config.gate_init, config.gate_activation, config.gate_form) if config.gate_bias else 0.0
     return (GATE_ACTIVATIONS[config.gate_activation](torch.tensor(bias)) * config.gate_scale).item()

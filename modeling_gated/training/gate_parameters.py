@@ -1,4 +1,4 @@
-"""Which of a model's parameters are its gates', and what an optimizer is to do with them."""
+"""Gate parameters of a model, and their settings in an optimizer and in PEFT."""
 
 from typing import Any
 

@@ -52,7 +52,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """What every training of an output needs."""
+    """Settings that every training run has."""
 
     output: Path
     accelerator: Accelerator
@@ -165,7 +165,7 @@ def train(
 
 
 def has_ended(losses: Sequence[float], patience: int) -> bool:
-    """Whether the last `patience` losses were no lower than the lowest before them."""
+    """Return whether the last `patience` losses are no lower than the lowest before them."""
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
 
@@ -179,7 +179,7 @@ def write_losses(run: Run, stage: Stage, losses: list[float], held_out: list[flo
 
 
 def read_losses(output: Path, name: str, kind: str = "losses") -> list[float]:
-    """What is recorded of a stage: the training loss of each step, or those on `held_out` text."""
+    """Return the recorded losses of a stage: the training loss of each step, or the losses on `held_out` text."""
     path = output / f"{name}.{kind}"
     return [float(line) for line in path.read_text(encoding="utf-8").split()] if path.is_file() else []
 

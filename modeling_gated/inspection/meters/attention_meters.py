@@ -204,7 +204,7 @@ class SinkNorms:
 
 
 class KeyValueNorms(Meter):
-    """How long keys and values are: those of the first token of each sequence, where a sink is, and the others."""
+    """Norms of keys and values: of the first token of each sequence, the usual sink, and of the others."""
 
     report_name = "key_value_norms"
     entry_without_attention = {}

@@ -1,4 +1,4 @@
-"""What a report is written to: JSON, one page that needs nothing else, and pictures."""
+"""Files of a report: JSON, one page that needs nothing else, and pictures."""
 
 import base64
 import io
@@ -75,7 +75,7 @@ def write_pictures(reports: Sequence[ModelReport], folder: Path) -> list[Path]:
 
 
 def remove_pictures(folder: Path) -> None:
-    """Those of an earlier report."""
+    """Remove the pictures of an earlier report."""
     for picture in PICTURES:
         (folder / f"{picture.name}.png").unlink(missing_ok=True)
 

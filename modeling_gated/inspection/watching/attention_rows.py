@@ -55,7 +55,7 @@ class AttentionRows:
 
     @cached_property
     def normalizers(self) -> torch.Tensor:
-        """What the exponentials have to be divided by, [heads, queries]."""
+        """Divisors of the exponentials, [heads, queries]."""
         total = self.exponentials.sum(-1)
         return total if self.sink_scores is None else total + (self.sink_scores - self.maxima).exp()
 
@@ -87,7 +87,7 @@ class AttentionRows:
         return (self.queries > self.starts).nonzero().flatten()
 
     def received(self, queries: torch.Tensor | None = None) -> torch.Tensor:
-        """What each key gets of all queries, or of those that `queries`, bool [queries], says: [heads, keys]."""
+        """Return the attention that each key gets from all queries, or from `queries`, bool [queries]: [heads, keys]."""
         weights = 1 / self.normalizers
         if queries is not None:
             weights = weights * queries

@@ -148,7 +148,7 @@ def attention_replaced(
 
 
 def _eager_attention(module: nn.Module) -> Callable[..., Any]:
-    """Which is a function of each model's own file."""
+    """Return the eager attention function of the file that defines a module's class."""
     for kind in type(module).__mro__:
         if (eager := getattr(sys.modules[kind.__module__], "eager_attention_forward", None)) is not None:
             return eager
@@ -175,14 +175,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its input: of one that is offloaded, where its layers run."""
+    """Return the device of a model's input: for an offloaded model the device that its layers run on."""
     if model.device.type != "meta":
         return model.device
     return torch.device(getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
 class _Probe:
-    """What hangs in a model while it is inspected, and shows its meters what passes by."""
+    """Hooks in a model that is inspected, which show its meters what they see."""
 
     def __init__(
         self, layers: nn.ModuleList, meters: tuple[Meter, ...], records: MaskRecords, watch: TokenWatch

@@ -1,4 +1,4 @@
-"""What attention sees, block by block, so that no mask is made here that is larger than some queries times all keys."""
+"""Masks of attention, block by block, so that none is larger than some queries times all keys."""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -94,7 +94,7 @@ class DescribedMask(Mask):
 
 @dataclass
 class NoMask(Mask):
-    """What attention functions do without any mask: each query sees all keys, or those up to its own place."""
+    """Attention without a mask: each query sees all keys, or those up to its own place."""
 
     is_causal: bool
     device: torch.device
@@ -191,7 +191,7 @@ class MaskRecords:
         self._made.clear()
 
     def padding(self, mask: Any) -> tuple[bool, torch.Tensor | None]:
-        """Whether a mask, or one of several in a dict, was made here, and the mask of padding of which, if of any."""
+        """Return whether a mask, or one of several in a dict, was made here, and the padding mask that it was made from."""
         masks = [tensor for tensor in (mask.values() if isinstance(mask, dict) else [mask]) if tensor is not None]
         calls = [arguments for result, arguments in self._made if any(result is tensor for tensor in masks)]
         padding = (arguments.get("attention_mask") for arguments in calls)

@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass are real, and where the sequence of each begins."""
+"""Real tokens of a forward pass, and the start of each one's sequence."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -34,12 +34,12 @@ class Tokens:
 
     @property
     def current(self) -> torch.Tensor:
-        """Which tokens of this pass are real, bool [batch, tokens of this pass]."""
+        """Real tokens of this pass, bool [batch, tokens of this pass]."""
         return self.real[:, self.offset :]
 
     @property
     def first(self) -> torch.Tensor:
-        """Which tokens of this pass are the first of their sequence, bool [batch, tokens of this pass]."""
+        """First tokens of their sequences in this pass, bool [batch, tokens of this pass]."""
         positions = torch.arange(self.real.shape[1], device=self.real.device)
         return ((self.starts == positions) & self.real)[:, self.offset :]
 
@@ -145,7 +145,7 @@ def watched_tokens(model: PreTrainedModel, padding_of: PaddingOf = lambda _: (Fa
 
 
 def _sees_first(mask: torch.Tensor) -> bool:
-    """Whether every query of a mask [batch, heads, queries, keys] sees the first key, as without padding."""
+    """Return whether every query of a mask [batch, heads, queries, keys] sees the first key, as without padding."""
     first = mask[..., 0]
     return bool((first if first.dtype == torch.bool else first > MASKED).all())
 
