@@ -252,7 +252,7 @@ class GatedLlamaConfig(LlamaConfig):
     def _validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: the sizes fit together."""
@@ -261,16 +261,18 @@ class GatedLlamaConfig(LlamaConfig):
         self._validate_sizes()
         heads, key_value_heads, head_dim = self.num_attention_heads, self.num_key_value_heads, self.head_dim
         if key_value_heads is None or key_value_heads < 1:
-            raise ValueError(f"num_key_value_heads={key_value_heads} must be at least 1")
+            raise ValueError(f"num_key_value_heads must be at least 1, got {key_value_heads}")
         if head_dim is None or head_dim < 2 or head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} must be even and at least 2: RoPE turns channels in pairs")
+            raise ValueError(
+                f"head_dim must be even and at least 2, because RoPE turns channels in pairs, got {head_dim}"
+            )
         if heads % key_value_heads:
             raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}")
 
     def validate_attention_layers(self):
         """Part of `@strict`-powered validation: sliding layers have a window."""
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1")
+            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
         layer_types = self.layer_types or []
         for layer_type in layer_types:
             if layer_type not in ("full_attention", "sliding_attention"):
@@ -282,9 +284,11 @@ class GatedLlamaConfig(LlamaConfig):
         """Part of `@strict`-powered validation: the gate is one that the model implements."""
         positions = self.gate_position
         if unknown := [position for position in positions if position not in GATE_PROJECTIONS]:
-            raise ValueError(f"gate_position={positions}: {unknown[0]!r} is not among {', '.join(GATE_PROJECTIONS)}")
+            raise ValueError(
+                f"gate_position must be among {', '.join(GATE_PROJECTIONS)}, got {unknown[0]!r} in {positions}"
+            )
         if len(set(positions)) < len(positions):
-            raise ValueError(f"gate_position={positions} names a position twice")
+            raise ValueError(f"gate_position must name each position once, got {positions}")
         if not positions:
             return
         if "G5" in positions and (self.gate_granularity != "elementwise" or self.gate_head_shared):
@@ -305,9 +309,11 @@ class GatedLlamaConfig(LlamaConfig):
                 "are 'silu', 'tanh', 'relu' or 'linear'"
             )
         if self.gate_input_independent and not self.gate_bias:
-            raise ValueError("gate_input_independent=True with gate_bias=False: such a gate is nothing but a bias")
+            raise ValueError(
+                "gate_bias must be True with gate_input_independent=True, got False: such a gate is only a bias"
+            )
         if not 0 < self.gate_scale < math.inf:
-            raise ValueError(f"gate_scale={self.gate_scale} must be positive and finite")
+            raise ValueError(f"gate_scale must be positive and finite, got {self.gate_scale}")
         if self.gate_bias:
             initial_gate_bias(self.gate_init, self.gate_activation, self.gate_form)
 

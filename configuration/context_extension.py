@@ -122,7 +122,7 @@ def extend_context(
     for name, number in (("rope_theta", rope_theta), ("factor", factor)):
         is_number = isinstance(number, float) or (type(number) is int and number < 1e300)
         if number is not None and not is_number:
-            raise ValueError(f"{name}={number!r} is no number to compute with")
+            raise ValueError(f"{name} must be a finite number, got {number!r}")
     _check_length("length", length)
     original = _original_length(extended, original_max_position_embeddings, replace_scaling)
     if method == "rope_base":
@@ -132,7 +132,7 @@ def extend_context(
     elif method == "yarn":
         new = _yarn(extended, length, original, rope_theta, factor)
     else:
-        raise ValueError(f"method={method!r} is neither 'rope_base' nor 'yarn'")
+        raise ValueError(f"method must be 'rope_base' or 'yarn', got {method!r}")
 
     if length < extended.max_position_embeddings and extended.rope_parameters["rope_type"] == "default":
         raise ValueError(f"length={length} is less than max_position_embeddings={extended.max_position_embeddings}")
@@ -225,7 +225,7 @@ def _standardize(config: PreTrainedConfig) -> None:
         raise ValueError(f"rope_parameters={rope}: {min(unknown)} is not known of a plain RoPE")
     theta = rope["rope_theta"]
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
-        raise ValueError(f"rope_parameters: rope_theta={theta!r} is no base of RoPE")
+        raise ValueError(f"rope_theta in rope_parameters must be a positive number, got {theta!r}")
 
 
 def _rotary_state(module: nn.Module) -> _State:
@@ -272,7 +272,7 @@ def _original_length(config: PreTrainedConfig, length: int | None, replace_scali
 
 def _check_length(name: str, length: object) -> None:
     if isinstance(length, bool) or not isinstance(length, int) or not 0 < length < _MAX_LENGTH:
-        raise ValueError(f"{name}={length!r} is no number of tokens")
+        raise ValueError(f"{name} must be a number of tokens, got {length!r}")
 
 
 def _kept(config: PreTrainedConfig) -> dict[str, Any]:

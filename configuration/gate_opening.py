@@ -52,7 +52,7 @@ def initial_gate_bias(gate_init: float, gate_activation: str = "sigmoid", gate_f
         return open_gate(gate_init)[0]
     if gate_activation == "ns_sigmoid":
         if not 0.5 < gate_init < 1:
-            raise ValueError(f"gate_init={gate_init} must lie between 0.5 and 1 for gate_activation='ns_sigmoid'")
+            raise ValueError(f"gate_init must be between 0.5 and 1 for gate_activation='ns_sigmoid', got {gate_init}")
         return open_gate(2 * gate_init - 1)[0]
     inverse = {"tanh": math.atanh, "silu": _inverse_silu}.get(gate_activation, float)
     bias = _to_bfloat16(inverse(gate_init))
@@ -89,7 +89,7 @@ def open_gate(gate_init: float) -> tuple[float, float]:
         ValueError: if gate_init is outside (0, 1), or so close to an end that a float32 sigmoid is 0 or 1 there.
     """
     if not 0 < gate_init < 1:
-        raise ValueError(f"gate_init={gate_init} must be greater than 0 and smaller than 1")
+        raise ValueError(f"gate_init must be between 0 and 1, both excluded, got {gate_init}")
     for bias in _bfloat16_around(math.log(gate_init / (1 - gate_init))):
         if (scale := _identity_scale(bias)) is not None:
             return bias, scale

@@ -128,7 +128,7 @@ def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
     model_type = checkpoint.raw_config.get("model_type")
     with naming(checkpoint.config_path):
         if model_type != GatedLlamaConfig.model_type:
-            raise ValueError(f"model_type={model_type!r} is not {GatedLlamaConfig.model_type}")
+            raise ValueError(f"model_type must be {GatedLlamaConfig.model_type}, got {model_type!r}")
         config, converted = read_config(checkpoint), GatedLlamaConfig()
         assert isinstance(config, GatedLlamaConfig)
         for name in _OF_OTHER_VARIANTS:

@@ -73,7 +73,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         return None
     content = read_json(resolve(directory, MANIFEST_NAME))
     if content.get("format") != _FORMAT:
-        raise ConversionError(f"{path}: format {content.get('format')!r} is not {_FORMAT}")
+        raise ConversionError(f"{path}: format must be {_FORMAT}, got {content.get('format')!r}")
     try:
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         fields = {name: content[name] for name in ("command", "source", "gates", "replaced", "verification")}

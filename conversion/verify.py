@@ -161,7 +161,7 @@ def verify_checkpoint(
     """
     with errors_naming(output):
         if tokens < 1:
-            raise ConversionError(f"tokens={tokens}: must be at least 1")
+            raise ConversionError(f"tokens must be at least 1, got {tokens}")
         directory = Path(output).absolute()
         if not directory.is_dir():
             raise ConversionError(f"{directory}: no such directory")
@@ -322,7 +322,7 @@ def _digests(
     gated_tensors: dict[str, tuple[Shard, Tensor]],
     fused: FusedGates | None,
 ) -> tuple[Any, Any]:
-    """Return what must be equal for a tensor: dtype, shape and SHA-256, or for imported gates the rows of the source."""
+    """Return what must be equal for a tensor: dtype, shape and SHA-256, or the source rows of imported gates."""
     shard, tensor = source_tensors[name]
     if fused is not None and ".self_attn.q_proj." in name:
         gate = name.replace("q_proj", "g_proj")

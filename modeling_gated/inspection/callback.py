@@ -55,9 +55,11 @@ class InspectionCallback(TrainerCallback):
         every: int = 100,
     ) -> None:
         if every < 1:
-            raise InspectionError(f"every {every}: at least 1 is needed")
+            raise InspectionError(f"every must be at least 1, got {every}")
         if input_ids.ndim != 2 or input_ids.shape[1] < 2:
-            raise InspectionError(f"input_ids {list(input_ids.shape)}: needed is [batch, tokens], at least 2 tokens")
+            raise InspectionError(
+                f"input_ids must be [batch, tokens] with at least 2 tokens, got {list(input_ids.shape)}"
+            )
         self.trainer, self.every = trainer, every
         self.input_ids, self.attention_mask = input_ids, attention_mask
 

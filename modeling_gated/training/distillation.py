@@ -69,11 +69,13 @@ class Distillation(nn.Module):
         super().__init__()
         for name, model in (("student", student), ("teacher", teacher)):
             if model is not None and not isinstance(model, PreTrainedModel):
-                raise ValueError(f"{name} is a {type(model).__name__}, not a Transformers model; see get_base_model()")
+                raise ValueError(
+                    f"{name} must be a Transformers model, got {type(model).__name__}; PEFT has get_base_model()"
+                )
         weights = {"attention_weight": attention_weight, "kl_weight": kl_weight}
         for name, weight in weights.items():
             if not weight >= 0:
-                raise ValueError(f"{name}={weight} must not be negative")
+                raise ValueError(f"{name} must not be negative, got {weight}")
         if not any(weights.values()):
             raise ValueError("attention_weight=0 and kl_weight=0: there is nothing to learn")
         if teacher is None:

@@ -255,11 +255,13 @@ def check_run_settings(settings: dict[str, Any], output: Path) -> None:
     path, now = output / "settings.json", json.loads(json.dumps(settings))
     if not path.is_file():
         if {file.name for file in output.iterdir()} - {"settings.partial"}:
-            raise ValueError(f"{output}: is neither empty nor an output of such a run")
+            raise ValueError(f"{output}: must be empty or the output of such a run; name another directory")
         partial = output / "settings.partial"
         partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
         partial.rename(path)
     before = json.loads(path.read_text(encoding="utf-8"))
     for name, value in now.items():
         if before.get(name) != value:
-            raise ValueError(f"{output}: was made with {name}={before.get(name)!r}, not {value!r}")
+            raise ValueError(
+                f"{output}: {name} must be {before.get(name)!r}, as at its start, got {value!r}; name another directory"
+            )

@@ -118,7 +118,10 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["config.json", "quant_method='quanto'"],
     ),
     "quantization a word": (lambda path: config(path, quantization_config="int8"), ["quantization_config='int8'"]),
-    "no heads": (lambda path: config(path, num_attention_heads=0), ["config.json", "num_attention_heads=0"]),
+    "no heads": (
+        lambda path: config(path, num_attention_heads=0),
+        ["config.json", "num_attention_heads must be at least 1, got 0"],
+    ),
     "dtype": (lambda path: config(path, dtype="blah"), ["config.json", "dtype='blah'", "bfloat16"]),
     "adapter": (lambda path: (path / "adapter_config.json").write_text("{}"), ["adapter_config.json"]),
     "wrong type": (lambda path: config(path, hidden_size="72"), ["config.json", "hidden_size", "'72'"]),

@@ -350,7 +350,7 @@ def test_one_pair_of_channels_has_no_base_by_the_rule() -> None:
 def test_lengths_beyond_float64_are_refused_too(method: str, digits: int) -> None:
     config = LlamaConfig(**SIZES)
     before = config.to_dict()
-    with pytest.raises(ValueError, match="length=1000"):
+    with pytest.raises(ValueError, match="length must be a number of tokens, got 1000"):
         extend_context(config, 10**digits, method)
     assert config.to_dict() == before
 
@@ -376,5 +376,5 @@ def test_fields_of_another_kind_of_rope_are_not_dropped() -> None:
 @pytest.mark.parametrize("value", [10**400, True, "2"])
 def test_what_is_no_number_is_refused(name: str, value: object) -> None:
     method = "yarn" if name == "factor" else "rope_base"
-    with pytest.raises(ValueError, match=f"{name}=.* is no number to compute with"):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number"):
         extend_context(LlamaConfig(**SIZES), 1024, method, **{name: value})

@@ -106,9 +106,9 @@ def _gated(model: PreTrainedModel, layer: int | None, places: list[str]) -> list
     """The attention blocks of a layer, or of all, with gates at one of these positions."""
     layers = decoder_layers(model.get_decoder())
     if layer is not None and not 0 <= layer < len(layers):
-        raise InspectionError(f"layer {layer}: the model has layers 0 to {len(layers) - 1}")
+        raise InspectionError(f"layer must be from 0 to {len(layers) - 1}, got {layer}")
     if unknown := [place for place in places if place not in GATE_PROJECTIONS]:
-        raise InspectionError(f"position {unknown[0]!r}: is not among {', '.join(GATE_PROJECTIONS)}")
+        raise InspectionError(f"positions must be among {', '.join(GATE_PROJECTIONS)}, got {unknown[0]!r}")
     attentions = [
         attention
         for number, attention in gated_attentions(layers)

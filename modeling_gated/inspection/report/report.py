@@ -168,11 +168,11 @@ def check_settings(windows: int, window_tokens: int, interventions: Sequence[str
         InspectionError: for counts that are too small, and interventions that there are none of, or that come twice.
     """
     if windows < 1:
-        raise InspectionError(f"windows {windows}: at least 1 is needed")
+        raise InspectionError(f"windows must be at least 1, got {windows}")
     if window_tokens < 2:
-        raise InspectionError(f"window_tokens {window_tokens}: at least 2 are needed")
+        raise InspectionError(f"window_tokens must be at least 2, got {window_tokens}")
     if len(set(interventions)) < len(interventions):
-        raise InspectionError(f"interventions {list(interventions)}: needed are different ones")
+        raise InspectionError(f"interventions must be different, got {list(interventions)}")
     for intervention in interventions:
         Intervention.parse(intervention)
 
@@ -197,10 +197,12 @@ def _chosen(model: PreTrainedModel, names: Sequence[str], notes: list[str]) -> l
 
 
 def _check_names(meters: Sequence[type[Meter]]) -> None:
-    names = [meter.report_name for meter in meters]
-    for meter, name in zip(meters, names, strict=True):
-        if not name.isidentifier() or names.count(name) > 1 or hasattr(ModelReport, name) or name in _FIELDS:
+    taken = {*_FIELDS, *dir(ModelReport)}
+    for meter in meters:
+        name = meter.report_name
+        if not name.isidentifier() or name in taken:
             raise ValueError(f"{meter.__name__}.report_name={name!r}: must be a name that nothing else in a report has")
+        taken.add(name)
 
 
 def _measured(
@@ -256,7 +258,7 @@ def _cut(
     input_ids = text_token_ids(tokenizer, text, text_name, model)
     check_token_ids(tokenizer, beginning(tokenizer), "the beginning of an input", model)
     if len(input_ids) < 2:
-        raise InspectionError(f"{text_name}: has {len(input_ids)} tokens; at least 2 are needed")
+        raise InspectionError(f"{text_name}: must have at least 2 tokens, got {len(input_ids)}")
     begin = len(beginning(tokenizer))
     length = min(window_tokens, len(input_ids) + begin)
     count = min(windows, len(input_ids) // max(1, length - begin))

@@ -87,7 +87,7 @@ class AttentionRows:
         return (self.queries > self.starts).nonzero().flatten()
 
     def received(self, queries: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the attention that each key gets from all queries, or from `queries`, bool [queries]: [heads, keys]."""
+        """Return the attention that keys get from all queries, or from `queries`, bool [queries]: [heads, keys]."""
         weights = 1 / self.normalizers
         if queries is not None:
             weights = weights * queries

@@ -306,7 +306,7 @@ class _Probe:
         if wants_rows := self.overriding("attention"):
             ignored = [name for name in ("softcap", "s_aux") if arguments.get(name) is not None]
             if ignored and implementation == "sdpa":
-                raise UnknownAttention(f"layer {layer}: sdpa does not heed its {ignored[0]}; use 'eager'")
+                raise UnknownAttention(f"layer {layer}: sdpa ignores its {ignored[0]}; use attn_implementation='eager'")
             for rows in attention_rows(layer, query, key, mask, tokens, arguments):
                 for meter in wants_rows:
                     meter.attention(rows)
@@ -316,7 +316,7 @@ def _check_finite(name: str, states: torch.Tensor, real: torch.Tensor) -> None:
     """`states` are [batch, tokens, ...], of which those of real tokens count."""
     counted = states if bool(real.all()) else states[real]
     if counted.numel() and not all(math.isfinite(bound) for bound in counted.aminmax()):
-        raise InspectionError(f"{name}: not all numbers are finite")
+        raise InspectionError(f"{name}: must be finite, got NaN or infinity")
 
 
 def _split(attention: Any, position: str, rows: int) -> tuple[int, int]:

@@ -191,7 +191,7 @@ class MaskRecords:
         self._made.clear()
 
     def padding(self, mask: Any) -> tuple[bool, torch.Tensor | None]:
-        """Return whether a mask, or one of several in a dict, was made here, and the padding mask that it was made from."""
+        """Return whether a mask, or one of several in a dict, was made here, and its padding mask."""
         masks = [tensor for tensor in (mask.values() if isinstance(mask, dict) else [mask]) if tensor is not None]
         calls = [arguments for result, arguments in self._made if any(result is tensor for tensor in masks)]
         padding = (arguments.get("attention_mask") for arguments in calls)
