@@ -203,15 +203,19 @@ def test_a_text_that_is_too_short_is_named(command: str, message: str, checkpoin
 
 
 OPTIONS = {
-    "a GPU that is not there": (LOADING, ["--device", "cuda:99"], "--device cuda:99: "),
-    "a device of another torch": (LOADING, ["--device", "hpu"], "--device hpu: "),
-    "no device": (LOADING, ["--device", "gpu"], "--device gpu: "),
-    "a device without numbers": (LOADING, ["--device", "meta"], "--device meta: "),
-    "dtype of absorb": (("absorb",), ["--dtype", "int8"], "--dtype int8: "),
+    "a GPU that is not there": (LOADING, ["--device", "cuda:99"], "--device must be usable by torch, got cuda:99: "),
+    "a device of another torch": (LOADING, ["--device", "hpu"], "--device must be usable by torch, got hpu: "),
+    "no device": (LOADING, ["--device", "gpu"], "--device must be usable by torch, got gpu: "),
+    "a device without numbers": (LOADING, ["--device", "meta"], "--device must be usable by torch, got meta: "),
+    "dtype of absorb": (("absorb",), ["--dtype", "int8"], "--dtype must be bfloat16 or float32, got int8"),
     "no windows": (("inspect", "evaluate-context"), ["--windows", "0"], "windows 0: at least 1 is needed"),
     "negative windows": (("inspect", "evaluate-context"), ["--windows", "-1"], "windows -1: at least 1 is needed"),
     "no length": (("inspect",), ["--length", "-5"], "window_tokens -5: at least 2 are needed"),
-    "negative lengths": (("evaluate-context",), ["--lengths", "-3"], "--lengths -3: not numbers of tokens"),
+    "negative lengths": (
+        ("evaluate-context",),
+        ["--lengths", "-3"],
+        "--lengths must be numbers of tokens separated by commas, got -3",
+    ),
     "endless lengths": (("evaluate-context",), ["--lengths", "9" * 30], "text.txt: 1 windows of 9999"),
     "no samples": (("evaluate-context",), ["--samples", "0"], "samples 0: at least 1 is needed"),
     "no chunk": (("evaluate-context",), ["--chunk-size", "-1"], "chunk_size -1: at least 1 is needed"),
