@@ -108,7 +108,9 @@ def load_model(path: Path, dtype: str, device: "torch.device") -> "tuple[PreTrai
     model, info = loaded
     check_shapes(info["mismatched_keys"], path)
     if info["missing_keys"]:
-        raise EvaluationError(f"{path}: must have all weights, got no {min(info['missing_keys'])}; download it again")
+        raise EvaluationError(
+            f"{path}: must have all weights, got no {min(info['missing_keys'])}; download the checkpoint again"
+        )
     check_weights(model, path)
     model.config.return_dict, model.config.output_hidden_states = True, False  # override config.json
     return model.eval().to(device), tokenizer

@@ -193,7 +193,7 @@ def test_a_text_is_read_alike(case: str, command: str, checkpoint: Path, origin:
     ("command", "message"),
     [
         ("evaluate-context", "words.txt: 1 windows of 400 tokens are more than the 200 tokens of the text"),
-        ("absorb", "words.txt: is too short: of its 200 tokens a quarter is held out, and a window has 64"),
+        ("absorb", "words.txt: a quarter of the text must be at least a window of 64 tokens, got 200 tokens"),
     ],
 )
 def test_a_text_that_is_too_short_is_named(command: str, message: str, checkpoint: Path, origin: Path) -> None:
@@ -220,12 +220,12 @@ OPTIONS = {
     "no samples": (("evaluate-context",), ["--samples", "0"], "samples 0: at least 1 is needed"),
     "no chunk": (("evaluate-context",), ["--chunk-size", "-1"], "chunk_size -1: at least 1 is needed"),
     "no tokens": (("verify",), ["--tokens", "0"], "--tokens 0: must be at least 1"),
-    "negative distillation": (("absorb",), ["--distill-tokens", "-1"], "distill_tokens -1: at least 0 is needed"),
-    "negative samples": (("absorb",), ["--sample-tokens", "-1"], "sample_tokens -1: at least 0 is needed"),
+    "negative distillation": (("absorb",), ["--distill-tokens", "-1"], "--distill-tokens must be at least 0, got -1"),
+    "negative samples": (("absorb",), ["--sample-tokens", "-1"], "--sample-tokens must be at least 0, got -1"),
     "a seed too large": (
         ("absorb",),
         ["--seed", "9" * 30],
-        "seed must be at least -2**63 and less than 2**64, got 999",
+        "--seed must be at least -2**63 and less than 2**64, got 999",
     ),
 }
 
