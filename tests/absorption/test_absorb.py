@@ -252,7 +252,7 @@ def test_float32_gates_stay_float32(source: Path, tmp_path: Path) -> None:
 
 def test_a_text_that_is_too_short_leaves_nothing(source: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("abc" * 40, encoding="utf-8")
-    with pytest.raises(AbsorptionError, match=r"/short\.txt: .* window of 256 tokens, got 120 tokens"):
+    with pytest.raises(AbsorptionError, match=r"/short\.txt: .* window of 64 tokens, got 120 tokens"):
         absorb_checkpoint(source, tmp_path / "out", text=[tmp_path / "short.txt"], settings=SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
