@@ -256,9 +256,8 @@ def limit(model: PreTrainedModel, ungated: PreTrainedModel, workload: str, batch
         return 1 + gates / (weights + cache)
     head = config.vocab_size * config.hidden_size
     matmuls = weights - head + (head if workload == "training" else head / tokens)
-    scores = (
-        config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
-    )  # two matmuls, halved by the causal mask
+    # Two matmuls, halved by the causal mask.
+    scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
     return 1 + gates / (matmuls + scores)
 
 

@@ -76,7 +76,7 @@ def write_tokens(patterns: Sequence[str], tokenizer: PreTrainedTokenizerBase, pa
     partial = path.with_suffix(".partial")
     texts = documents(patterns)
     with partial.open("wb") as file, tqdm(desc="tokenizing", unit=" documents", leave=False) as progress:
-        # Some at a time: tokenizers work on the texts of one call in parallel.
+        # Batches of documents, because tokenizers process the texts of a call in parallel.
         while batch := list(islice(texts, DOCUMENTS_AT_ONCE)):
             for tokens in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                 np.array([*tokens, tokenizer.eos_token_id], dtype=np.uint32).tofile(file)

@@ -48,6 +48,7 @@ class Windows:
 
     @property
     def length(self) -> int:
+        """Return the length of a window in tokens."""
         return len(self.windows[0])
 
 
@@ -80,6 +81,7 @@ class Measured:
 
     @property
     def perplexity(self) -> float:
+        """Return exp(loss)."""
         return math.exp(self.loss)
 
 
@@ -118,6 +120,7 @@ class Comparison:
         return math.exp(self.edited.loss - self.original.loss)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the comparison as JSON values."""
         return asdict(self) | {"perplexity_ratio": self.perplexity_ratio}
 
 

@@ -46,6 +46,7 @@ class Absorption:
 
     @property
     def settings(self) -> AbsorptionSettings:
+        """Return the settings of the run, with the window lengths that were used."""
         return self.identity.settings
 
     def as_json(self) -> str:

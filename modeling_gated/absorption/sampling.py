@@ -97,7 +97,7 @@ def sample_chats(
     with _seeded(model, seed), _bar("sampling chats", tokens, progress) as bar:
         while (done := sum(map(len, chats))) < tokens:
             questions = _continue(model, [before] * _batch(tokens - done, _ANSWER), _QUESTION, special)
-            # A question may be empty, too, and is kept, so that there is an end to it whatever the model writes.
+            # Empty questions are kept, so that the loop ends for every model.
             starts = [before + question + between for question in questions]
             answers = _continue(model, starts, _ANSWER, special)
             chats += [start + answer + after for start, answer in zip(starts, answers, strict=True)]
