@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from modeling_gated.cli import app
@@ -34,6 +35,16 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
         result = run_program("check_imports.py", command, *arguments)  # the installed script, which is Python
         assert result.returncode == 0, result.stderr
         assert "gated" in result.stdout
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("command", [command.name for command in get_command(app).commands.values()])  # type: ignore[attr-defined]
+def test_help_has_an_example_and_fits_into_80_columns(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    assert f"Example: gated-llama {command} " in result.stdout
+    assert "…" not in result.stdout  # an option or a default that is cut off
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_a_script_of_the_command_s_name_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -262,7 +273,9 @@ def test_tensors_that_the_model_does_not_read_are_told(llama: Path, tmp_path: Pa
     save_file(tensors | more, llama / "model.safetensors", metadata={"format": "pt"})
     code, _, err = run("convert", llama, tmp_path / "gated")
     assert code == 0
-    assert err.startswith("note: the model does not read model.layers.3.mlp.up_proj.weight, model.layers.4.mlp.up_proj")
+    assert err.startswith(
+        "note: the model does not use these tensors of the source: model.layers.3.mlp.up_proj.weight, "
+    )
     assert err.count("\n") == 1
 
 

@@ -264,9 +264,9 @@ def test_the_command(llama: Path, old: Path, tmp_path: Path) -> None:
     verify_checkpoint(llama, old)
     result = CliRunner().invoke(app, ["refresh-code", str(old)])
     assert result.exit_code == 0
-    assert result.stderr == "note: the model card's verification is of the old code; run gated-llama verify again\n"
+    assert result.stderr == "note: the model card's verification is for the old code; run gated-llama verify again\n"
     assert f"replaced          {', '.join(CODE_FILES)}" in result.stdout
     result = CliRunner().invoke(app, ["refresh-code", str(old)])
-    assert "replaced          nothing: the code is this version's" in result.stdout
+    assert "replaced          nothing: the code is up to date" in result.stdout
     result = CliRunner().invoke(app, ["refresh-code", str(tmp_path / "nowhere")])
     assert result.exit_code == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
