@@ -114,7 +114,7 @@ def _check_raw(raw: dict[str, Any], layers: int) -> None:
     for name in _SIZES:
         value = raw.get(name)
         if type(value) is int and not 1 <= value < _MAX_SIZE:
-            raise ValueError(f"{name}={value} must be at least 1 and less than {_MAX_SIZE}")
+            raise ValueError(f"{name} must be at least 1 and less than {_MAX_SIZE}, got {value}")
     count = raw.get("num_hidden_layers")
     if type(count) is int and count > layers:
         raise ValueError(f"num_hidden_layers={count}, but the shards hold {layers} layers (no model.layers.{layers}.)")

@@ -14,7 +14,8 @@ from modeling_gated.errors import EvaluationError, ModelingGatedError, printable
 # Library errors begin with an argument's value, `place='link': ...`, or with a requirement, `seed must be ...`.
 _ARGUMENTS = re.compile(r"(dtype|gate_init|place|revision|tokens)=('[^']*'|[^\s:,]+)")
 _REQUIREMENTS = re.compile(
-    r"(chunk_size|distill_tokens|dtype|gate_init|place|revision|sample_tokens|samples|seed|tokens|windows) must be "
+    r"(chunk_size|distill_tokens|dtype|gate_init|interventions|lengths|place|revision|sample_tokens|samples|seed|tasks|"
+    r"tokens|window_tokens|windows) must be "
 )
 # Library errors advise these arguments.
 _ADVISED = {"overwrite=True": "--overwrite", "replace_scaling=True": "--replace-scaling", "chat=False": "--no-chat"}
@@ -51,7 +52,8 @@ def _with_flags(message: str) -> str:
         name, value = match.groups()
         message = f"--{name.replace('_', '-')} {value.strip(chr(39))}{message[match.end() :]}"
     elif match := _REQUIREMENTS.match(message):
-        message = f"--{match[1].replace('_', '-')}{message[match.end(1) :]}"
+        name = "length" if match[1] == "window_tokens" else match[1]
+        message = f"--{name.replace('_', '-')}{message[match.end(1) :]}"
     for argument, flag in _ADVISED.items():
         message = message.replace(argument, flag)
     return message

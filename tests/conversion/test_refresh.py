@@ -230,7 +230,7 @@ def test_a_linked_file_stays_a_link(old: Path) -> None:
     ("spoil", "message"),
     [
         ("no directory", r"nowhere: no such directory; download a copy of a model on the hub: hf download"),
-        ("not gated", r"config\.json: model_type='llama' is not gated_llama"),
+        ("not gated", r"config\.json: model_type must be gated_llama, got 'llama'"),
         ("no config", r"config\.json: no such file"),
         ("no code", r"config\.json: auto_map must name modeling_gated_llama, got None"),
         ("damaged manifest", r"gated_llama_manifest\.json: not valid JSON"),

@@ -234,7 +234,7 @@ def test_repair_without_a_manifest_needs_the_source(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["missing"], "no such directory"),
-        (["source"], "model_type='mistral' is not gated_llama"),
+        (["source"], "model_type must be gated_llama, got 'mistral'"),
         (["gated", "--source", "missing/too"], "missing/too"),
     ],
 )

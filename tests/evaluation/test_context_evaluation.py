@@ -229,10 +229,16 @@ def test_the_command_compares_checkpoints(checkpoints: tuple[Path, Path], tmp_pa
 
 BAD = {
     "no number": (["--lengths", "1k"], "--lengths must be numbers of tokens separated by commas, got 1k"),
-    "length 1": (["--lengths", "1,800"], "lengths [1, 800]"),
-    "twice": (["--lengths", "800,800"], "lengths [800, 800]"),
-    "unknown task": (["--tasks", "loss,needle"], "task 'needle' is not among loss, passkey"),
-    "no samples": (["--samples", "0"], "samples 0: at least 1"),
+    "length 1": (
+        ["--lengths", "1,800"],
+        "--lengths must be different numbers of tokens, each at least 2, got [1, 800]",
+    ),
+    "twice": (
+        ["--lengths", "800,800"],
+        "--lengths must be different numbers of tokens, each at least 2, got [800, 800]",
+    ),
+    "unknown task": (["--tasks", "loss,needle"], "--tasks must be among loss, passkey"),
+    "no samples": (["--samples", "0"], "--samples must be at least 1, got 0"),
     "no text": (["--text", "/nowhere.txt"], "/nowhere.txt: No such file"),
     "text too short": (["--lengths", "800000", "--tasks", "loss"], "1 windows of 800000 tokens are more than the"),
     "no room": (["--lengths", "100", "--tasks", "passkey"], "length 100: question and answer alone take"),

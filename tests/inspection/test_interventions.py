@@ -221,7 +221,7 @@ def test_what_cannot_be_done_is_refused() -> None:
         (lambda: closed_gates(plain), "LlamaForCausalLM: has no gates"),
         (lambda: forced_gates(model, 0.0, layer=3), "layer must be from 0 to 2, got 3"),
         (lambda: forced_gates(model, 0.0, position="G2"), "has no gates at G2"),
-        (lambda: forced_gates(model, 0.0, position="G9"), "position 'G9': is not among G1, G2, G3, G4, G5"),
+        (lambda: forced_gates(model, 0.0, position="G9"), "positions must be among G1, G2, G3, G4, G5, got 'G9'"),
     ]
     for refused, message in refusals:
         with pytest.raises(InspectionError, match=message), refused():

@@ -243,12 +243,12 @@ def test_a_browser_shows_the_page(gated: ModelReport, mamba: ModelReport, tmp_pa
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("", {}, "text: has 0 tokens; at least 2 are needed"),
-        ("x", {"text_name": "one.txt"}, "one.txt: has 1 tokens; at least 2 are needed"),
-        (TEXT, {"windows": 0}, "windows 0: at least 1 is needed"),
-        (TEXT, {"window_tokens": 1}, "window_tokens 1: at least 2 are needed"),
-        (TEXT, {"interventions": ["closed"]}, "intervention 'closed' is not among masked_first_token"),
-        (TEXT, {"interventions": ["gates=0@3"]}, "tiny: layer 3: the model has layers 0 to 2"),
+        ("", {}, "text: must have at least 2 tokens, got 0"),
+        ("x", {"text_name": "one.txt"}, "one.txt: must have at least 2 tokens, got 1"),
+        (TEXT, {"windows": 0}, "windows must be at least 1, got 0"),
+        (TEXT, {"window_tokens": 1}, "window_tokens must be at least 2, got 1"),
+        (TEXT, {"interventions": ["closed"]}, "interventions must be among masked_first_token"),
+        (TEXT, {"interventions": ["gates=0@3"]}, "tiny: layer must be from 0 to 2, got 3"),
         (TEXT, {"interventions": ["gates=0@1.6"]}, "tiny: head 6: there is no gate of this head at G1"),
     ],
 )
@@ -338,7 +338,7 @@ def test_activations_that_are_not_finite_are_an_error() -> None:
     model = gated_model(**SIZES)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(InspectionError, match="tiny: layer 1's output: not all numbers are finite"):
+    with pytest.raises(InspectionError, match="tiny: layer 1's output: must be finite"):
         report_of(model)
 
 
@@ -413,11 +413,11 @@ def test_several_models_stand_side_by_side(checkpoint: Path, tmp_path: Path) -> 
     [
         (["--text", "empty.txt"], "empty.txt: is empty"),
         (["--text", "nowhere.txt"], "nowhere.txt: No such file or directory"),
-        (["--text", "one.txt"], "one.txt: has 1 tokens; at least 2 are needed"),
+        (["--text", "one.txt"], "one.txt: must have at least 2 tokens, got 1"),
         (["--png"], "--png needs --report"),
-        (["--windows", "0"], "windows 0: at least 1 is needed"),
-        (["--interventions", "open_gates,open_gates"], "needed are different ones"),
-        (["--interventions", "bogus"], "intervention 'bogus' is not among"),
+        (["--windows", "0"], "windows must be at least 1, got 0"),
+        (["--interventions", "open_gates,open_gates"], "interventions must be different"),
+        (["--interventions", "bogus"], "interventions must be among"),
         (["--device", "cuda:9"], "--device must be usable by torch, got cuda:9: "),
         (["--device", "meta"], "--device must be usable by torch, got meta: "),
         (["--report", "taken", "--overwrite"], "taken/report.html: must be a file to be replaced"),

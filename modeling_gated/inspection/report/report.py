@@ -197,7 +197,7 @@ def _chosen(model: PreTrainedModel, names: Sequence[str], notes: list[str]) -> l
 
 
 def _check_names(meters: Sequence[type[Meter]]) -> None:
-    taken = {*_FIELDS, *dir(ModelReport)}
+    taken = {*dir(ModelReport), *(part.name for part in fields(ModelReport))}
     for meter in meters:
         name = meter.report_name
         if not name.isidentifier() or name in taken:
