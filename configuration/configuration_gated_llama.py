@@ -231,7 +231,7 @@ class GatedLlamaConfig(LlamaConfig):
     @classmethod
     def from_source_config(cls, config: PreTrainedConfig, **gate_options: Any) -> "GatedLlamaConfig":
         """
-        The config of the gated model that has the architecture, and from its start the function, of `config`'s.
+        Return the config of the gated model that has the architecture, and from its start the function, of `config`'s.
 
         Args:
             config ([`PreTrainedConfig`]):
@@ -255,7 +255,7 @@ class GatedLlamaConfig(LlamaConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: the sizes fit together."""
+        """Check, as part of `@strict` validation, that the sizes fit together."""
         # Not LlamaConfig's: it ties hidden_size to the heads, which an explicit head_dim sets free.
         PreTrainedConfig.validate_architecture(self)
         self._validate_sizes()
@@ -270,7 +270,7 @@ class GatedLlamaConfig(LlamaConfig):
             raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}")
 
     def validate_attention_layers(self):
-        """Part of `@strict`-powered validation: sliding layers have a window."""
+        """Check, as part of `@strict` validation, that sliding layers have a window."""
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
         layer_types = self.layer_types or []
@@ -281,7 +281,7 @@ class GatedLlamaConfig(LlamaConfig):
             raise ValueError("layer_types has 'sliding_attention', but sliding_window=None")
 
     def validate_gate(self):
-        """Part of `@strict`-powered validation: the gate is one that the model implements."""
+        """Check, as part of `@strict` validation, that the model implements the gate."""
         positions = self.gate_position
         if unknown := [position for position in positions if position not in GATE_PROJECTIONS]:
             raise ValueError(
@@ -318,7 +318,7 @@ class GatedLlamaConfig(LlamaConfig):
             initial_gate_bias(self.gate_init, self.gate_activation, self.gate_form)
 
     def _norm_that_cancels_gates(self) -> str | None:
-        """The field of a norm over just those numbers that one gate multiplies, if any: it cancels the gate."""
+        """Return the field of a norm over just those numbers that one gate multiplies, if any: it cancels the gate."""
         if self.gate_granularity != "headwise" or self.gate_form != "multiplicative":
             return None
         positions = set(self.gate_position)
@@ -335,7 +335,7 @@ class GatedLlamaConfig(LlamaConfig):
         return None
 
     def validate_hidden_act(self):
-        """Part of `@strict`-powered validation: Transformers has the MLP's activation."""
+        """Check, as part of `@strict` validation, that Transformers has the MLP's activation."""
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not among {', '.join(ACT2FN)}")
 

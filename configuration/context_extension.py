@@ -158,7 +158,7 @@ def extend_context(
 
 
 def describe_context(config: PreTrainedConfig) -> str:
-    """The length that a config says its model is for, and its RoPE, in words."""
+    """Return the length that a config says its model is for, and its RoPE, in words."""
     rope = config.rope_parameters
     words = [f"{config.max_position_embeddings:,} tokens", f"rope_theta {_written(rope['rope_theta'], ',.0f')}"]
     if rope.get("rope_type", "default") != "default":
@@ -171,12 +171,12 @@ def describe_context(config: PreTrainedConfig) -> str:
 
 
 def _written(value: object, form: str) -> str:
-    """A number, or whatever else a damaged config has in its place."""
+    """Return a number, or whatever else a damaged config has in its place."""
     return format(value, form) if isinstance(value, int | float) else repr(value)
 
 
 def _parts(config_or_model: PreTrainedConfig | nn.Module) -> tuple[tuple[PreTrainedConfig, ...], list[nn.Module]]:
-    """The configs to change, which say the same, and the rotary modules that were made of them."""
+    """Return the configs to change, which say the same, and the rotary modules that were made of them."""
     if isinstance(config_or_model, PreTrainedConfig):
         return (config_or_model,), []
     if not isinstance(config_or_model, nn.Module):
@@ -236,12 +236,12 @@ def _rotary_state(module: nn.Module) -> _State:
 
 
 def _rebuilt(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """A rotary module like `module`, on its device, of another config."""
+    """Return a rotary module like `module`, on its device, of another config."""
     return type(module)(config).to(module.inv_freq.device)  # type: ignore[arg-type]
 
 
 def _set_rotary_state(module: nn.Module, state: _State) -> None:
-    """In place, so that what hooks and parents hold stays the same module."""
+    """Set it in place, so that hooks and parents hold the same module."""
     device = module.inv_freq.device
     buffers = dict(module.named_buffers())
     for name, value in state.items():
@@ -249,7 +249,7 @@ def _set_rotary_state(module: nn.Module, state: _State) -> None:
 
 
 def _original_length(config: PreTrainedConfig, length: int | None, replace_scaling: bool) -> int:
-    """The length that the RoPE without its scaling, if there is one, was made for."""
+    """Return the length that the RoPE without its scaling, if there is one, was made for."""
     rope = config.rope_parameters
     rope_type = rope["rope_type"]
     if rope_type != "default" and not replace_scaling:

@@ -119,7 +119,7 @@ def _config_notes(config: PreTrainedConfig) -> Iterator[str]:
 
 def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
     """
-    The config of a gated checkpoint, checked against its tensors.
+    Return the config of a gated checkpoint, checked against its tensors.
 
     Raises:
         ConversionError: if it is not a gated checkpoint, its gates are of a form that conversion doesn't write, or its
@@ -141,7 +141,7 @@ def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
 def _options_of_fused(
     raw: dict[str, Any], config: PreTrainedConfig, fused: FusedGates, gate_options: dict[str, Any]
 ) -> dict[str, Any]:
-    """The gate's fields for imported gates, which are the source's own."""
+    """Return the gate's fields for imported gates, which are the source's own."""
     for option, value in gate_options.items():
         if (option, value) != ("gate_granularity", fused.granularity):
             raise ValueError(f"has {fused.granularity} gates of its own, so {option}={value!r} does not apply")

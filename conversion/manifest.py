@@ -63,7 +63,7 @@ class Manifest:
 
 def read_manifest(directory: Path) -> Manifest | None:
     """
-    The manifest of a directory; None if it has none.
+    Return the manifest of a directory; None if it has none.
 
     Raises:
         ConversionError: if it is damaged.
@@ -84,10 +84,10 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def as_text(content: bytes) -> str:
-    """Any bytes as a JSON string, from which `as_bytes` makes them again."""
+    """Return any bytes as a JSON string, from which `as_bytes` makes them again."""
     return content.decode("utf-8", "surrogateescape")
 
 
 def as_bytes(text: str) -> bytes:
-    """The bytes from which `as_text` made a string."""
+    """Return the bytes from which `as_text` made a string."""
     return text.encode("utf-8", "surrogateescape")

@@ -77,7 +77,7 @@ class GatedLlamaGate(nn.Linear):
 
 
 def gate_projection(config: GatedLlamaConfig, position: str, heads: int) -> GatedLlamaGate | None:
-    """The layer that gives the gates of one of the paper's positions, which has so many heads; None if it has none."""
+    """Return the projection to the gates of one of the paper's positions, or None if the position has no gates."""
     if position not in config.gate_position:
         return None
     assert config.head_dim  # the config has filled it in

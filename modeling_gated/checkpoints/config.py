@@ -55,7 +55,7 @@ def is_qwen3_next(raw: dict[str, Any]) -> bool:
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """
-    The config of a checkpoint, gated or to be gated, of its own class; not yet compared with its tensors.
+    Return the config of a checkpoint, gated or to be gated, of its own class; not yet compared with its tensors.
 
     Raises:
         ConversionError: if it is of an architecture that is not supported, or damaged.
@@ -90,7 +90,7 @@ def with_default_run_settings(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """
-    The dtype in which Transformers loads the checkpoint: its config's, else that of its first floating tensor.
+    Return the dtype in which Transformers loads the checkpoint: its config's, else that of its first floating tensor.
 
     Of a quantized checkpoint it is the embeddings', as some schemes load what is not quantized just as it is stored.
     """

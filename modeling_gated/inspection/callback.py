@@ -89,7 +89,7 @@ def measure(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> dict[str, float]:
     """
-    The cheap meters of one forward pass, in evaluation mode meanwhile: what `InspectionCallback` logs.
+    Return the cheap meters of one forward pass, in evaluation mode meanwhile: what `InspectionCallback` logs.
 
     Args:
         model: a model of Transformers', or what PEFT, DDP or FSDP made of one.
@@ -122,7 +122,7 @@ def measure(
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Compiled models run their own code meanwhile; nothing is compiled if nothing was, so that nothing is loaded."""
+    """Run models uncompiled meanwhile. Nothing is compiled if nothing was, so that nothing is loaded."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 

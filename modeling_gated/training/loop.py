@@ -31,7 +31,7 @@ class TrainingText(Protocol):
     """Windows of tokens, in an endless order that a seed determines."""
 
     def training_batch(self, length: int, first: int, count: int, seed: int) -> torch.Tensor:
-        """The windows number `first` to `first + count`, or as many tokens as suit it, token ids [windows, tokens]."""
+        """Return token ids [windows, tokens] of the windows from `first` to `first + count`."""
 
 
 class Schedule(Protocol):
@@ -188,8 +188,9 @@ def train_step(
     run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, step: int
 ) -> tuple[float, int]:
     """
-    One step of the optimizer; the mean loss of its batches, over all processes, and how many tokens all of them have if
-    each has as many as this.
+    Take one step of the optimizer.
+
+    Return the mean loss of its batches over all processes, and their tokens if each process has as many as this one.
     """
     accelerator, accumulated, schedule = run.accelerator, run.gradient_accumulation_steps, stage.schedule
     losses, tokens = [], 0
@@ -210,7 +211,7 @@ def train_step(
 
 
 def learning_rate(schedule: Schedule, warmup_steps: int, step: int) -> float:
-    """Linear warmup, then a cosine down to a tenth. A function of the step, so that it needs no state."""
+    """Return the learning rate of a step: linear warmup, then a cosine down to a tenth. It needs no state."""
     if step < warmup_steps:
         return schedule.learning_rate * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, schedule.steps - warmup_steps)

@@ -18,7 +18,7 @@ def gate_peft_config(
     gate_position: Sequence[str] = ("G1",),
 ) -> "PeftConfig":
     """
-    The PEFT config with which a gated model's gates are trained in full, or left alone.
+    Return the PEFT config with which a gated model's gates are trained in full, or left alone.
 
     | `base` | `gates` | what is trained |
     | --- | --- | --- |

@@ -33,7 +33,7 @@ class Picture:
 
 
 def _heat(value: Callable[[ModelReport], Any], label: str, highest: float | None = None) -> Any:
-    """Layers x heads, one panel per model, all in the same colours."""
+    """Return layers x heads, one panel per model, all in the same colours."""
 
     def draw(reports: Reports) -> "Figure | None":
         from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def _heat(value: Callable[[ModelReport], Any], label: str, highest: float | None
 
 
 def _by_layer(value: Callable[[ModelReport], Any], label: str, scale: str = "linear", kind: str = "bars") -> Any:
-    """Layers against one number, models side by side."""
+    """Return layers against one number, models side by side."""
 
     def draw(reports: Reports) -> "Figure | None":
         shown = [(report, value(report)) for report in reports]
@@ -176,7 +176,7 @@ def _whole_numbers(*directions: "Axis") -> None:
 
 
 def _label(report: ModelReport) -> str:
-    """A model's name as matplotlib writes it: not as mathematics, and not left out for its first letter."""
+    """Return a model's name as matplotlib writes it: not as mathematics, and not left out for its first letter."""
     name = report.name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 

@@ -178,7 +178,7 @@ def check_settings(windows: int, window_tokens: int, interventions: Sequence[str
 
 
 def _chosen(model: PreTrainedModel, names: Sequence[str], notes: list[str]) -> list[Intervention]:
-    """The interventions that can be made; that their layers and heads exist is seen before anything takes long."""
+    """Return the interventions that can be made, after checking that their layers and heads exist."""
     chosen = [Intervention.parse(name) for name in names]
     has_gates = any(gated_attentions(decoder_layers(model.get_decoder())))
     if not has_gates:
@@ -253,7 +253,7 @@ def _cut(
     windows: int,
     window_tokens: int,
 ) -> tuple[list[torch.Tensor], int, list[str]]:
-    """Windows [tokens], the text's own tokens, and notes on what it was too short for."""
+    """Return windows [tokens], the text's own tokens, and notes on what it was too short for."""
     check_settings(windows, window_tokens, ())
     input_ids = text_token_ids(tokenizer, text, text_name, model)
     check_token_ids(tokenizer, beginning(tokenizer), "the beginning of an input", model)
@@ -273,6 +273,6 @@ def _cut(
 
 @torch.no_grad()
 def _loss(model: PreTrainedModel, windows: list[torch.Tensor], bar: tqdm, meters: list[Meter]) -> float:
-    """Mean loss in nats per token of all windows, one at a time."""
+    """Return mean loss in nats per token of all windows, one at a time."""
     with inspecting(model, *meters) if meters else nullcontext():
         return mean_loss(model, [window.to(input_device(model)) for window in windows], advance=bar.update)

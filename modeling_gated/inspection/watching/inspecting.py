@@ -89,7 +89,7 @@ def _recomputes_layers(model: PreTrainedModel) -> bool:
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
-    """The layers of a decoder: the outermost list of as many modules as its config says."""
+    """Return the layers of a decoder: the outermost list of as many modules as its config says."""
     wanted = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
     lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == wanted)
     layers = next(lists, None)
@@ -157,14 +157,14 @@ def _eager_attention(module: nn.Module) -> Callable[..., Any]:
 
 @contextmanager
 def measuring(device: torch.device) -> Iterator[None]:
-    """Without gradients, and in the dtypes that are written down, whatever a trainer's autocast wants."""
+    """Compute without gradients, and in the dtypes that are written down, whatever a trainer's autocast wants."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and then with every module in the mode that it was in."""
+    """Evaluate without dropout, and then restore the mode of every module."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -194,7 +194,7 @@ class _Probe:
         self.heads: dict[nn.Module, int] = {}
 
     def overriding(self, *methods: str) -> tuple[Meter, ...]:
-        """The meters that want to see one of these."""
+        """Return the meters that want to see one of these."""
         return tuple(meter for meter in self.meters if meter.overrides(*methods))
 
     def show_hidden_states(self, layer: int, states: Any, meters: tuple[Meter, ...]) -> None:
@@ -313,7 +313,7 @@ class _Probe:
 
 
 def _check_finite(name: str, states: torch.Tensor, real: torch.Tensor) -> None:
-    """`states` are [batch, tokens, ...], of which those of real tokens count."""
+    """Check states [batch, tokens, ...], of which those of real tokens count."""
     counted = states if bool(real.all()) else states[real]
     if counted.numel() and not all(math.isfinite(bound) for bound in counted.aminmax()):
         raise InspectionError(f"{name}: must be finite, got NaN or infinity")

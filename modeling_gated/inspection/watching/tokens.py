@@ -49,8 +49,9 @@ class Tokens:
 
 def tokens_of(arguments: dict[str, Any], padding: torch.Tensor | None, use_cache: bool) -> Tokens:
     """
-    What the arguments of a decoder's forward say, read as Transformers does: without a mask and without a cache, given
-    or made (`use_cache`), `position_ids` that restart mark packed sequences.
+    Return the tokens that the arguments of a decoder's forward describe, read as Transformers does.
+
+    Without a mask and without a cache, given or made (`use_cache`), `position_ids` that restart mark packed sequences.
 
     Args:
         arguments: by name.
@@ -93,7 +94,7 @@ class TokenWatch:
         self._tokens: Tokens | None = None
 
     def outer(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """A model with a head, which may give its decoder embeddings and masks that say less than its own arguments."""
+        """Keep the arguments of a model with a head, since those that it gives its decoder may say less."""
         self._outer = _named(model, arguments, keywords)
 
     def begin(self, decoder: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
