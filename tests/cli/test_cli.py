@@ -38,7 +38,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("command", [command.name for command in get_command(app).commands.values()])  # type: ignore[attr-defined]
+@pytest.mark.parametrize("command", [command.name for command in get_command(app).commands.values()])
 def test_help_has_an_example_and_fits_into_80_columns(command: str) -> None:
     result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
     assert result.exit_code == 0
