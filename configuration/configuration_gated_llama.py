@@ -237,7 +237,7 @@ class GatedLlamaConfig(LlamaConfig):
     @classmethod
     def from_source_config(cls, config: PreTrainedConfig, **gate_options: Any) -> "GatedLlamaConfig":
         """
-        The config of the gated model that has the architecture, and from its start the function, of `config`'s.
+        Return the config of the gated model that has the architecture, and from its start the function, of `config`'s.
 
         Args:
             config ([`PreTrainedConfig`]):
@@ -258,25 +258,27 @@ class GatedLlamaConfig(LlamaConfig):
     def _validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: the sizes fit together."""
+        """Check, as part of `@strict` validation, that the sizes fit together."""
         # Not LlamaConfig's: it ties hidden_size to the heads, which an explicit head_dim sets free.
         PreTrainedConfig.validate_architecture(self)
         self._validate_sizes()
         heads, key_value_heads, head_dim = self.num_attention_heads, self.num_key_value_heads, self.head_dim
         if key_value_heads is None or key_value_heads < 1:
-            raise ValueError(f"num_key_value_heads={key_value_heads} must be at least 1")
+            raise ValueError(f"num_key_value_heads must be at least 1, got {key_value_heads}")
         if head_dim is None or head_dim < 2 or head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} must be even and at least 2: RoPE turns channels in pairs")
+            raise ValueError(
+                f"head_dim must be even and at least 2, because RoPE turns channels in pairs, got {head_dim}"
+            )
         if heads % key_value_heads:
             raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={key_value_heads}")
 
     def validate_attention_layers(self):
-        """Part of `@strict`-powered validation: sliding layers have a window."""
+        """Check, as part of `@strict` validation, that sliding layers have a window."""
         if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1")
+            raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}")
         layer_types = self.layer_types or []
         for layer_type in layer_types:
             if layer_type not in ("full_attention", "sliding_attention"):
@@ -285,12 +287,14 @@ class GatedLlamaConfig(LlamaConfig):
             raise ValueError("layer_types has 'sliding_attention', but sliding_window=None")
 
     def validate_gate(self):
-        """Part of `@strict`-powered validation: the gate is one that the model implements."""
+        """Check, as part of `@strict` validation, that the model implements the gate."""
         positions = self.gate_position
         if unknown := [position for position in positions if position not in GATE_PROJECTIONS]:
-            raise ValueError(f"gate_position={positions}: {unknown[0]!r} is not among {', '.join(GATE_PROJECTIONS)}")
+            raise ValueError(
+                f"gate_position must be among {', '.join(GATE_PROJECTIONS)}, got {unknown[0]!r} in {positions}"
+            )
         if len(set(positions)) < len(positions):
-            raise ValueError(f"gate_position={positions} names a position twice")
+            raise ValueError(f"gate_position must name each position once, got {positions}")
         if not positions:
             return
         if "G5" in positions and (self.gate_granularity != "elementwise" or self.gate_head_shared):
@@ -311,19 +315,16 @@ class GatedLlamaConfig(LlamaConfig):
                 "are 'silu', 'tanh', 'relu' or 'linear'"
             )
         if self.gate_input_independent and not self.gate_bias:
-            raise ValueError("gate_input_independent=True with gate_bias=False: such a gate is nothing but a bias")
+            raise ValueError(
+                "gate_bias must be True with gate_input_independent=True, got False: such a gate is only a bias"
+            )
         if not 0 < self.gate_scale < math.inf:
-            raise ValueError(f"gate_scale={self.gate_scale} must be positive and finite")
+            raise ValueError(f"gate_scale must be positive and finite, got {self.gate_scale}")
         if not 0 <= self.gate_logit_lse_weight <= 1:
             raise ValueError(f"gate_logit_lse_weight must be between 0 and 1, got {self.gate_logit_lse_weight}")
         if self.gate_logit_lse_weight:
-            needed = {
-                "gate_granularity": "headwise",
-                "gate_form": "multiplicative",
-                "gate_activation": "sigmoid",
-                "gate_head_shared": False,
-            }
-            for name, value in needed.items():
+            needed = {"gate_granularity": "headwise", "gate_form": "multiplicative", "gate_activation": "sigmoid"}
+            for name, value in (needed | {"gate_head_shared": False}).items():
                 if (actual := getattr(self, name)) != value:
                     raise ValueError(f"{name} must be {value!r} with gate_logit_lse_weight, got {actual!r}")
             if "G1" not in positions:
@@ -332,7 +333,7 @@ class GatedLlamaConfig(LlamaConfig):
             initial_gate_bias(self.gate_init, self.gate_activation, self.gate_form)
 
     def _norm_that_cancels_gates(self) -> str | None:
-        """The field of a norm over just those numbers that one gate multiplies, if any: it cancels the gate."""
+        """Return the field of a norm over just those numbers that one gate multiplies, if any: it cancels the gate."""
         if self.gate_granularity != "headwise" or self.gate_form != "multiplicative":
             return None
         positions = set(self.gate_position)
@@ -349,7 +350,7 @@ class GatedLlamaConfig(LlamaConfig):
         return None
 
     def validate_hidden_act(self):
-        """Part of `@strict`-powered validation: Transformers has the MLP's activation."""
+        """Check, as part of `@strict` validation, that Transformers has the MLP's activation."""
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is not among {', '.join(ACT2FN)}")
 

@@ -122,7 +122,7 @@ def extend_context(
     for name, number in (("rope_theta", rope_theta), ("factor", factor)):
         is_number = isinstance(number, float) or (type(number) is int and number < 1e300)
         if number is not None and not is_number:
-            raise ValueError(f"{name}={number!r} is no number to compute with")
+            raise ValueError(f"{name} must be a finite number, got {number!r}")
     _check_length("length", length)
     original = _original_length(extended, original_max_position_embeddings, replace_scaling)
     if method == "rope_base":
@@ -132,7 +132,7 @@ def extend_context(
     elif method == "yarn":
         new = _yarn(extended, length, original, rope_theta, factor)
     else:
-        raise ValueError(f"method={method!r} is neither 'rope_base' nor 'yarn'")
+        raise ValueError(f"method must be 'rope_base' or 'yarn', got {method!r}")
 
     if length < extended.max_position_embeddings and extended.rope_parameters["rope_type"] == "default":
         raise ValueError(f"length={length} is less than max_position_embeddings={extended.max_position_embeddings}")
@@ -158,7 +158,7 @@ def extend_context(
 
 
 def describe_context(config: PreTrainedConfig) -> str:
-    """The length that a config says its model is for, and its RoPE, in words."""
+    """Return the length that a config says its model is for, and its RoPE, in words."""
     rope = config.rope_parameters
     words = [f"{config.max_position_embeddings:,} tokens", f"rope_theta {_written(rope['rope_theta'], ',.0f')}"]
     if rope.get("rope_type", "default") != "default":
@@ -171,12 +171,12 @@ def describe_context(config: PreTrainedConfig) -> str:
 
 
 def _written(value: object, form: str) -> str:
-    """A number, or whatever else a damaged config has in its place."""
+    """Return a number, or whatever else a damaged config has in its place."""
     return format(value, form) if isinstance(value, int | float) else repr(value)
 
 
 def _parts(config_or_model: PreTrainedConfig | nn.Module) -> tuple[tuple[PreTrainedConfig, ...], list[nn.Module]]:
-    """The configs to change, which say the same, and the rotary modules that were made of them."""
+    """Return the configs to change, which say the same, and the rotary modules that were made of them."""
     if isinstance(config_or_model, PreTrainedConfig):
         return (config_or_model,), []
     if not isinstance(config_or_model, nn.Module):
@@ -225,23 +225,23 @@ def _standardize(config: PreTrainedConfig) -> None:
         raise ValueError(f"rope_parameters={rope}: {min(unknown)} is not known of a plain RoPE")
     theta = rope["rope_theta"]
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta < math.inf:
-        raise ValueError(f"rope_parameters: rope_theta={theta!r} is no base of RoPE")
+        raise ValueError(f"rope_theta in rope_parameters must be a positive number, got {theta!r}")
 
 
 def _rotary_state(module: nn.Module) -> _State:
-    """What a rotary module computes with: its buffers and attributes, except for the config."""
+    """Return the buffers and attributes of a rotary module, except its config."""
     attributes = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     state = attributes | {name: buffer.clone() for name, buffer in module.named_buffers()}
     return {name: value for name, value in state.items() if name not in ("config", "training")}
 
 
 def _rebuilt(module: nn.Module, config: PreTrainedConfig) -> nn.Module:
-    """A rotary module like `module`, on its device, of another config."""
+    """Return a rotary module like `module`, on its device, of another config."""
     return type(module)(config).to(module.inv_freq.device)  # type: ignore[arg-type]
 
 
 def _set_rotary_state(module: nn.Module, state: _State) -> None:
-    """In place, so that what hooks and parents hold stays the same module."""
+    """Set it in place, so that hooks and parents hold the same module."""
     device = module.inv_freq.device
     buffers = dict(module.named_buffers())
     for name, value in state.items():
@@ -249,7 +249,7 @@ def _set_rotary_state(module: nn.Module, state: _State) -> None:
 
 
 def _original_length(config: PreTrainedConfig, length: int | None, replace_scaling: bool) -> int:
-    """The length that the RoPE without its scaling, if there is one, was made for."""
+    """Return the length that the RoPE without its scaling, if there is one, was made for."""
     rope = config.rope_parameters
     rope_type = rope["rope_type"]
     if rope_type != "default" and not replace_scaling:
@@ -272,11 +272,11 @@ def _original_length(config: PreTrainedConfig, length: int | None, replace_scali
 
 def _check_length(name: str, length: object) -> None:
     if isinstance(length, bool) or not isinstance(length, int) or not 0 < length < _MAX_LENGTH:
-        raise ValueError(f"{name}={length!r} is no number of tokens")
+        raise ValueError(f"{name} must be a number of tokens, got {length!r}")
 
 
 def _kept(config: PreTrainedConfig) -> dict[str, Any]:
-    """What no extension changes."""
+    """Check what no extension may change."""
     return {name: value for name, value in config.rope_parameters.items() if name == "partial_rotary_factor"}
 
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""How gates start: the bias that gives them their opening, and the scale with which an open gate is exactly 1.
+"""Start of gates: the bias that gives them their opening, and the scale with which an open gate is exactly 1.
 
 A checkpoint carries this file for gates that its weights lack. Its config does not hold their bias, which is not just
 a rounded logit(gate_init): about half of all bfloat16 numbers have no scale with which a gate is exactly 1.
@@ -36,7 +36,7 @@ def initial_gate_weight(gate_form: str = "multiplicative") -> float:
 
 def initial_gate_bias(gate_init: float, gate_activation: str = "sigmoid", gate_form: str = "multiplicative") -> float:
     """
-    The bias b, a bfloat16 number, with which a gate starts: activation(b) is `gate_init`, for additive gates 0.
+    Return the bias b, a bfloat16 number, with which a gate starts: activation(b) is `gate_init`, for additive gates 0.
 
     Raises:
         ValueError: if b does not exist, or the gate has no gradient there.
@@ -52,7 +52,7 @@ def initial_gate_bias(gate_init: float, gate_activation: str = "sigmoid", gate_f
         return open_gate(gate_init)[0]
     if gate_activation == "ns_sigmoid":
         if not 0.5 < gate_init < 1:
-            raise ValueError(f"gate_init={gate_init} must lie between 0.5 and 1 for gate_activation='ns_sigmoid'")
+            raise ValueError(f"gate_init must be between 0.5 and 1 for gate_activation='ns_sigmoid', got {gate_init}")
         return open_gate(2 * gate_init - 1)[0]
     inverse = {"tanh": math.atanh, "silu": _inverse_silu}.get(gate_activation, float)
     bias = _to_bfloat16(inverse(gate_init))
@@ -64,7 +64,7 @@ def initial_gate_bias(gate_init: float, gate_activation: str = "sigmoid", gate_f
 
 
 def _inverse_silu(y: float) -> float:
-    """The positive x for which x * sigmoid(x) = y."""
+    """Return the positive x for which x * sigmoid(x) = y."""
     x = y + 1.0
     for _ in range(20):  # Newton's steps: SiLU rises with a slope of at least 0.5 there
         sigmoid = 1 / (1 + math.exp(-x))
@@ -74,7 +74,7 @@ def _inverse_silu(y: float) -> float:
 
 def open_gate(gate_init: float) -> tuple[float, float]:
     """
-    The bias b with which a gate starts open, and the scale s with which it then is the identity.
+    Return the bias b with which a gate starts open, and the scale s with which it then is the identity.
 
     b is logit(gate_init) rounded to bfloat16, or the nearest neighbour for which some float32 number s gives
     s * sigmoid(b) = 1 exactly in float32, for any exp that is right to one unit in the last place.
@@ -89,7 +89,7 @@ def open_gate(gate_init: float) -> tuple[float, float]:
         ValueError: if gate_init is outside (0, 1), or so close to an end that a float32 sigmoid is 0 or 1 there.
     """
     if not 0 < gate_init < 1:
-        raise ValueError(f"gate_init={gate_init} must be greater than 0 and smaller than 1")
+        raise ValueError(f"gate_init must be between 0 and 1, both excluded, got {gate_init}")
     for bias in _bfloat16_around(math.log(gate_init / (1 - gate_init))):
         if (scale := _identity_scale(bias)) is not None:
             return bias, scale
@@ -97,7 +97,7 @@ def open_gate(gate_init: float) -> tuple[float, float]:
 
 
 def _bfloat16_around(x: float) -> Iterator[float]:
-    """The bfloat16 number nearest to x, then its neighbours; 0 for an x around which they lie too close to matter."""
+    """Yield the bfloat16 number nearest to x, then its neighbours; only 0 for an x close to 0."""
     if abs(x) < 2**-8:
         yield 0.0
         return
@@ -112,13 +112,13 @@ def _to_bfloat16(x: float) -> float:
 
 
 def _bfloat16_bits(x: float) -> int:
-    """The bits of the bfloat16 number nearest to x."""
+    """Return the bits of the bfloat16 number nearest to x."""
     bits = int(np.float32(x).view(np.uint32))
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # round half to even
 
 
 def _identity_scale(bias: float) -> float | None:
-    """The float32 number s for which s * 1 / (1 + e) = 1 for every e that a device may take for exp(-bias)."""
+    """Return the float32 number s for which s * 1 / (1 + e) = 1 for every e that a device may take for exp(-bias)."""
     if abs(bias) > 80:  # float32 exp overflows at 88
         return None
     exact = math.exp(-bias)

@@ -1,4 +1,4 @@
-"""What model a checkpoint holds: its config.json, checked against its headers, as the config of the gated model."""
+"""The model in a checkpoint: its config.json, checked against its headers, as the config of the gated model."""
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -120,7 +120,7 @@ def _config_notes(config: PreTrainedConfig) -> Iterator[str]:
 
 def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
     """
-    The config of a gated checkpoint, checked against its tensors.
+    Return the config of a gated checkpoint, checked against its tensors.
 
     Raises:
         ConversionError: if it is not a gated checkpoint, its gates are of a form that conversion doesn't write, or its
@@ -129,7 +129,7 @@ def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
     model_type = checkpoint.raw_config.get("model_type")
     with naming(checkpoint.config_path):
         if model_type != GatedLlamaConfig.model_type:
-            raise ValueError(f"model_type={model_type!r} is not {GatedLlamaConfig.model_type}")
+            raise ValueError(f"model_type must be {GatedLlamaConfig.model_type}, got {model_type!r}")
         config, converted = read_config(checkpoint), GatedLlamaConfig()
         assert isinstance(config, GatedLlamaConfig)
         for name in _OF_OTHER_VARIANTS:
@@ -142,7 +142,7 @@ def read_gated_config(checkpoint: Checkpoint) -> GatedLlamaConfig:
 def _options_of_fused(
     raw: dict[str, Any], config: PreTrainedConfig, fused: FusedGates, gate_options: dict[str, Any]
 ) -> dict[str, Any]:
-    """The gate's fields for imported gates, which are the source's own."""
+    """Return the gate's fields for imported gates, which are the source's own."""
     for option, value in gate_options.items():
         if (option, value) != ("gate_granularity", fused.granularity):
             raise ValueError(f"has {fused.granularity} gates of its own, so {option}={value!r} does not apply")

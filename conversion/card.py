@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint: base model, revision, command, gates, and what verification found."""
+"""Model card of a converted checkpoint: base model, revision, command, gates and the result of verification."""
 
 import re
 from pathlib import Path
@@ -21,12 +21,12 @@ _FRONT_MATTER_BYTES = 2**16
 
 
 def model_card(plan: Plan, output: Path, command: str) -> str:
-    """The text of README.md, with the metadata that the hub reads."""
+    """Return the text of README.md, with the metadata that the hub reads."""
     config, source = plan.architecture.config, plan.source
     imported = plan.architecture.fused is not None
     rows: dict[str, object] = {
         "base model": source.name,
-        "revision": source.revision or "not known (a local path)",
+        "revision": source.revision or "unknown (a local path)",
         "command": f"`{command}`",
         "gates": f"{config.gate_granularity}, {config.num_hidden_layers} layers, {plan.gate_parameters:,} parameters",
     }
@@ -36,34 +36,35 @@ def model_card(plan: Plan, output: Path, command: str) -> str:
         rows["context"] = f"extended to {describe_context(config)}"
     link = f"[{source.name}](https://huggingface.co/{source.repo_id})" if source.repo_id else f"`{source.name}`"
     table = "\n".join(f"| {name} | {cell(value)} |" for name, value in rows.items())
-    alike = " with its context extended alike" if plan.context else ""
+    extended = " with its context extended in the same way" if plan.context else ""
     if imported:
-        promise = "The gates are the base model's own, taken out of its `q_proj`; no number was changed."
+        promise = "The gates are the base model's own rows of `q_proj`. No number was changed."
     else:
         promise = (
-            "Gates were added to the base model, open and scaled so that each is exactly 1: until they are trained, "
-            f"the model has the logits of the base model{alike}, and generates the same text. The base model's tensors "
-            "are unchanged."
+            f"Every added gate is exactly 1. Until the gates are trained, the logits are those of the base model"
+            f"{extended}, and so is the generated text. The base model's tensors are unchanged."
         )
+    way_back = "" if imported else " `gated-llama ungate` restores the base model's files."
     return f"""---
 {card_metadata(source, plan.checkpoint.directory)}
 ---
 
 # {cell(output.name)}
 
-{cell(link)} with attention output gates ([arXiv 2505.06708](https://arxiv.org/abs/2505.06708)). {promise}
-
-| | |
-| --- | --- |
-{table}
+{cell(link)} with attention output gates ([arXiv 2505.06708](https://arxiv.org/abs/2505.06708)). A gate is a learned
+factor on the output of each attention head. {promise}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-path = "..."  # this directory, or its name on the hub
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)  # or import modeling_gated before
+path = "..."  # this directory, or the model's id on the hub
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)  # not needed after import modeling_gated
 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 ```
+
+| | |
+| --- | --- |
+{table}
 
 ## Verification
 
@@ -71,16 +72,16 @@ tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 Not run yet: `gated-llama verify SOURCE OUTPUT`.
 {_END}
 
-SHA-256 of every file: `gated_llama_manifest.json`.{"" if imported else " Back to the source: `gated-llama ungate`."}
+`gated_llama_manifest.json` has the SHA-256 of every file.{way_back}
 """
 
 
 def card_metadata(source: Source, directory: Path) -> str:
     """
-    Return what the hub reads of a card, as YAML.
+    Return the metadata that the hub reads of a card, as YAML.
 
-    License, language and base model are those of the card in `directory`. Without a base model there, it is the
-    source's id on the hub. A local folder's name is none, so `base_model` is then left out.
+    License, language and base model are those of the card in `directory`. If that card has no base model, it is the
+    source's id on the hub. For a local folder `base_model` is left out.
     """
     metadata = _metadata(directory / "README.md")
     data = ModelCardData(
@@ -94,7 +95,7 @@ def card_metadata(source: Source, directory: Path) -> str:
 
 
 def with_verification(card: str, findings: dict[str, Any]) -> str:
-    """A model card with the result of a verification in place of the last one's; unchanged without such a place."""
+    """Return a model card with the result of a verification; unchanged if it has no place for one."""
     rows = "\n".join(f"| {cell(name.replace('_', ' '))} | {cell(value)} |" for name, value in findings.items())
     section = f"{_BEGIN}\n| | |\n| --- | --- |\n{rows}\n{_END}"
     return re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", lambda _: section, card, count=1, flags=re.DOTALL)
@@ -102,8 +103,9 @@ def with_verification(card: str, findings: dict[str, Any]) -> str:
 
 def with_context(card: str, described: str) -> str:
     """
-    A model card that tells of the last extension of the context, and of no verification from before it; unchanged if
-    conversion didn't write it.
+    Return a model card with the last extension of the context, and without an earlier verification.
+
+    The card is unchanged if conversion did not write it.
     """
     if _BEGIN not in card:
         return card
@@ -114,7 +116,7 @@ def with_context(card: str, described: str) -> str:
 
 
 def _metadata(path: Path) -> dict[str, Any]:
-    """Return what is kept of the source's card, as far as the values are plain words, and ids of base models."""
+    """Return the kept fields of the source's card: plain words, and ids of base models."""
     try:
         with opened(path) as file:
             start = file.read(_FRONT_MATTER_BYTES).decode("utf-8", "replace").replace("\r\n", "\n")
@@ -144,5 +146,5 @@ def _is_hub_id(name: str) -> bool:
 
 
 def cell(value: object) -> str:
-    """A value that stays within a cell of a Markdown table."""
+    """Return a value as text that stays within a cell of a Markdown table."""
     return " ".join(str(value).split()).replace("|", "\\|")

@@ -13,7 +13,7 @@ _FLAGS = {"length": "context_length"}
 def command_line(
     subcommand: str, source: str | os.PathLike, output: str | os.PathLike, flags: Mapping[str, Any], overwrite: bool
 ) -> str:
-    """The command line of a subcommand; flags that are None or at their defaults are left out."""
+    """Return the command line of a subcommand; flags that are None or at their defaults are left out."""
     words = ["gated-llama", subcommand, os.fspath(source), os.fspath(output)]
     for name, value in flags.items():
         if value is True:
@@ -26,7 +26,7 @@ def command_line(
 
 
 def context_flags(context: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The flags for these arguments of `extend_context`."""
+    """Return the flags for these arguments of `extend_context`."""
     context = dict(context or {})
     is_yarn = context.pop("method", "rope_base") == "yarn"
     return {_FLAGS.get(name, name): value for name, value in context.items()} | {"yarn": is_yarn}

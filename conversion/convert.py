@@ -153,7 +153,7 @@ def plan_conversion(
     context: Mapping[str, Any] | None = None,
 ) -> Plan:
     """
-    What `convert_checkpoint` would write with the same arguments, which are checked as there. Nothing is written.
+    Check the arguments as `convert_checkpoint` does, and return what it would write. Nothing is written.
 
     Of a GGUF file only the header is read, so that the plan knows one base shard, of about its size.
 
@@ -182,7 +182,7 @@ def plan_conversion(
 
 
 def _gate_options(granularity: Granularity | None, gate_init: float | None) -> dict[str, Any]:
-    """The gate's fields that were given."""
+    """Return the gate's fields that were given."""
     options = {"gate_granularity": granularity, "gate_init": gate_init}
     return {name: value for name, value in options.items() if value is not None}
 

@@ -128,7 +128,7 @@ def extend_checkpoint(
 
 
 def _new_config(checkpoint: Checkpoint, config: PreTrainedConfig) -> str:
-    """The text of config.json, of which nothing is changed but the length and RoPE, which become the config's."""
+    """Return the text of config.json with the length and RoPE of the config, and nothing else changed."""
     raw = {name: value for name, value in checkpoint.raw_config.items() if name not in _ROPE_FIELDS}
     raw |= {"rope_parameters": config.rope_parameters, "max_position_embeddings": config.max_position_embeddings}
     if "original_max_position_embeddings" in raw:
@@ -175,7 +175,7 @@ def _update_manifest(
     context: Mapping[str, Any],
     left_out: dict[str, int],
 ) -> Manifest:
-    """The manifest of the result: what came from the first source keeps its place, if it is still what it was."""
+    """Return the manifest of the result, with the first source's records of files that have not changed."""
     files = {}
     for name, file_record in records.items():
         known = manifest.files.get(name)

@@ -63,7 +63,7 @@ class FusedGates:
         return self.groups * (self.query_rows + self.gate_rows)
 
     def split(self, shard: Shard, name: str) -> tuple[NewTensor, NewTensor]:
-        """The query rows and the gate rows of a fused weight [rows, hidden_size] or bias [rows] in a shard."""
+        """Return the query rows and the gate rows of a fused weight [rows, hidden_size] or bias [rows] in a shard."""
         return self._part(shard, name, 0, self.query_rows), self._part(shard, name, self.query_rows, self.gate_rows)
 
     def _part(self, shard: Shard, name: str, first: int, count: int) -> NewTensor:
@@ -78,7 +78,7 @@ class FusedGates:
         return NewTensor(fused.dtype, (self.groups * count, *fused.shape[1:]), self.groups * count * row, parts)
 
     def join(self, query: tuple[Shard, str], gate: tuple[Shard, str]) -> Iterator[bytes]:
-        """The bytes of the fused tensor whose query and gate rows are these tensors."""
+        """Yield the bytes of the fused tensor whose query and gate rows are these tensors."""
         for group in range(self.groups):
             for (shard, name), count in ((query, self.query_rows), (gate, self.gate_rows)):
                 tensor = shard.tensors[name]
@@ -87,13 +87,13 @@ class FusedGates:
 
 
 def is_fused(raw: dict[str, Any]) -> bool:
-    """Whether a config.json says that `q_proj` holds gates."""
+    """Return whether a config.json says that `q_proj` holds gates."""
     return any(raw.get(flag) for flag in (*AUTHORS_FLAGS.values(), QWEN3_NEXT_FLAG)) or is_qwen3_next(raw)
 
 
 def fused_gates(raw: dict[str, Any], config: PreTrainedConfig) -> FusedGates:
     """
-    How the gates lie in `q_proj`.
+    Return the layout of the gates in `q_proj`.
 
     Args:
         raw: what config.json says; `is_fused` holds.
@@ -116,7 +116,7 @@ def fused_gates(raw: dict[str, Any], config: PreTrainedConfig) -> FusedGates:
 
 def ungated_config(raw: dict[str, Any]) -> PreTrainedConfig:
     """
-    The config, of Transformers' own class, of the decoder around the fused gates.
+    Return the config, of Transformers' own class, of the decoder around the fused gates.
 
     Raises:
         ValueError: if the decoder has parts that a Qwen3 does not.

@@ -73,7 +73,7 @@ def _is_open(tensor: torch.Tensor, name: str, gate_init: float) -> bool:
 
 
 def ranges(layers: list[int]) -> str:
-    """Numbers as people write them: 0-3, 7."""
+    """Return numbers as people write them: 0-3, 7."""
     spans: list[list[int]] = []
     for layer in layers:
         if spans and layer == spans[-1][1] + 1:

@@ -26,8 +26,7 @@ from .tensors import base_tensor_shapes
 
 def gguf_headers(source: Path, dtype: torch.dtype) -> Checkpoint:
     """
-    What `dequantize_gguf` will write, as far as the header of the file says: the config, and one shard of about the
-    size of all that it splits.
+    Return what `dequantize_gguf` will write, by the file's header: the config, and one shard of about the total size.
 
     Raises:
         ConversionError: if the file is damaged, or of an architecture that cannot be converted.
@@ -75,7 +74,7 @@ def load_gguf(
     source: Path, dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    A GGUF file's model, dequantized, and its tokenizer, of any architecture that Transformers reads.
+    Return a GGUF file's model, dequantized, and its tokenizer, of any architecture that Transformers reads.
 
     Args:
         source: the GGUF file.
@@ -96,7 +95,7 @@ def load_gguf(
 @contextmanager
 def _alone(source: Path) -> Iterator[dict[str, Any]]:
     """
-    Where Transformers finds the file: in a directory of its own, since it would also read an adapter's config, a
+    Give a directory of its own in which Transformers finds the file, since it would also read an adapter's config, a
     tokenizer's and their code beside it.
     """
     with TemporaryDirectory() as directory:
@@ -125,7 +124,7 @@ def _read_config(source: Path) -> PreTrainedConfig:
 
 @lru_cache(maxsize=1)
 def _parse_config(source: Path, _stamp: tuple[int, int]) -> PreTrainedConfig:
-    """Transformers' config of a file, kept until the file changes: reading it takes seconds, for its vocabulary."""
+    """Return Transformers' config of a file. It is cached until the file changes, since reading takes seconds."""
     with _alone(source) as where:
         return transformers.AutoConfig.from_pretrained(**where)
 

@@ -63,7 +63,7 @@ class Manifest:
 
 def read_manifest(directory: Path) -> Manifest | None:
     """
-    The manifest of a directory; None if it has none.
+    Return the manifest of a directory; None if it has none.
 
     Raises:
         ConversionError: if it is damaged.
@@ -73,7 +73,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         return None
     content = read_json(resolve(directory, MANIFEST_NAME))
     if content.get("format") != _FORMAT:
-        raise ConversionError(f"{path}: format {content.get('format')!r} is not {_FORMAT}")
+        raise ConversionError(f"{path}: format must be {_FORMAT}, got {content.get('format')!r}")
     try:
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         fields = {name: content[name] for name in ("command", "source", "gates", "replaced", "verification")}
@@ -84,10 +84,10 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def as_text(content: bytes) -> str:
-    """Any bytes as a JSON string, from which `as_bytes` makes them again."""
+    """Return any bytes as a JSON string, from which `as_bytes` makes them again."""
     return content.decode("utf-8", "surrogateescape")
 
 
 def as_bytes(text: str) -> bytes:
-    """The bytes from which `as_text` made a string."""
+    """Return the bytes from which `as_text` made a string."""
     return text.encode("utf-8", "surrogateescape")

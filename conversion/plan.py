@@ -1,4 +1,4 @@
-"""What a conversion is going to write: every file of the result, where its bytes come from, and how many they are."""
+"""Plan of a conversion: every file of the result, the source of its bytes, and its size."""
 
 import json
 import os
@@ -86,7 +86,7 @@ class Plan:
             yield name, os.path.getsize(self.checkpoint.directory / name), "from the source, byte for byte"
 
     def index(self) -> dict[str, Any]:
-        """The result's index: the source's, under the shards' new names, and the gates."""
+        """Return the result's index: the source's, under the shards' new names, and the gates."""
         weight_map = {tensor: name for name, shard in self.shards.items() for tensor in shard.tensors}
         metadata = dict(self.checkpoint.index_metadata)
         metadata["total_size"] = self.new_bytes + sum(shard.data_bytes for shard in self.placed.values())
@@ -163,7 +163,7 @@ def _tokenizer_files(
 def _take_apart(
     shards: dict[str, Shard], architecture: Architecture
 ) -> tuple[dict[str, dict[str, NewTensor]], dict[str, NewTensor]]:
-    """The new tensors of the shards that hold fused gates, and the gates."""
+    """Return the new tensors of the shards that hold fused gates, and the gates."""
     fused, config = architecture.fused, architecture.config
     assert fused is not None
     rewritten, gates = {}, {}
@@ -192,7 +192,7 @@ def _bytes_of(shard: Shard, name: str):
 
 
 def norm_from_one(shard: Shard, name: str) -> torch.Tensor:
-    """The float32 weight 1 + w, as Llama has it, of a norm whose weight w Qwen3-Next counts from zero."""
+    """Return the float32 weight 1 + w, as Llama has it, of a norm whose weight w Qwen3-Next counts from zero."""
     return 1.0 + shard.read(name).float()
 
 

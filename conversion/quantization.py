@@ -45,7 +45,7 @@ SCHEMES: dict[str, Scheme] = {
 
 def exclude_gates(quantization_config: dict[str, Any]) -> dict[str, Any]:
     """
-    The `quantization_config` of a gated checkpoint: the source's, with the gates among the modules to leave alone.
+    Return the `quantization_config` of a gated checkpoint: the source's, with the gates left in full precision.
 
     Raises:
         ValueError: if it is of a scheme that is not known to work.

@@ -124,7 +124,7 @@ def with_new_files(manifest: Manifest, directory: Path, contents: dict[str, byte
 def _check_carries_code(directory: Path) -> None:
     config = read_json(resolve(directory, CONFIG_NAME), MAX_CONFIG_BYTES)
     if (model_type := config.get("model_type")) != GatedLlamaConfig.model_type:
-        raise ConversionError(f"{directory / CONFIG_NAME}: model_type={model_type!r} is not gated_llama")
+        raise ConversionError(f"{directory / CONFIG_NAME}: model_type must be gated_llama, got {model_type!r}")
     if not _names_carried_code(config):
         raise ConversionError(
             f"{directory / CONFIG_NAME}: auto_map must name modeling_gated_llama, got {config.get('auto_map')!r}; save "

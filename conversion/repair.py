@@ -51,7 +51,7 @@ def repair_tokenizer(checkpoint: str | os.PathLike, source: str | os.PathLike | 
         directory = directory_to_change(checkpoint)
         gated = open_checkpoint(directory)
         if (model_type := gated.raw_config.get("model_type")) != GatedLlamaConfig.model_type:
-            raise ConversionError(f"{gated.config_path}: model_type={model_type!r} is not gated_llama")
+            raise ConversionError(f"{gated.config_path}: model_type must be gated_llama, got {model_type!r}")
         manifest = read_manifest(directory)
         files = [name for name in gated.side_files() if name not in OWN_FILES]
         with tempfile.TemporaryDirectory() as folder:

@@ -42,7 +42,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The hidden states [seq, hidden_size], in `dtype`, before the head, for token ids [seq] of one sequence."""
+        """Return hidden states [seq, hidden_size] in `dtype`, before the head, for token ids [seq] of one sequence."""
         (hidden_states,) = self.run({"inputs_embeds": self.embed(tokens)[None], "use_cache": False})
         return hidden_states[0]
 
@@ -79,7 +79,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def logits(self, hidden_states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Float32 logits [seq, rows] for hidden states [seq, hidden_size], some thousands of rows at a time."""
+        """Yield float32 logits [seq, rows] for hidden states [seq, hidden_size], some thousands of rows at a time."""
         # As Transformers does, a stored head goes before the tie.
         is_tied = self.config.tie_word_embeddings and "lm_head.weight" not in self.tensors
         name = "model.embed_tokens.weight" if is_tied else "lm_head.weight"

@@ -239,7 +239,7 @@ def _json(content: dict[str, Any]) -> bytes:
 def token_ids(
     source: Checkpoint, text: str | os.PathLike | None, count: int, vocab_size: int
 ) -> tuple[torch.Tensor, str]:
-    """Token ids [count] of a text, and what to call it."""
+    """Return token ids [count] of a text, and what to call it."""
     tokenizer_file = source.directory / "tokenizer.json"
     if not tokenizer_file.exists():
         if text is not None:

@@ -118,7 +118,7 @@ def _restore(
 
 
 def _relative(directory: Path, name: str) -> PurePosixPath:
-    """A name that the manifest gives a file, as a path that leads nowhere else and that a filesystem can hold."""
+    """Return a file's name in the manifest as a relative path that stays inside the directory."""
     path = PurePosixPath(name)
     try:
         is_name = 0 < max((len(os.fsencode(piece)) for piece in path.parts), default=0) <= 255 and "\0" not in name

@@ -87,7 +87,7 @@ class Verification:
     recorded: bool = False
 
     def summary(self) -> dict[str, str]:
-        """The findings in words, for a terminal or a model card."""
+        """Return the findings in words, for a terminal or a model card."""
         if self.differing:
             tensors = f"{len(self.differing):,} differ; the source has {self.tensors:,}"
         else:
@@ -161,7 +161,7 @@ def verify_checkpoint(
     """
     with errors_naming(output):
         if tokens < 1:
-            raise ConversionError(f"tokens={tokens}: must be at least 1")
+            raise ConversionError(f"tokens must be at least 1, got {tokens}")
         directory = Path(output).absolute()
         if not directory.is_dir():
             raise ConversionError(f"{directory}: no such directory")
@@ -270,7 +270,7 @@ def _are_equal(comparison: LogitsComparison, difference: float, imported: bool) 
 
 
 def _changed_code(directory: Path) -> Iterator[str]:
-    """The code that `trust_remote_code` would run, as far as it is not what conversion wrote."""
+    """Yield the code that `trust_remote_code` would run, as far as it is not what conversion wrote."""
     manifest = read_manifest(directory)
     for name, known in manifest.files.items() if manifest is not None else ():
         if name in OWN_FILES and name.endswith(".py"):
@@ -282,7 +282,7 @@ def _changed_code(directory: Path) -> Iterator[str]:
 def _differing_tensors(
     source: Checkpoint, gated: Checkpoint, architecture: Architecture, progress: bool
 ) -> tuple[int, tuple[str, ...]]:
-    """The number of the source's tensors, and those that the gated checkpoint does not hold byte for byte."""
+    """Return the number of the source's tensors, and those that the gated checkpoint does not hold byte for byte."""
     source_tensors, gated_tensors = source.tensors(), gated.tensors()
     may_lack = {name for name in source_tensors if UNREAD.fullmatch(name)}
     if (
@@ -322,7 +322,7 @@ def _digests(
     gated_tensors: dict[str, tuple[Shard, Tensor]],
     fused: FusedGates | None,
 ) -> tuple[Any, Any]:
-    """What has to be equal for a tensor: its dtype, shape and SHA-256, or for imported gates what it was made of."""
+    """Return what must be equal for a tensor: dtype, shape and SHA-256, or the source rows of imported gates."""
     shard, tensor = source_tensors[name]
     if fused is not None and ".self_attn.q_proj." in name:
         gate = name.replace("q_proj", "g_proj")

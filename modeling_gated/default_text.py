@@ -4,7 +4,7 @@ DEFAULT_TEXT_NAME = "Python's language reference"
 
 
 def default_text() -> str:
-    """Python's language reference, about 465,000 characters of English."""
+    """Return Python's language reference, about 465,000 characters of English."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics.values())

@@ -13,5 +13,5 @@ MODULES_TO_NOT_CONVERT = [*OUTPUT_LAYERS, ALL_GATES]
 
 
 def is_gate(name: str) -> bool:
-    """Whether a parameter's or a module's name is a gate's or of a part of one, as PEFT and FSDP make them."""
+    """Return whether a parameter or module belongs to a gate by its name, also as PEFT and FSDP rename it."""
     return not GATE_NAMES.isdisjoint(name.split("."))

@@ -79,7 +79,7 @@ class GatedLlamaGate(nn.Linear):
 
 
 def gate_projection(config: GatedLlamaConfig, position: str, heads: int) -> GatedLlamaGate | None:
-    """The layer that gives the gates of one of the paper's positions, which has so many heads; None if it has none."""
+    """Return the projection to the gates of one of the paper's positions, or None if the position has no gates."""
     if position not in config.gate_position:
         return None
     assert config.head_dim  # the config has filled it in
@@ -111,12 +111,8 @@ class GatedLlamaAttention(LlamaAttention):
         score-aware             Y' = Y * gate_scale * sigmoid(X W + b + gate_logit_lse_weight * LSE)
 
     LSE is the log-sum-exp of the query's attention scores in a head. With a weight of 1, Y' / gate_scale is attention
-    with one more key, whose value is 0 and whose score is -(X W + b).
-
-    Without gates, or before them, the attention output itself may be changed (Table 3):
-
-        attention output norm   Y' = RMSNorm(Y), over the channels of each head
-        and activation          Y' = f(Y)
+    with one more key, whose value is 0 and whose score is -(X W + b). Before any gates, `use_attention_output_norm` and
+    `attention_output_activation` change Y to RMSNorm(Y), over the channels of each head, and f(Y) (Table 3).
 
     The forward repeats Llama's, because `super().forward()` with the gates in `o_proj` fails in two ways. vLLM refuses
     a method whose source does not call the attention function. Engines that replace linear layers drop the gates.
@@ -135,8 +131,8 @@ class GatedLlamaAttention(LlamaAttention):
         is_sliding = config.layer_types[layer_idx] == "sliding_attention"  # type: ignore[index]  # None only as input
         self.sliding_window = config.sliding_window if is_sliding else None
 
-        has_output_norm, output_activation = config.use_attention_output_norm, config.attention_output_activation
-        self.o_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if has_output_norm else None
+        self.o_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_attention_output_norm else None
+        output_activation = config.attention_output_activation
         self.o_act_fn = GATE_ACTIVATIONS[output_activation] if output_activation is not None else None
 
         self.g_proj = gate_projection(config, "G1", heads)
@@ -151,7 +147,6 @@ class GatedLlamaAttention(LlamaAttention):
         self.is_headwise = config.gate_granularity == "headwise"
         self.is_additive = config.gate_form == "additive"
         self.is_input_independent = config.gate_input_independent
-        # Elsewhere autograd saves little, or nothing at all of the gates.
         has_gate_per_channel = not (self.is_headwise or config.gate_head_shared or self.is_input_independent)
         self.recomputes_gates = has_gate_per_channel and config.gate_activation == "sigmoid"
 
@@ -253,10 +248,7 @@ class GatedLlamaAttention(LlamaAttention):
 
 
 class GatedLlamaDecoderLayer(LlamaDecoderLayer):
-    """
-    Llama's block with gated attention. Without `use_glu` the MLP is down(act(up(x))). With `use_sandwich_norm` the
-    block is GLM-4's: x + RMSNorm(F(RMSNorm(x))) for F attention and MLP.
-    """
+    """Llama's block with gated attention, or with `use_sandwich_norm` GLM-4's: x + RMSNorm(F(RMSNorm(x)))."""
 
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
         # Not LlamaDecoderLayer's, which would build an attention and an MLP of Llama's.

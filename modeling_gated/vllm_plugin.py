@@ -1,4 +1,4 @@
-"""What makes vLLM serve `gated_llama` by this package, without `trust_remote_code`; vLLM finds it as an entry point."""
+"""Entry point with which vLLM serves `gated_llama` by this package, without `trust_remote_code`."""
 
 from typing import Any
 

@@ -1,14 +1,14 @@
 """
-Conversion against `cp -r` of the same checkpoint, and against mergekit's passthrough merge: time and peak memory.
+Compare conversion with `cp -r` of the same checkpoint and with mergekit's passthrough merge: time and peak memory.
 
     python examples/benchmarks/conversion.py [--directory build/benchmark] [--layers 16] [--rounds 5] [--mergekit PATH]
 
-The checkpoint has the shapes of Llama-3.2-1B (2.5 GB, bfloat16, random, sharded). Rounds are interleaved and the
-medians compared. A conversion is timed in a fresh process, after Transformers is imported; its memory is the
-process's peak, imports included. Rows that begin with a command are the whole process, imports included.
+The checkpoint has the shapes of Llama-3.2-1B (2.5 GB, bfloat16, random weights, sharded). Rounds are interleaved, and
+the table shows medians. A conversion is timed in a new process after the import of Transformers. Its memory is the peak
+of the process, imports included. Rows that begin with a command measure the whole process, imports included.
 
-mergekit needs an environment of its own: `pip install torch==2.13.0 transformers==5.23.0 mergekit==0.1.5`, and then
-`--mergekit ENVIRONMENT/bin/mergekit-yaml`. Its flags leave out what conversion does not do either.
+mergekit needs a separate environment: `pip install torch==2.13.0 transformers==5.23.0 mergekit==0.1.5`. Then add
+`--mergekit ENVIRONMENT/bin/mergekit-yaml`. Its flags skip steps that conversion does not have either.
 """
 
 import argparse
@@ -46,7 +46,7 @@ IMPORT = "from transformers import AutoConfig, LlamaConfig"
 
 
 def write_checkpoint(directory: Path, layers: int) -> None:
-    """A random checkpoint of Llama-3.2-1B's shapes, two layers to a shard."""
+    """Write a random checkpoint with the shapes of Llama-3.2-1B, two layers per shard."""
     import torch
     from transformers import LlamaConfig
 
@@ -78,8 +78,8 @@ def write_checkpoint(directory: Path, layers: int) -> None:
         write_safetensors(path, tensors, {"format": "pt"})
     weight_map = {name: file for file, shapes in shards.items() for name in shapes}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config.architectures = ["LlamaForCausalLM"]  # mergekit asks for it
-    config.save_pretrained(directory)  # last: it says that the checkpoint is complete
+    config.architectures = ["LlamaForCausalLM"]  # required by mergekit
+    config.save_pretrained(directory)  # last, because config.json marks a complete checkpoint
 
 
 CONVERSIONS = {
@@ -90,7 +90,7 @@ CONVERSIONS = {
 
 
 def commands(source: Path, target: Path, mergekit: Path | None) -> dict[str, list[str | Path]]:
-    """What is run as a whole, by name; sync waits until everything is on disk, as conversion does."""
+    """Return the measured command lines by name. sync waits until all data is on disk, as conversion does."""
     gated_llama = Path(sys.executable).with_name("gated-llama")
     command_lines: dict[str, list[str | Path]] = {
         "cp -r": ["cp", "-r", source, target],
@@ -108,12 +108,12 @@ def commands(source: Path, target: Path, mergekit: Path | None) -> dict[str, lis
 
 
 def measure(source: Path, target: Path, rounds: int, mergekit: Path | None) -> Iterator[tuple[str, float, int]]:
-    """Name, seconds and peak memory of each run."""
+    """Yield name, seconds and peak memory in bytes of each run."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     whole = commands(source, target, mergekit)
     for _ in tqdm(range(rounds), desc="Rounds"):
         for name in (*CONVERSIONS, *whole):
-            if name != "gated-llama verify":  # of what the row before it made
+            if name != "gated-llama verify":  # verify checks the result of the previous row
                 shutil.rmtree(target, ignore_errors=True)
                 os.sync()
             if name in whole:
@@ -128,15 +128,24 @@ def measure(source: Path, target: Path, rounds: int, mergekit: Path | None) -> I
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, default=Path("build/benchmark"), help="where the checkpoint goes")
-    parser.add_argument("--layers", type=int, default=16, help="16 layers are 2.5 GB, 32 are 4.4 GB")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment with mergekit")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        default=Path("build/benchmark"),
+        help="folder for the checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers", type=int, default=16, help="number of layers: 16 are 2.5 GB, 32 are 4.4 GB (default: %(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="measurements per row (default: %(default)s)")
+    parser.add_argument(
+        "--mergekit", type=Path, help="path of mergekit-yaml in its environment (default: no mergekit row)"
+    )
     arguments = parser.parse_args()
     source = arguments.directory.resolve() / f"llama-{arguments.layers}-layers"
     if not (source / "config.json").is_file():
         shutil.rmtree(source, ignore_errors=True)
-        # In a process of its own, since each run counts this one's memory at its start.
+        # In another process: measured memory includes the memory of this process at the start.
         write = (
             f"from examples.benchmarks.conversion import *; write_checkpoint(Path({str(source)!r}), {arguments.layers})"
         )

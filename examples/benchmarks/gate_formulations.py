@@ -1,8 +1,8 @@
 """
-Other formulations of the same gates on Transformers' Llama, as peers compute them, for gates.py to compare with.
+Gate formulations of other implementations on Transformers' Llama, as baselines for gates.py.
 
-Each is Llama with another attention. A gate on attention's output, after Transformers' Qwen3-Next and the code of arXiv
-2505.06708: attention(X) * sigmoid(X W), in the model's dtype, without a bias and without a scale.
+Each formulation is Llama with another attention module. The attention output is gated as in Transformers' Qwen3-Next
+and in the code of arXiv 2505.06708: attention(X) * sigmoid(X W), in the model's dtype, without bias and scale.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from modeling_gated.kv_cache import CACHE_ARGUMENT
 
 
 class PeerAttention(LlamaAttention, ABC):
-    """Attention whose output [batch, tokens, heads, head_dim] is times a sigmoid; a subclass says of what."""
+    """Attention with a sigmoid gate on its output [batch, tokens, heads, head_dim]. Subclasses compute the logits."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int, gate_channels: int) -> None:
         super().__init__(config, layer_idx)
@@ -27,7 +27,7 @@ class PeerAttention(LlamaAttention, ABC):
 
     @abstractmethod
     def queries_and_gates(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [batch, tokens, heads, head_dim] and gate logits [batch, tokens, heads, gate_channels]."""
+        """Return queries [batch, tokens, heads, head_dim] and gate logits [batch, tokens, heads, gate_channels]."""
 
     def forward(  # type: ignore[override]
         self,
@@ -56,7 +56,7 @@ class PeerAttention(LlamaAttention, ABC):
 
 
 class PlainGateAttention(PeerAttention):
-    """The gates are a projection of their own."""
+    """Gates from a separate projection."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int, gate_channels: int) -> None:
         super().__init__(config, layer_idx, gate_channels)
@@ -68,7 +68,7 @@ class PlainGateAttention(PeerAttention):
 
 
 class FusedGateAttention(PeerAttention):
-    """The gates are rows of `q_proj`: of each of some groups of heads the queries' and then the gates'."""
+    """Gates from rows of `q_proj`: for each group of heads, rows of queries and then rows of gates."""
 
     def __init__(self, config: LlamaConfig, layer_idx: int, gate_channels: int, groups: int) -> None:
         super().__init__(config, layer_idx, gate_channels)
@@ -85,7 +85,7 @@ class FusedGateAttention(PeerAttention):
 
 
 class Qwen3NextGateAttention(FusedGateAttention):
-    """The gates are copied apart from the queries, which stay where they are."""
+    """Gates from rows of `q_proj`, copied into a separate tensor. Queries are not copied."""
 
     def queries_and_gates(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         queries, logits = super().queries_and_gates(hidden_states)
@@ -93,27 +93,27 @@ class Qwen3NextGateAttention(FusedGateAttention):
 
 
 def qwen3_next(config: LlamaConfig, layer_idx: int) -> PeerAttention:
-    """Elementwise gates, each head's after its queries, as in Transformers' Qwen3-Next."""
+    """Return elementwise gates, each head's after its queries, as in Transformers' Qwen3-Next."""
     return Qwen3NextGateAttention(config, layer_idx, config.head_dim or 0, config.num_attention_heads)
 
 
 def authors_elementwise(config: LlamaConfig, layer_idx: int) -> PeerAttention:
-    """Elementwise gates, those of a key-value head's heads after their queries, as in the paper's code."""
+    """Return elementwise gates. Each key-value head has its heads' queries, then the gates, as in the paper's code."""
     return FusedGateAttention(config, layer_idx, config.head_dim or 0, config.num_key_value_heads or 0)
 
 
 def authors_headwise(config: LlamaConfig, layer_idx: int) -> PeerAttention:
-    """Headwise gates, those of a key-value head's heads after their queries, as in the paper's code."""
+    """Return headwise gates. Each key-value head has its heads' queries, then the gates, as in the paper's code."""
     return FusedGateAttention(config, layer_idx, 1, config.num_key_value_heads or 0)
 
 
 def plain_elementwise(config: LlamaConfig, layer_idx: int) -> PeerAttention:
-    """Elementwise gates by a projection of their own."""
+    """Return elementwise gates from a separate projection."""
     return PlainGateAttention(config, layer_idx, config.head_dim or 0)
 
 
 def plain_headwise(config: LlamaConfig, layer_idx: int) -> PeerAttention:
-    """Headwise gates by a projection of their own."""
+    """Return headwise gates from a separate projection."""
     return PlainGateAttention(config, layer_idx, 1)
 
 

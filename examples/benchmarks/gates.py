@@ -1,20 +1,21 @@
 """
-What gates cost: time and memory of the gated model as ratios to the ungated one.
+Measure the cost of gates: time and memory of the gated model as ratios to the ungated model.
 
     python examples/benchmarks/gates.py [--shapes SmolLM2-135M] [--dtypes float32,bfloat16] [--workloads prefill,decode]
 
-Gated and ungated model have the same weights, in memory too, and run in one process in turns: each pass of a
-formulation comes right before or after one of the ungated model's. A round has two passes of either, or 32 of decoding,
-which are short; the median of the rounds' ratios is shown, with the range that the middle half of them is in. Weights
-are random. The row "ungated" compares the ungated model with itself: what it differs from 1 by is noise. Beside each
-ratio stands the limit: the bytes that are read in decoding, or the operations of the matrix products in prefill and
-training, with the gates and without; it says little where the ungated pass is far from its own least. Memory is the
-peak of what a pass needs; of training on a CPU, exactly, what is kept for the backward pass.
+Gated and ungated model share their weights in memory and run in the same process. Weights are random. Each pass of a
+formulation comes directly before or after a pass of the ungated model. A round has two passes of each model, or 32
+passes of decoding, which are short. The table shows the median ratio of the rounds and the range of the middle half.
+The row "ungated" compares the ungated model with itself; its distance from 1 is noise.
 
-Without options it measures what fits the machine: SmolLM2-135M on a CPU, the larger shapes on a CUDA device, where it
-takes hours, and decoding compiled, too. Where a model doesn't fit in half of the memory, it has fewer layers. What
-cannot be measured is a line in its table, and the rest goes on. Compiled prefill and training are of a causal mask that
-is a matrix, as Transformers makes it then: --modes eager,compiled.
+The limit is the ratio of bytes read in decoding, or of matmul operations in prefill and training. The limit says little
+if the ungated pass is far slower than its own minimum. Memory is the peak that a pass needs. For training on a CPU,
+memory is the exact size of tensors kept for the backward pass.
+
+By default a CPU measures SmolLM2-135M. A CUDA device measures the larger shapes, and compiled decoding too, which takes
+hours. A model has fewer layers if it does not fit into half of the memory. Failed measurements are reported below their
+table, and the other measurements continue. Compiled prefill and training use a causal mask as a matrix, as Transformers
+creates it for compiled models: --modes eager,compiled.
 """
 
 import gc
@@ -61,7 +62,7 @@ MODES = ("eager", "compiled")
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: a pass over a shape."""
+    """A measured pass over a shape."""
 
     shape: str
     dtype: torch.dtype
@@ -74,8 +75,13 @@ class Case:
 @dataclass(frozen=True)
 class Cost:
     """
-    Of a formulation: the median seconds; the ratios to the ungated model's, their limit, and the ratio of memory, None
-    where the ungated model's pass needs so little that it cannot be seen.
+    Cost of a formulation.
+
+    Attributes:
+        seconds: median time of a pass in seconds.
+        ratios: ratio of the time to the ungated model's for each round.
+        limit: limit of the ratio.
+        memory: ratio of the memory to the ungated model's; None if the ungated pass needs too little to measure.
     """
 
     seconds: float
@@ -85,7 +91,7 @@ class Cost:
 
 
 def compare(ungated: PreTrainedModel, name: str, case: Case, rounds: int) -> Cost:
-    """Passes of a formulation and of the ungated model in turns."""
+    """Measure passes of a formulation and of the ungated model in turns."""
     model = ungated if name == "ungated" else gated_model(name, ungated)
     pairs: list[tuple[float, float]] = []
     memory: list[tuple[int, int]] = []
@@ -104,19 +110,19 @@ def compare(ungated: PreTrainedModel, name: str, case: Case, rounds: int) -> Cos
 def _rounds(
     model: PreTrainedModel, ungated: PreTrainedModel, case: Case, most: int
 ) -> tuple[list[tuple[float, float]], tuple[int, int]]:
-    """Some rounds of two workloads that are there for these alone, and the bytes that a pass of either needs."""
+    """Measure some rounds of two new workloads; return times in seconds, and the bytes that a pass of each needs."""
     is_compiled = case.mode == "compiled"
     arguments = case.batch_size, case.tokens, is_compiled
     workload, baseline = (WORKLOADS[case.workload](measured_model, *arguments) for measured_model in (model, ungated))
     for warmed_up in (workload, baseline, workload, baseline):
-        warmed_up.seconds()  # the first is slower
-    # Compiled code is of one cache, so that another has to be compiled for.
+        warmed_up.seconds()  # the first pass is slower
+    # A new workload has another cache, so its code would be compiled again.
     count = most if is_compiled else min(workload.rounds, most)
     return [_round(workload, baseline) for _ in range(count)], (workload.memory(), baseline.memory())
 
 
 def _round(workload: Workload, baseline: Workload) -> tuple[float, float]:
-    """Seconds of a pass of either, after one another, in turns the one and the other first."""
+    """Return the mean seconds of a pass of each workload. The workloads take turns in going first."""
     seconds: dict[Workload, list[float]] = {workload: [], baseline: []}
     for number in range(2 * workload.passes):
         first, second = (workload, baseline) if number % 2 else (baseline, workload)
@@ -126,7 +132,7 @@ def _round(workload: Workload, baseline: Workload) -> tuple[float, float]:
 
 
 def layers_that_fit(case: Case, device: torch.device) -> int:
-    """As many layers as leave half of the memory free, training with two optimizers."""
+    """Return the number of layers that leaves half of the memory free, with two optimizers in training."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     copies = 7 if case.workload == "training" else 1
     budget = free / 2 / copies / case.dtype.itemsize
@@ -134,13 +140,13 @@ def layers_that_fit(case: Case, device: torch.device) -> int:
     config = llama_config(case.shape, 1, case.tokens)
     one_layer, two_layers = (count_parameters(llama_config(case.shape, layers, case.tokens)) for layers in (1, 2))
     caches = 0
-    if case.workload == "decode":  # keys and values, of either model
+    if case.workload == "decode":  # keys and values of both models
         caches = 2 * 2 * case.batch_size * case.tokens * (config.num_key_value_heads or 0) * (config.head_dim or 0)
     return max(0, min(all_layers, int((budget - one_layer - caches) / (two_layers - one_layer + caches)) + 1))
 
 
 def measure(case: Case, layers: int, names: Sequence[str], rounds: int, device: torch.device) -> dict[str, Cost | str]:
-    """What each formulation costs, or in a line why that is not known."""
+    """Return the cost of each formulation, or the error of a failed measurement in one line."""
     costs: dict[str, Cost | str] = {}
     ungated = None
     for name in (progress := tqdm(names, desc=f"{case.shape} {case.mode} {case.workload}", leave=False)):
@@ -149,14 +155,15 @@ def measure(case: Case, layers: int, names: Sequence[str], rounds: int, device: 
             if ungated is None:
                 ungated = ungated_model(llama_config(case.shape, layers, case.tokens + 64), case.dtype, device)
             costs[name] = compare(ungated, name, case, rounds)
-        except Exception as error:  # whatever it is, hours of other tables must not be lost
+        except Exception as error:  # any error: results of other tables must not be lost
             first_line = str(error).strip().partition("\n")[0]
             costs[name] = f"{type(error).__name__}: {first_line}"
-        free_memory(device)  # the error had kept its tensors
+        free_memory(device)  # tensors that the error kept alive
     return costs
 
 
 def free_memory(device: torch.device) -> None:
+    """Drop compiled code and cached memory."""
     torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
@@ -167,8 +174,9 @@ def cases(
     device: torch.device, shapes: Sequence[str], dtypes: Sequence[str], modes: Sequence[str], workloads: Sequence[str]
 ) -> Iterator[Case]:
     """
-    On a CPU 512 tokens, on a CUDA device 4096, and there decoding of 32 sequences, too. Without modes all are eager,
-    then on a CUDA device decoding compiled.
+    Yield the cases: 512 tokens on a CPU, 4096 on a CUDA device, with decoding of 32 sequences too.
+
+    Without modes all cases are eager. Compiled decoding follows on a CUDA device.
     """
     on_cuda = device.type == "cuda"
     tokens = 4096 if on_cuda else 512
@@ -204,33 +212,43 @@ def table_of(costs: dict[str, Cost | str]) -> Table:
 
 
 def chosen(names: str, known: Sequence[str], option: str) -> list[str]:
-    """The parts of a comma-separated option."""
+    """
+    Return the names in a comma-separated option.
+
+    Raises:
+        SystemExit: if a name is unknown.
+    """
     chosen_names = names.split(",")
     for name in chosen_names:
         if name not in known:
-            sys.exit(f"error: {option} {name}: not one of {', '.join(known)}")
+            sys.exit(f"error: {option} must be among {', '.join(known)}, got {name}")
     return chosen_names
 
 
 def main(
-    shapes: Annotated[str, typer.Option(help="Default: SmolLM2-135M on a CPU, on CUDA all others.")] = "",
-    dtypes: Annotated[str, typer.Option(help="Default: float32,bfloat16 on a CPU, on CUDA bfloat16.")] = "",
-    modes: Annotated[str, typer.Option(help="Default: eager; on CUDA decoding compiled, too.")] = "",
-    workloads: str = ",".join(WORKLOADS),
-    formulations: str = ",".join(FORMULATIONS),
-    rounds: Annotated[int, typer.Option(min=3)] = 15,
-    device: Annotated[str, typer.Option(help="Default: cuda if there is one.")] = "",
-    output: Annotated[Path, typer.Option(help="Where the tables are left.")] = Path("build/benchmark.md"),
+    shapes: Annotated[str, typer.Option(help="Model shapes. Default: SmolLM2-135M on a CPU, all others on CUDA.")] = "",
+    dtypes: Annotated[str, typer.Option(help="Dtypes. Default: float32,bfloat16 on a CPU, bfloat16 on CUDA.")] = "",
+    modes: Annotated[str, typer.Option(help="eager or compiled. Default: eager, and compiled decoding on CUDA.")] = "",
+    workloads: Annotated[
+        str, typer.Option(help=f"Passes, separated by commas: {', '.join(WORKLOADS)}.", show_default="all")
+    ] = ",".join(WORKLOADS),
+    formulations: Annotated[
+        str,
+        typer.Option(help=f"Gate formulations, separated by commas: {', '.join(FORMULATIONS)}.", show_default="all"),
+    ] = ",".join(FORMULATIONS),
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds per ratio.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu or a CUDA device. Default: cuda if available, otherwise cpu.")] = "",
+    output: Annotated[Path, typer.Option(help="Markdown file for the tables.")] = Path("build/benchmark.md"),
 ) -> None:
-    """Print one table for each shape, dtype, mode and workload."""
+    """Print a table for each shape, dtype, mode and workload."""
     if device and not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        sys.exit(f"error: --device {device}: neither cpu nor cuda, cuda:0, ...")
+        sys.exit(f"error: --device must be cpu, cuda or cuda:N, got {device}")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        sys.exit(f"error: --device {device}: torch finds no CUDA device")
+        sys.exit(f"error: --device must be available, got {device}, but torch finds no CUDA device; use --device cpu")
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_cuda = where.type == "cuda"
     if where.index is not None:
-        torch.cuda.set_device(where)  # of which memory is asked
+        torch.cuda.set_device(where)  # memory functions use the current device
     names = chosen(formulations, FORMULATIONS, "--formulations")
     wanted = list(
         cases(
@@ -254,8 +272,8 @@ def main(
         complete = True
         sizes: dict[Case, int] = {}
         for case in tqdm(wanted, unit="case", leave=False):
-            free_memory(where)  # of the case before
-            # Eager and compiled, it is the same model.
+            free_memory(where)  # of the previous case
+            # Eager and compiled cases have the same number of layers.
             layers = sizes.setdefault(replace(case, mode=""), layers_that_fit(case, where))
             costs = measure(case, layers, names, rounds, where) if layers else {}
             known = [cost for cost in costs.values() if isinstance(cost, Cost)]
@@ -263,13 +281,13 @@ def main(
             seconds = [cost.seconds / statistics.median(cost.ratios) for cost in known] or [math.nan]
             for console in consoles:
                 console.print(title_of(case, layers, statistics.median(seconds)))
-                console.print(table_of(costs) if costs else "left out, not one layer fits")
+                console.print(table_of(costs) if costs else "skipped: a single layer does not fit into memory")
                 for line in failed:
                     console.print(line, markup=False, soft_wrap=True)
             file.flush()
             complete &= layers > 0 and not failed
     if not complete:
-        sys.exit(f"error: not all was measured; {output} says what")
+        sys.exit(f"error: some measurements failed; see {output}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """
-What meters cost: the time of a forward pass with them, as a ratio to the pass without.
+Measure the cost of meters: the time of a forward pass with meters as a ratio to the pass without.
 
     python examples/benchmarks/inspection.py [--tokens 4096] [--dtype float32] [--rounds 3] [--model FOLDER]
 
-Each pass with meters comes right after one without, and the medians of their ratios are printed. The model is the real
-SmolLM2-135M-Instruct with gates, as make demo leaves it.
+Each pass with meters follows a pass without. The table shows medians of the ratios. The model is SmolLM2-135M-Instruct
+with gates, which make demo writes.
 """
 
 import argparse
@@ -38,13 +38,14 @@ ATTENTION: tuple[type[Meter], ...] = (FirstTokenAttention, SinkRate, AttentionEn
 OTHERS: tuple[type[Meter], ...] = (MassiveActivations, QuantizationError, GateScores)
 KINDS = {
     "FirstTokenAttention": (FirstTokenAttention,),
-    "all five of attention": ATTENTION,
+    "five attention meters": ATTENTION,
     "activations and gates": OTHERS,
-    "all of them": ATTENTION + OTHERS,
+    "all meters": ATTENTION + OTHERS,
 }
 
 
 def seconds(model: PreTrainedModel, input_ids: torch.Tensor, meters: list[Meter]) -> float:
+    """Return the seconds of a forward pass with meters."""
     started = time.perf_counter()
     with torch.no_grad(), inspecting(model, *meters):
         model(input_ids, use_cache=False)
@@ -55,10 +56,20 @@ def seconds(model: PreTrainedModel, input_ids: torch.Tensor, meters: list[Meter]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("build/demo/SmolLM2-135M-Instruct-gated"))
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("build/demo/SmolLM2-135M-Instruct-gated"),
+        help="folder of a checkpoint (default: %(default)s)",
+    )
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the input (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the weights (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="measurements per row (default: %(default)s)")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()

@@ -1,11 +1,11 @@
 """
-What starting costs: importing, the command line, and a checkpoint's first token, each in a process of its own.
+Measure start-up time: imports, the command line, and a checkpoint's first token, each in a new process.
 
     python examples/benchmarks/start.py [--rounds 7] [--source FOLDER] [--gated FOLDER]
 
-Each row is measured in turns with the one that it is compared with: importing the package with importing Transformers'
-model classes, which it needs anyway; the gated checkpoint with the one it was converted from. The checkpoints are those
-that make demo leaves. First tokens are timed after the imports.
+Rows that are compared are measured in turns. The import of the package is compared with the import of Transformers'
+Llama classes, which the package needs. The gated checkpoint is compared with its source. make demo writes both
+checkpoints. The time to the first token starts after the imports.
 """
 
 import argparse
@@ -45,24 +45,34 @@ print(time.perf_counter() - started)
 
 
 def process(*arguments: str | Path) -> float:
-    """Seconds of a whole process of Python."""
+    """Return the seconds of a whole Python process."""
     return run_measured([sys.executable, *arguments], capture=True)[0]
 
 
 def first_token(checkpoint: Path) -> float:
-    """Seconds from `from_pretrained` to a first token, as the process itself measured them."""
+    """Return the seconds from `from_pretrained` to the first token, measured in the process itself."""
     return float(run_measured([sys.executable, "-c", FIRST_TOKEN, checkpoint], capture=True)[2].split()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--source", type=Path, default=Path("build/demo/SmolLM2-135M-Instruct"))
-    parser.add_argument("--gated", type=Path, default=Path("build/demo/SmolLM2-135M-Instruct-gated"))
+    parser.add_argument("--rounds", type=int, default=7, help="measurements per row (default: %(default)s)")
+    parser.add_argument(
+        "--source",
+        type=Path,
+        default=Path("build/demo/SmolLM2-135M-Instruct"),
+        help="folder of the source checkpoint (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gated",
+        type=Path,
+        default=Path("build/demo/SmolLM2-135M-Instruct-gated"),
+        help="folder of the gated checkpoint (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     for folder in (arguments.source, arguments.gated):
         if not (folder / "config.json").is_file():
-            sys.exit(f"error: {folder}: there is no checkpoint; make demo makes one")
+            sys.exit(f"error: {folder} must be a checkpoint, got no config.json; run make demo")
     command = Path(sys.executable).parent / "gated-llama"
     measures = {
         "python -c pass": lambda: process("-c", NOTHING),

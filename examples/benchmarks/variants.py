@@ -1,22 +1,22 @@
 r"""
-The paper's design space as configurations of the one model: what each adds in parameters and computation, and one
-training step's time and memory against the baseline's.
+Measure the variants of the paper's design space: parameters, FLOPs, and time and memory of a training step.
 
     python examples/benchmarks/variants.py [--steps 15] [--device cpu] [--hidden-size 512 --num-hidden-layers 2 ...]
 
-    # the shapes of the paper's Tables 1, 3 and 4 (with a dense MLP): parameters and FLOPs alone, no memory is needed
+    # shapes of the paper's Tables 1, 3 and 4 (with a dense MLP): only parameters and FLOPs, which need no memory
     python examples/benchmarks/variants.py --steps 0 --hidden-size 2048 --num-hidden-layers 24 \
         --num-attention-heads 32 --num-key-value-heads 4 --head-dim 128 --intermediate-size 6144 \
         --vocab-size 151936 --sequence-length 512
 
-X is the attention block's input; x that of a block; Q, K, V and Y are a head's queries, keys, values and attention
-output; O is the output of o_proj, F attention or MLP. W_h and w_h are a head's weights, W and w those that all heads
-share, in capitals where each channel has a gate. G, U and D are the MLP's weights. Biases are left out.
+Symbols in formulas: X is the input of the attention block, x the input of a block. Q, K, V and Y are queries, keys,
+values and attention output of a head. O is the output of o_proj, F is attention or MLP. W_h and w_h are weights of a
+head. W and w are weights that all heads share. Capitals have a gate per channel. G, U and D are weights of the MLP.
+Biases are omitted.
 
-FLOPs are those of the matrix products of a forward pass. A training step is forward, backward and AdamW on random
-tokens. Steps of a variant and of the baseline are taken in turns, in one process, and the median of their ratios is
-shown; memory is the peak of what a process needs for the variant alone beyond its imports, or of what torch allocated
-on the CUDA device. What the rows that compute the same as the baseline show is noise.
+FLOPs count the matmuls of a forward pass. A training step is forward, backward and AdamW on random tokens. Steps of a
+variant and of the baseline take turns in the same process, and the table shows the median ratio. Memory is the peak of
+a process for the variant alone, without imports, or the peak that torch allocates on a CUDA device. Rows that compute
+the same function as the baseline show the noise.
 """
 
 import multiprocessing
@@ -44,19 +44,20 @@ from modeling_gated import GatedLlamaConfig, GatedLlamaForCausalLM
 
 @dataclass(frozen=True)
 class Variant:
-    """What it computes, and the fields of `GatedLlamaConfig` that say so."""
+    """Formula of a variant, and its fields of `GatedLlamaConfig`."""
 
     formula: str
     fields: dict[str, Any] = field(default_factory=dict)
 
 
 def gated(formula: str, *positions: str, **fields: Any) -> Variant:
-    """A variant with gates at `positions`, elementwise unless `fields` say otherwise."""
+    """Return a variant with gates at `positions`, elementwise unless `fields` set another granularity."""
     gate_fields = {name if name.startswith("use_") else f"gate_{name}": value for name, value in fields.items()}
     return Variant(formula, {"gate_position": list(positions), "gate_granularity": "elementwise"} | gate_fields)
 
 
 def ungated(formula: str, **fields: Any) -> Variant:
+    """Return a variant without gates."""
     return Variant(formula, {"gate_position": [], **fields})
 
 
@@ -107,11 +108,11 @@ VARIANTS = {
 
 def equal_parameters(config: GatedLlamaConfig) -> dict[str, Variant]:
     """
-    Models that differ from the baseline, or from a gated model, in their sizes: those of the paper's Table 1, and the
-    gated one whose narrower MLP makes room for the gates.
+    Return variants with other sizes: baselines of the paper's Table 1 with more heads, and a gated model whose narrower
+    MLP makes room for the gates.
 
     Args:
-        config: the sizes of the baseline. Where more heads do not divide, they are left out.
+        config: config of the baseline. Variants with more heads are left out if the heads do not divide.
     """
     heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
     models = {}
@@ -135,18 +136,18 @@ def parameters(config: GatedLlamaConfig) -> int:
 
 
 def forward_flops(config: GatedLlamaConfig, sequence_length: int) -> int:
-    """Floating-point operations of the matrix products of one sequence's forward pass, whose masked scores count."""
+    """Return the floating-point operations of all matmuls in a sequence's forward pass, masked scores included."""
     with torch.device("meta"):
         model = GatedLlamaForCausalLM._from_config(config, attn_implementation="eager")
         tokens = torch.zeros(1, sequence_length, dtype=torch.long)
-        mask = torch.zeros(1, 1, sequence_length, sequence_length)  # given, since making one looks at values
+        mask = torch.zeros(1, 1, sequence_length, sequence_length)  # explicit, because creating a mask reads values
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(tokens, attention_mask=mask, use_cache=False)
     return counter.get_total_flops()
 
 
 class Training:
-    """A new model and its AdamW, in training on random tokens."""
+    """Training of a new model with AdamW on random tokens."""
 
     def __init__(self, config: GatedLlamaConfig, batch: tuple[int, int], device: torch.device) -> None:
         self.device = device
@@ -155,7 +156,7 @@ class Training:
         self.tokens = torch.randint(config.vocab_size, batch).to(device)
 
     def step(self) -> float:
-        """Forward, backward and the optimizer's step; its seconds."""
+        """Run forward, backward and the optimizer step; return the seconds."""
         started = time.perf_counter()
         self.model(self.tokens, labels=self.tokens).loss.backward()
         self.optimizer.step()
@@ -168,10 +169,10 @@ class Training:
 def compare_steps(
     config: GatedLlamaConfig, baseline: GatedLlamaConfig, batch: tuple[int, int], device: torch.device, steps: int
 ) -> tuple[float, float]:
-    """The median seconds of a step, and the median of its ratios to the baseline's steps, taken in turns."""
+    """Return the median seconds of a step, and the median ratio to the baseline's steps, which take turns."""
     both = Training(config, batch, device), Training(baseline, batch, device)
     for training in both:
-        training.step()  # the first one is slower
+        training.step()  # the first step is slower
     pairs = [(both[0].step(), both[1].step()) for _ in range(steps)]
     return statistics.median(variant_seconds for variant_seconds, _ in pairs), statistics.median(
         variant_seconds / baseline_seconds for variant_seconds, baseline_seconds in pairs
@@ -179,7 +180,7 @@ def compare_steps(
 
 
 def step_memory(config: GatedLlamaConfig, batch: tuple[int, int], device: torch.device) -> int:
-    """Bytes that making a model and two of its steps need at their peak, on a CPU beyond what the process has."""
+    """Return the peak bytes of building a model and two steps, on a CPU without the bytes of the process before."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     training = Training(config, batch, device)
     training.step()
@@ -195,7 +196,7 @@ def send(connection: Connection, function: Callable[..., Any], *args: Any) -> No
 
 
 def in_a_process_of_its_own(function: Callable[..., Any], *args: Any) -> Any:
-    """What the function returns, in a process that is forked from one with the imports and nothing else."""
+    """Return the result of a function in a new process, which is forked from a process with imports only."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["modeling_gated.modeling_gated_llama", "variants"])
     receiver, sender = context.Pipe(duplex=False)
@@ -205,29 +206,29 @@ def in_a_process_of_its_own(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return receiver.recv()
     except EOFError:
-        sys.exit("a training step failed: see above")
+        sys.exit("error: a training step failed; see above")
     finally:
         process.join()
 
 
 def main(
-    hidden_size: int = 512,
-    num_hidden_layers: int = 2,
-    num_attention_heads: int = 8,
-    num_key_value_heads: int = 2,
-    head_dim: int = 64,
-    intermediate_size: int = 1536,
-    vocab_size: int = 4096,
-    batch_size: Annotated[int, typer.Option(min=1)] = 1,
-    sequence_length: Annotated[int, typer.Option(min=2)] = 256,
-    steps: Annotated[int, typer.Option(min=0)] = 15,
-    device: Annotated[str, typer.Option(help="cpu, or a CUDA device.")] = "cpu",
+    hidden_size: Annotated[int, typer.Option(help="Width of hidden states.")] = 512,
+    num_hidden_layers: Annotated[int, typer.Option(help="Number of layers.")] = 2,
+    num_attention_heads: Annotated[int, typer.Option(help="Number of query heads.")] = 8,
+    num_key_value_heads: Annotated[int, typer.Option(help="Number of key-value heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
+    intermediate_size: Annotated[int, typer.Option(help="Width of the MLP.")] = 1536,
+    vocab_size: Annotated[int, typer.Option(help="Number of embeddings.")] = 4096,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per training step.")] = 1,
+    sequence_length: Annotated[int, typer.Option(min=2, help="Length of a sequence in tokens.")] = 256,
+    steps: Annotated[int, typer.Option(min=0, help="Measured training steps; 0 skips training.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu or a CUDA device.")] = "cpu",
 ) -> None:
-    """Print the table of variants at a shape; --steps 0 leaves the training steps out."""
+    """Print a table of the variants at a shape."""
     if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
-        sys.exit(f"error: --device {device}: neither cpu nor cuda, cuda:0, ...")
+        sys.exit(f"error: --device must be cpu, cuda or cuda:N, got {device}")
     if device != "cpu" and not torch.cuda.is_available():
-        sys.exit(f"error: --device {device}: torch finds no CUDA device")
+        sys.exit(f"error: --device must be available, got {device}, but torch finds no CUDA device; use --device cpu")
     sizes = {
         "hidden_size": hidden_size,
         "num_hidden_layers": num_hidden_layers,
@@ -269,7 +270,7 @@ def main(
     console.print(table)
     print(
         f"baseline: {parameters_of_baseline:,} parameters, {flops_of_baseline / 1e9:,.1f} GFLOPs for {sequence_length} "
-        "tokens; FLOPs, time and memory are ratios to its own"
+        "tokens; FLOPs, time and memory are ratios to the baseline"
     )
 
 

@@ -1,4 +1,4 @@
-"""What gates.py measures: models that share their weights, passes over them, and what a pass cannot do without."""
+"""Models with shared weights, measured passes, and limits of their cost, for gates.py."""
 
 import ctypes
 import sys
@@ -60,18 +60,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def llama_config(shape: str, layers: int, tokens: int) -> LlamaConfig:
-    """Of so many of a shape's layers."""
+    """Return the config of a shape with this number of layers and positions."""
     return LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": layers, "max_position_embeddings": tokens})
 
 
 def count_parameters(config: LlamaConfig) -> int:
+    """Return the number of parameters of a config."""
     with init_empty_weights():
         return sum(parameter.numel() for parameter in LlamaForCausalLM(config).parameters())
 
 
 @torch.no_grad()
 def ungated_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """Llama with random weights."""
+    """Return a Llama model with random weights, in evaluation mode."""
     with torch.device(device):
         model: PreTrainedModel = LlamaForCausalLM._from_config(config, dtype=dtype)
     for parameter in model.parameters():
@@ -81,7 +82,7 @@ def ungated_model(config: LlamaConfig, dtype: torch.dtype, device: torch.device)
 
 @torch.no_grad()
 def gated_model(name: str, ungated: PreTrainedModel) -> PreTrainedModel:
-    """A formulation's model: the parameters of the ungated one, the very same, and random gates."""
+    """Return a formulation's model with random gates. It shares the parameters of the ungated model."""
     config: Any = ungated.config
     with init_empty_weights():
         model: PreTrainedModel
@@ -106,10 +107,16 @@ def gated_model(name: str, ungated: PreTrainedModel) -> PreTrainedModel:
 
 class Workload(ABC):
     """
-    A pass over a model, made again and again: so many `passes` in either order are a round of the benchmark, and after
-    so many `rounds` the next ones are of a workload that is made anew, as it matters where in memory it is.
+    Repeated pass over a model.
 
-    `compiled` lets torch compile the model, with fullgraph, first; on a CUDA device in `mode`.
+    A round of the benchmark has `passes` passes in either order. After `rounds` rounds a new workload replaces this
+    workload, because its place in memory affects the time.
+
+    Args:
+        model: model to measure.
+        batch_size: number of sequences.
+        tokens: length of a sequence in tokens.
+        compiled: compile the model with torch.compile and fullgraph, on a CUDA device in `mode`.
     """
 
     name: str
@@ -127,12 +134,13 @@ class Workload(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """One pass."""
+        """Run a pass."""
 
-    def before(self) -> None:  # noqa: B027  # most need nothing
-        """What has to be done before a pass and isn't measured."""
+    def before(self) -> None:  # noqa: B027  # optional
+        """Prepare a pass, outside the measurement."""
 
     def seconds(self) -> float:
+        """Return the seconds of a pass."""
         self.before()
         synchronize(self.model.device)
         started = time.perf_counter()
@@ -141,7 +149,7 @@ class Workload(ABC):
         return time.perf_counter() - started
 
     def memory(self) -> int:
-        """Bytes that a pass needs at its peak, beyond what there is before; 0, which is not known, if not on Linux."""
+        """Return the peak bytes that a pass adds to the memory before; 0, unknown, on a CPU without Linux."""
         self.before()
         if self.model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -152,16 +160,14 @@ class Workload(ABC):
             return 0
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc
             trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the current size
         held = _resident("VmRSS")
         self.run()
         return _resident("VmHWM") - held
 
 
 class Prefill(Workload):
-    """
-    The first pass over a prompt, which fills a cache (not if it is compiled), with the logits of its last token.
-    """
+    """First pass over a prompt, with logits of the last token. It fills a cache unless compiled."""
 
     name = "prefill"
 
@@ -171,7 +177,7 @@ class Prefill(Workload):
 
 
 class Decode(Workload):
-    """A pass of one token after a prompt."""
+    """Pass of one token after a prompt."""
 
     name = "decode"
     mode = "reduce-overhead"  # CUDA graphs, as when Transformers' generate compiles
@@ -194,7 +200,7 @@ class Decode(Workload):
             layer.cumulative_length.copy_(length)
 
     def memory(self) -> int:
-        """0, which is not known, of CUDA graphs, whose memory is their own."""
+        """Return the peak bytes; 0, unknown, for CUDA graphs, which have a private memory pool."""
         return 0 if self.compiled and self.model.device.type == "cuda" else super().memory()
 
     @torch.no_grad()
@@ -203,7 +209,7 @@ class Decode(Workload):
 
 
 class Training(Workload):
-    """Forward, backward and a step of AdamW, whose learning rate is 0 so that the weights stay as they are."""
+    """Forward, backward and a step of AdamW with learning rate 0, so that weights stay unchanged."""
 
     name = "training"
     rounds = 3
@@ -219,11 +225,11 @@ class Training(Workload):
         self.optimizer.zero_grad()
 
     def memory(self) -> int:
-        """On a CPU, where peaks scatter by more than gates need, the bytes that are kept for the backward pass."""
+        """Return the peak bytes; on a CPU, whose peaks are noisy, the bytes kept for the backward pass."""
         if self.model.device.type == "cuda":
             return super().memory()
         with kept_for_backward(self.model.parameters()) as kept:
-            loss = self._loss()  # which holds them, so that none has the place of another
+            loss = self._loss()  # keeps the tensors alive, so that no address is used twice
         assert loss.requires_grad
         return sum(kept.values())
 
@@ -236,8 +242,10 @@ WORKLOADS: dict[str, type[Workload]] = {workload.name: workload for workload in 
 
 def limit(model: PreTrainedModel, ungated: PreTrainedModel, workload: str, batch_size: int, tokens: int) -> float:
     """
-    What a pass takes, as a ratio to the ungated model's, if both do nothing but what they must: in decoding read
-    weights and cache once, else multiply. Backward is twice forward, so that training's ratio is forward's.
+    Return the ratio of a pass's minimum cost to the ungated model's.
+
+    The minimum cost is a single read of weights and cache in decoding, otherwise the matmul operations. Backward costs
+    twice as much as forward, so the ratio of training equals the ratio of forward.
     """
     config: Any = ungated.config
     gates = model.num_parameters() - ungated.num_parameters()
@@ -247,14 +255,15 @@ def limit(model: PreTrainedModel, ungated: PreTrainedModel, workload: str, batch
         cache = 2 * batch_size * tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         return 1 + gates / (weights + cache)
     head = config.vocab_size * config.hidden_size
-    products = weights - head + (head if workload == "training" else head / tokens)
-    scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens  # causal: a half of 2
-    return 1 + gates / (products + scores)
+    matmuls = weights - head + (head if workload == "training" else head / tokens)
+    # Two matmuls, halved by the causal mask.
+    scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
+    return 1 + gates / (matmuls + scores)
 
 
 @contextmanager
 def kept_for_backward(tensors: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
-    """The bytes that the operations made meanwhile keep for their backward pass, by place, without those of others."""
+    """Yield a dict of bytes by address that operations keep for backward inside the context, without `tensors`."""
     left_out = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     kept: dict[int, int] = {}
 
@@ -262,18 +271,19 @@ def kept_for_backward(tensors: Iterable[torch.Tensor]) -> Iterator[dict[int, int
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in left_out:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # an operation that kept its own output would never be freed
+        return tensor.detach()  # an operation that keeps its own output would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield kept
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for a CUDA device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _resident(field: str) -> int:
-    """A field of the process's memory, in bytes."""
+    """Return a field of the process's memory status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -1,13 +1,12 @@
 """
-What absorbing sinks owes to each of its steps, and what it costs in quality: the same budget with steps left out, other
-seeds and other budgets, as a table and a plot.
+Compare gated-llama absorb with ablations: steps left out, other seeds and other token budgets, as a table and a plot.
 
     python examples/recipes/absorption_controls.py [--budgets 20000] [--seeds 0] [--checkpoint FOLDER] [--output FOLDER]
 
-Variants are made with the first budget and the first seed, "absorbed", from which nothing is left out, with all of
-them. By default they are distilled on, sampled and fitted to less than gated-llama absorb does by itself. Each is a
-checkpoint in the output folder, made as any other: what was interrupted goes on where it was, and what is there is not
-made again. The table and the plot have every absorbed checkpoint of the folder, also one that gated-llama absorb made.
+The variant "absorbed" leaves no step out and runs with all budgets and seeds. Other variants run with the first budget
+and the first seed. The default budgets for distillation, sampling and calibration data are smaller than those of
+gated-llama absorb. Each result is a checkpoint in the output folder. Interrupted runs resume, and finished checkpoints
+are kept. The table and the plot include every absorbed checkpoint in the folder, also from gated-llama absorb.
 """
 
 import json
@@ -28,9 +27,9 @@ from modeling_gated.checkpoints.sources import find_source
 from modeling_gated.conversion import ConversionError
 
 
-# What is left out. Without keys edited, writers stay, too, as sinks need what they write. The last two have no edit and
-# are trained on the same loss: with gates that are 1 at first and, where there
-# are sinks, learn, and with gates that stay 1.
+# Steps that each variant leaves out. Without the key edit, the neurons that write massive activations stay too, because
+# sinks need massive activations. The last two variants have no edit and train on the same loss. Their gates start at 1;
+# gates of layers with sinks are trained in "identity gates", and no gates in "self-distilled".
 VARIANTS: dict[str, dict[str, bool]] = {
     "absorbed": {},
     "key edit without gates": {"edits_gates": False, "trains_gates": False},
@@ -42,11 +41,12 @@ KINDS = ("prose", "documentation", "code", "chat")
 
 
 def name_of(variant: str, tokens: int, seed: int) -> str:
+    """Return the folder name of a run."""
     return f"{variant.replace(' ', '-')}-{tokens}-seed{seed}"
 
 
 def wanted(variants: list[str], budgets: list[int], seeds: list[int]) -> list[tuple[str, int, int]]:
-    """Variant, tokens and seed of each run."""
+    """Return variant, tokens and seed of each run."""
     runs = [(variant, budgets[0], seeds[0]) for variant in variants]
     if "absorbed" in variants:
         runs += [("absorbed", *rest) for rest in product(budgets, seeds)]
@@ -54,14 +54,14 @@ def wanted(variants: list[str], budgets: list[int], seeds: list[int]) -> list[tu
 
 
 def read_reports(output: Path) -> dict[str, dict[str, Any]]:
-    """The reports of all checkpoints in a folder, by their names, those first that were distilled on the least."""
+    """Return the reports of all checkpoints in a folder by name, in the order of distilled tokens."""
     paths = sorted(output.glob("*/absorption.json"))
     reports = {path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
     return dict(sorted(reports.items(), key=lambda named: named[1]["distilled_tokens"]))
 
 
 def comparison(report: dict[str, Any], kind: str, tokens: int) -> dict[str, Any] | None:
-    """What was measured on windows of some text, if it was: plain ones, if there are such of that length."""
+    """Return the comparison on a kind of text at a length, on plain windows if available; None if not measured."""
     measured = (
         measurement
         for measurement in report["comparisons"]
@@ -71,31 +71,32 @@ def comparison(report: dict[str, Any], kind: str, tokens: int) -> dict[str, Any]
 
 
 def change(report: dict[str, Any], kind: str, tokens: int) -> float | None:
-    """Of perplexity, in percent."""
+    """Return the change of perplexity in percent."""
     measured = comparison(report, kind, tokens)
     return None if measured is None else 100 * (measured["perplexity_ratio"] - 1)
 
 
 def changes(report: dict[str, Any], tokens: int) -> list[float]:
-    """Of all kinds of text that were measured."""
+    """Return the changes of perplexity in percent for all measured kinds of text."""
     percentages = (change(report, kind, tokens) for kind in KINDS)
     return [percent for percent in percentages if percent is not None]
 
 
 def mean_of(report: dict[str, Any], field: str) -> float:
-    """Of the edited model, over texts at 512 tokens."""
+    """Return the mean of a measurement of the edited model over texts, on windows of 512 tokens."""
     measured = [
         measurement for measurement in (comparison(report, kind, 512) for kind in KINDS) if measurement is not None
     ]
     if not measured:
-        sys.exit(f"error: {report['output']}: was not measured on windows of 512 tokens")
+        sys.exit(f"error: {report['output']}: must be measured on windows of 512 tokens, got none; absorb it again")
     return statistics.fmean(measurement["edited"][field] for measurement in measured)
 
 
 def table_of(reports: dict[str, dict[str, Any]]) -> Table:
+    """Return a table with a row per checkpoint."""
     table = Table(box=box.MARKDOWN)
     table.add_column("", no_wrap=True)
-    headings = ["tokens", "products in", "F-Attn", "other sinks", "largest hidden state"]
+    headings = ["tokens", "matmuls in", "F-Attn", "other sinks", "largest hidden state"]
     headings += [f"{kind}, {tokens:,}" for tokens in (512, 2048) for kind in KINDS]
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -114,7 +115,7 @@ def table_of(reports: dict[str, dict[str, Any]]) -> Table:
 
 
 def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
-    """What is lost, of each kind of text and on average, against the tokens spent and against what is left of sinks."""
+    """Plot the change of perplexity per text, and its mean, over distilled tokens and over remaining F-Attn."""
     figure = Figure(figsize=(12, 5), layout="constrained")
     by_tokens, by_sinks = figure.subplots(1, 2, sharey=True)
     for number, (name, report) in enumerate(reports.items()):
@@ -136,39 +137,47 @@ def plot(reports: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def check_same(folder: Path, source: str, settings: AbsorptionSettings) -> None:
-    """See that what is there was made of the same source with the same settings, of which windows may be shorter."""
+    """
+    Check that an existing checkpoint has the same source and settings. Windows may be shorter.
+
+    Raises:
+        SystemExit: if a setting differs.
+    """
     report = json.loads((folder / "absorption.json").read_text(encoding="utf-8"))
     made_with = {"checkpoint": report["source"]["name"], **report["settings"]}
     for name, value in ({"checkpoint": source} | vars(settings)).items():
         if made_with[name] != value and not name.endswith("window_tokens"):
-            sys.exit(
-                f"error: {folder}: was made with {name}={made_with[name]!r}, not {value!r}; choose another --output"
-            )
+            sys.exit(f"error: {folder}: {name} must be {value!r}, got {made_with[name]!r}; choose another --output")
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """The parts of a comma-separated option."""
+    """Return the integers in a comma-separated option."""
     if not all(word.isdecimal() for word in text.split(",")):
-        sys.exit(f"error: {option} {text}: not numbers with commas between them")
+        sys.exit(f"error: {option} must be integers separated by commas, got {text}")
     return [int(word) for word in text.split(",")]
 
 
 def main(
-    checkpoint: str = "build/demo/SmolLM2-135M-Instruct",
-    output: Path = Path("build/absorption"),
-    budgets: Annotated[str, typer.Option(help="Tokens to distil on.")] = "20000",
-    seeds: str = "0",
-    variants: str = ",".join(VARIANTS),
-    sample_tokens: int = 10_000,
-    calibration_tokens: int = 8_192,
-    refinement_epochs: int = 12,  # more than by default, as there is less to see
-    measured_windows: int = 8,
+    checkpoint: Annotated[
+        str, typer.Option(help="Source checkpoint: a path or a model on the hub.")
+    ] = "build/demo/SmolLM2-135M-Instruct",
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints and frontier.png.")] = Path("build/absorption"),
+    budgets: Annotated[str, typer.Option(help="Tokens to distil on, separated by commas.")] = "20000",
+    seeds: Annotated[str, typer.Option(help="Random seeds, separated by commas.")] = "0",
+    variants: Annotated[
+        str, typer.Option(help=f"Variants, separated by commas: {', '.join(VARIANTS)}.", show_default="all")
+    ] = ",".join(VARIANTS),
+    sample_tokens: Annotated[int, typer.Option(help="Tokens that the source model samples.")] = 10_000,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of calibration data.")] = 8_192,
+    # More epochs than the default of gated-llama absorb, because there is less calibration data.
+    refinement_epochs: Annotated[int, typer.Option(help="Passes over the calibration data.")] = 12,
+    measured_windows: Annotated[int, typer.Option(help="Held-out windows of 512 tokens per text.")] = 8,
 ) -> None:
-    """Make what is not there yet, and print a table of all."""
+    """Run the missing variants, and print a table of all checkpoints."""
     names = variants.split(",")
     for name in names:
         if name not in VARIANTS:
-            sys.exit(f"error: --variants {name}: not one of {', '.join(VARIANTS)}")
+            sys.exit(f"error: --variants must be among {', '.join(VARIANTS)}, got {name}")
     output.mkdir(parents=True, exist_ok=True)
     for variant, tokens, seed in wanted(names, numbers(budgets, "--budgets"), numbers(seeds, "--seeds")):
         folder = output / name_of(variant, tokens, seed)
@@ -190,7 +199,7 @@ def main(
         except (AbsorptionError, ConversionError) as error:
             sys.exit(f"error: {error}")
     reports = read_reports(output)
-    Console(width=1_000).print(table_of(reports))  # names are never cut
+    Console(width=1_000).print(table_of(reports))  # wide enough for all names
     plot(reports, output / "frontier.png")
     print(f"written: {output / 'frontier.png'}")
 

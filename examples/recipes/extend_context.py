@@ -1,24 +1,25 @@
 """
-The paper's recipe for a longer context (arXiv 2505.06708, Table 5), from a checkpoint to a table of losses.
+Extend a model's context by the recipe of the gated attention paper (arXiv 2505.06708, Table 5), and measure the loss.
 
     python examples/recipes/extend_context.py [--config SETTINGS.toml] [--output FOLDER]
 
-    # several GPUs; the configuration's comments say what it needs
+    # several GPUs; the comments of the configuration name the requirements
     accelerate launch --config_file examples/shared/accelerate_fsdp2.yaml examples/recipes/extend_context.py \
         --config examples/recipes/extend_context_full.toml --output build/extend_context_full
 
-1. The base of RoPE is raised, and training goes on at the longer length: OUTPUT/trained. (A model from scratch is
-   first trained at the short length, with the base as it was: OUTPUT/short.)
-2. YaRN extends the context further, without training: OUTPUT/yarn.
-3. The loss on held-out text, by the number of tokens before, of the model before, with the base raised and no training,
-   trained, and with YaRN: a table, OUTPUT/results.json and OUTPUT/loss_by_position.png.
+1. Raise the RoPE base and continue training at the longer length: OUTPUT/trained. A model from scratch is first
+   trained at the short length with its own base: OUTPUT/short.
+2. Extend the context further by YaRN, without training: OUTPUT/yarn.
+3. Measure the loss on held-out text by the number of tokens before. The models are the model before, with the raised
+   base without training, trained, and with YaRN. The result is a table, OUTPUT/results.json and
+   OUTPUT/loss_by_position.png.
 
-Started again with the same output, it goes on where it was: from the last state that was saved (OUTPUT/state), with the
-batch that would have come next. Settings are explained in examples/recipes/extend_context_settings.py. The plot needs
-matplotlib: pip install '.[plot]'.
+An interrupted run resumes when started again with the same output. It loads the last saved state (OUTPUT/state) and
+takes the next batch. examples/recipes/extend_context_settings.py explains the settings. The plot needs matplotlib:
+pip install '.[plot]'.
 
-Logits are held one chunk at a time. Attention is sdpa's, without a mask; of a source with sliding windows (Mistral) it
-has one of [length, length] bits.
+The logits of one chunk of tokens are in memory at once. Attention is SDPA without a mask. Sources with sliding windows
+(Mistral) use a mask of [length, length] bits.
 """
 
 import argparse
@@ -49,12 +50,12 @@ from examples.shared.packed_text import PackedText, train_tokenizer, write_token
 
 
 def start_of(settings: Settings, output: Path) -> Path:
-    """The checkpoint whose context is extended."""
+    """Return the checkpoint whose context is extended."""
     return Path(settings.model) if settings.model else output / "short"
 
 
 def train_stage(run: Run, model: PreTrainedModel, stage: Stage) -> None:
-    """Train a whole model, and save it as OUTPUT/name."""
+    """Train all weights of a model, and save the result as OUTPUT/name."""
     checkpoint_layers(model)
     groups = gate_param_groups(model, stage.schedule.learning_rate, weight_decay=0.1)
     module = train(run, WindowLoss(model), groups, stage)
@@ -63,7 +64,7 @@ def train_stage(run: Run, model: PreTrainedModel, stage: Stage) -> None:
 
 
 def extend(run: Run, settings: Settings) -> None:
-    """The recipe's stages, but for those whose checkpoint is there."""
+    """Run the stages of the recipe, except stages whose checkpoint exists."""
     scratch, start = settings.from_scratch, start_of(settings, run.output)
     if scratch is not None and not start.is_dir():
         set_seed(settings.seed)
@@ -83,7 +84,7 @@ def extend(run: Run, settings: Settings) -> None:
 
 
 def compared_models(run: Run, settings: Settings) -> Iterator[tuple[str, PreTrainedModel]]:
-    """Each stage's model, one in memory at a time."""
+    """Yield name and model of each stage, with a single model in memory."""
     dtype = torch.bfloat16 if settings.mixed_precision == "bf16" else torch.float32
     start = start_of(settings, run.output)
     yield "before", load(start, dtype)
@@ -95,7 +96,7 @@ def compared_models(run: Run, settings: Settings) -> Iterator[tuple[str, PreTrai
 
 
 def evaluate(run: Run, settings: Settings) -> dict[str, torch.Tensor]:
-    """The loss of each model at each position, [yarn_length], the mean over windows that the processes share out."""
+    """Return each model's loss by position, [yarn_length] in nats, mean over windows. Processes share the windows."""
     accelerator = run.accelerator
     windows = run.text.held_out_windows(settings.yarn_length, settings.evaluation_windows)
     losses = {}
@@ -116,11 +117,17 @@ def evaluate(run: Run, settings: Settings) -> dict[str, torch.Tensor]:
 
 
 def tokenizer_folder(settings: Settings, output: Path) -> Path:
+    """Return the folder of the tokenizer: given, the model's, or OUTPUT/tokenizer."""
     return Path(settings.tokenizer or settings.model or output / "tokenizer")
 
 
 def prepare_text(settings: Settings, output: Path) -> PackedText:
-    """The text's tokens, and a tokenizer where none is given; made once."""
+    """
+    Return the text's tokens, which are written once. Train a tokenizer once if none is given.
+
+    Raises:
+        SettingsError: if the text is too short.
+    """
     folder = tokenizer_folder(settings, output)
     if settings.from_scratch is not None and folder == output / "tokenizer" and not folder.is_dir():
         partial = output / "tokenizer.partial"
@@ -131,25 +138,41 @@ def prepare_text(settings: Settings, output: Path) -> PackedText:
         write_tokens(settings.text, AutoTokenizer.from_pretrained(folder), path)
     text = PackedText(path)
     if text.training_windows(settings.length) < 1:
-        raise SettingsError(f"length={settings.length}: the text has only {text.training_size:,} tokens to train on")
+        raise SettingsError(
+            f"length must be less than the text's {text.training_size:,} training tokens, got {settings.length}; use a "
+            "longer text"
+        )
     if text.held_out_size <= settings.yarn_length:
-        raise SettingsError(f"yarn_length={settings.yarn_length}: only {text.held_out_size:,} tokens are held out")
+        raise SettingsError(
+            f"yarn_length must be less than the text's {text.held_out_size:,} held-out tokens, got "
+            f"{settings.yarn_length}; use a longer text"
+        )
     return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path(__file__).with_name("extend_context_small.toml"))
-    parser.add_argument("--output", type=Path, default=Path("build/extend_context"))
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path(__file__).with_name("extend_context_small.toml"),
+        help="TOML file of settings (default: extend_context_small.toml)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("build/extend_context"),
+        help="folder for all results (default: %(default)s)",
+    )
     parsed = parser.parse_args(arguments)
-    disable_progress_bar()  # of Transformers, beside those here
+    disable_progress_bar()  # bars of Transformers would mix with training bars
     try:
         settings = read_settings(parsed.config)
         accelerator = make_accelerator(settings.mixed_precision, settings.gradient_accumulation_steps)
         with accelerator.main_process_first():
             check_run_settings(asdict(settings) | {"processes": accelerator.num_processes}, parsed.output)
             text = prepare_text(settings, parsed.output)
-    except (OSError, ValueError) as error:  # SettingsError, and what texts and tokenizers are refused with
+    except (OSError, ValueError) as error:  # SettingsError, and errors of texts and tokenizers
         sys.exit(f"error: {error}" if PartialState().is_main_process else 1)
 
     run = Run(

@@ -1,12 +1,13 @@
 """
-LoRA, and the gates in full, on conversations, with TRL's SFTTrainer; the control is LoRA on the ungated model.
+Train LoRA and all gates on conversations with TRL's SFTTrainer. The baseline is LoRA on the ungated model.
 
     python examples/recipes/tune_chat.py [--steps 40] [--chat conversations.jsonl] [--output build/tune_chat]
 
-Each line of the file is an object with "messages", a list of {"role", "content"}, as TRL has them; the last is the
-assistant's, and is what is learnt. By default the conversations are questions about Python that its own language
-reference answers, a topic each. A tenth of them is held out. Both models see the same batches. Each seed's adapter is
-in OUTPUT/gated-seedN/adapter. Started again, it goes on where it was. Needs pip install '.[trl,plot]'.
+Each line of the file is an object with "messages", a list of {"role", "content"} as in TRL. The last message is the
+assistant's answer, on which the model is trained. The default conversations are questions about Python with answers
+from its language reference, a topic each. A tenth of the conversations is held out. Both models see the same batches.
+Each seed's adapter is in OUTPUT/gated-seedN/adapter. An interrupted run resumes when started again. Needs
+pip install '.[trl,plot]'.
 """
 
 import json
@@ -47,33 +48,33 @@ Conversation = list[dict[str, str]]
 
 @dataclass
 class Settings(RecipeSettings):
-    output: str = setting("build/tune_chat", "folder for all that is made")
-    chat: str = setting("", "file of conversations, one JSON object a line; by default about Python")
-    rank: int = setting(8, "of LoRA")
-    learning_rate: float = setting(2e-3, "of LoRA")
+    output: str = setting("build/tune_chat", "folder for all results")
+    chat: str = setting("", "file of conversations, a JSON object per line (default: questions about Python)")
+    rank: int = setting(8, "rank of LoRA")
+    learning_rate: float = setting(2e-3, "learning rate of LoRA")
 
     def check(self) -> None:
         if self.text:
-            raise ValueError("--text: this recipe learns from --chat")
+            raise ValueError(f"--text must not be given, got {self.text}; this recipe trains on --chat")
         super().check()
         if self.rank < 1:
-            raise ValueError(f"--rank={self.rank} is not positive")
+            raise ValueError(f"--rank must be at least 1, got {self.rank}")
 
 
 class GateSFTTrainer(GateTrainerMixin, SFTTrainer):
-    """TRL's SFTTrainer, with groups of parameters that suit gates."""
+    """TRL's SFTTrainer with parameter groups for gates."""
 
 
 def conversations(path: str) -> Iterator[Conversation]:
     """
-    The conversations of a file, or about Python.
+    Yield the conversations of a file, or questions about Python if `path` is empty.
 
     Raises:
-        ValueError: if a line is none.
+        ValueError: if a line is not a conversation.
     """
     if not path:
         for name, topic in topics.items():
-            # The heading and its underline, then paragraphs.
+            # Skip the heading with its underline.
             paragraphs = [paragraph.strip() for paragraph in topic.split("\n\n")[1:] if paragraph.strip()]
             question = f"What does Python's language reference say about {name.replace('-', ' ')!r}?"
             yield [
@@ -87,21 +88,33 @@ def conversations(path: str) -> Iterator[Conversation]:
                 try:
                     yield checked(json.loads(line))
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{path}: line {number}: no conversation: {error!r}") from None
+                    raise ValueError(f"{path}: line {number} must be a conversation, got {error!r}") from None
 
 
 def checked(entry: Any) -> Conversation:
-    """A line's messages."""
+    """
+    Return the messages of a line.
+
+    Raises:
+        KeyError, TypeError, ValueError: if the line is not a conversation that ends with an answer.
+    """
     messages = [{"role": message["role"], "content": message["content"]} for message in entry["messages"]]
     if not all(isinstance(text, str) for message in messages for text in message.values()):
-        raise TypeError("roles and contents are texts")
+        raise TypeError("roles and contents must be strings")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError("it does not end with an answer of the assistant's")
+        raise ValueError("the last message must be an answer with the role assistant")
     return messages
 
 
 def split(settings: Settings) -> tuple[list[Conversation], list[Conversation]]:
-    """Conversations to train on, and a tenth of all of which no paragraph of an answer is in those."""
+    """
+    Return training conversations and held-out conversations, a tenth of all.
+
+    Held-out conversations that share a paragraph of an answer with training conversations are dropped.
+
+    Raises:
+        ValueError: if no held-out conversation is left.
+    """
     shuffled = list(conversations(settings.chat))
     random.Random(0).shuffle(shuffled)
     count = len(shuffled) // 10
@@ -109,18 +122,27 @@ def split(settings: Settings) -> tuple[list[Conversation], list[Conversation]]:
     known = {paragraph for messages in training for paragraph in paragraphs(messages)}
     held = [messages for messages in shuffled[:count] if known.isdisjoint(paragraphs(messages))]
     if not held:
-        raise ValueError(f"--chat={settings.chat}: of {len(shuffled)} conversations none can be held out")
+        raise ValueError(
+            f"--chat must have conversations to hold out, got {settings.chat!r} with {len(shuffled)} conversations; "
+            "add conversations with different answers"
+        )
     return training, held
 
 
 def paragraphs(messages: Conversation) -> set[str]:
+    """Return the paragraphs of the answer."""
     return set(messages[-1]["content"].split("\n\n"))
 
 
 def held_out_answers(
     settings: Settings, dialogues: list[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> list[HeldOut]:
-    """The tokens of conversations, cut to the length, of which the answers' are to be predicted."""
+    """
+    Return the tokens of conversations, cut to the length. Only the answers' tokens are predicted.
+
+    Raises:
+        ValueError: if no question fits into the length.
+    """
     sequences = []
     for messages in dialogues:
         tokens, prompt = (
@@ -130,7 +152,7 @@ def held_out_answers(
         if len(prompt) < min(len(tokens), settings.length):
             sequences.append(HeldOut(torch.tensor(tokens[: settings.length]), given=len(prompt)))
     if not sequences:
-        raise ValueError(f"--length={settings.length}: no held-out question fits into it")
+        raise ValueError(f"--length must fit a held-out question, got {settings.length}; use a greater length")
     return sequences[: settings.evaluation_windows]
 
 

@@ -1,11 +1,11 @@
 """
-Only the gates are trained, with Trainer and PEFT: 0.12 % of SmolLM2-135M's parameters, an adapter of 0.6 MB.
+Train only the gates with Trainer and PEFT: 0.12 % of SmolLM2-135M's parameters, an adapter of 0.6 MB.
 
     python examples/recipes/tune_gates.py [--steps 40] [--text 'FILES/*.txt'] [--output build/tune_gates]
 
-The control has no gates to train. It is the same model with LoRA on `o_proj`, whose inputs the gates multiply, of the
-rank that comes nearest in trainable parameters; it sees the same batches. Each seed's adapter is in
-OUTPUT/gated-seedN/adapter. Started again, it goes on where it was. Needs pip install '.[peft,plot]'.
+The baseline is the ungated model with LoRA on `o_proj`, whose inputs the gates multiply. Its rank gives the closest
+number of trainable parameters. Both models see the same batches. Each seed's adapter is in OUTPUT/gated-seedN/adapter.
+An interrupted run resumes when started again. Needs pip install '.[peft,plot]'.
 """
 
 import sys
@@ -47,16 +47,16 @@ from examples.shared.trainer_recipe import arguments, one_process, run_all, tune
 
 @dataclass
 class Settings(RecipeSettings):
-    output: str = setting("build/tune_gates", "folder for all that is made")
-    learning_rate: float = setting(1e-2, "of the control's LoRA")
+    output: str = setting("build/tune_gates", "folder for all results")
+    learning_rate: float = setting(1e-2, "learning rate of the baseline's LoRA")
 
 
 class GateTrainer(GateTrainerMixin, Trainer):
-    """Trainer, with groups of parameters that suit gates."""
+    """Trainer with parameter groups for gates."""
 
 
 class WindowDataset(Dataset):
-    """The windows of a text that come first in a seed's order."""
+    """The first windows of a text in the order of a seed."""
 
     def __init__(self, text: PackedText, length: int, count: int, seed: int) -> None:
         self.windows = text.training_batch(length, 0, count, seed)
@@ -69,6 +69,7 @@ class WindowDataset(Dataset):
 
 
 def load(models: Models, kind: str) -> PeftModel:
+    """Load the gated model with trainable gates, or the baseline with LoRA."""
     if kind == "gated":
         model = AutoModelForCausalLM.from_pretrained(models.gated)
         return get_peft_model(model, gate_peft_config())
@@ -78,7 +79,7 @@ def load(models: Models, kind: str) -> PeftModel:
 
 
 def equal_rank(config: PreTrainedConfig) -> int:
-    """The rank at which LoRA on `o_proj` has about as many parameters as headwise gates."""
+    """Return the rank at which LoRA on `o_proj` has about as many parameters as headwise gates."""
     gates = config.num_attention_heads * (config.hidden_size + 1)
     return max(1, round(gates / (config.num_attention_heads * config.head_dim + config.hidden_size)))
 

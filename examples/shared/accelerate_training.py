@@ -1,4 +1,4 @@
-"""What the recipes train and save with accelerate: a model's loss on windows of packed text, and its checkpoints."""
+"""Training with accelerate: a model's loss on windows of packed text, and saving of checkpoints."""
 
 import shutil
 from pathlib import Path
@@ -16,24 +16,32 @@ from modeling_gated.training.loop import Run
 
 class WindowLoss(nn.Module):
     """
-    A causal language model's mean loss on windows of text, with the logits of one chunk of tokens in memory. They are
-    those of the output embeddings: what some families do with them then (Gemma 2, Cohere, Granite) is left out.
+    Mean loss of a causal language model on windows of text, with the logits of one chunk of tokens in memory.
 
-    Not torch's linear_cross_entropy: it needs torch 2.13, computes in float32 under autocast, and returns a bfloat16
-    loss for bfloat16 weights. This module is what is sharded or replicated, so all that uses parameters happens in its
-    forward; that of `lm_head` is checkpointed, since backward would else need every chunk's logits.
+    The logits are the outputs of the output embeddings. Scaling or capping of logits in some families (Gemma 2, Cohere,
+    Granite) is not applied.
+
+    torch's linear_cross_entropy is not used: it needs torch 2.13, computes in float32 under autocast, and returns a
+    bfloat16 loss for bfloat16 weights. FSDP and DDP wrap this module, so all uses of parameters are in its forward. The
+    forward of `lm_head` is checkpointed, because backward would otherwise need the logits of every chunk.
+
+    Args:
+        model: causal language model.
+        chunk_size: number of tokens whose logits are held in memory at once.
     """
 
     def __init__(self, model: PreTrainedModel, chunk_size: int = 1024) -> None:
         super().__init__()
         self.model = model
         self.chunk_size = chunk_size
-        self._no_split_modules = model._no_split_modules  # FSDP's units
+        self._no_split_modules = model._no_split_modules  # classes of FSDP units
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """
+        Return the mean loss in nats per token.
+
         Args:
-            windows: token ids [batch, length + 1]; the labels are the inputs shifted by one.
+            windows: token ids [batch, length + 1]. Labels are the inputs shifted by one token.
         """
         hidden = self.model.base_model(windows[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
         labels = windows[:, 1:].flatten()
@@ -45,24 +53,24 @@ class WindowLoss(nn.Module):
 
 
 def load(path: str | Path, dtype: torch.dtype | str = torch.float32, **options: Any) -> PreTrainedModel:
-    """A causal language model, whole in this process; accelerate shards what it prepares."""
-    unset_hf_deepspeed_config()  # with which Transformers would shard it over all processes, by ZeRO-3
+    """Load a complete causal language model in this process. accelerate shards the model later."""
+    unset_hf_deepspeed_config()  # otherwise Transformers shards the model by ZeRO-3 while loading
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Let the model keep nothing of its layers for the backward pass but their inputs."""
-    # Transformers renamed it after 5.16.
+    """Enable activation checkpointing: layers keep only their inputs for the backward pass."""
+    # Transformers renamed the method after 5.16.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def save_model(run: Run, module: nn.Module, name: str, attribute: str = "model") -> None:
-    """Save the module's model as OUTPUT/name, where it appears when it is complete."""
+    """Save the module's model as OUTPUT/name. The folder gets its name when it is complete."""
     weights = run.accelerator.get_state_dict(module)  # gathered from all processes
     if run.accelerator.is_main_process:
         model = getattr(run.accelerator.unwrap_model(module), attribute)
-        # Gathered tied weights are copies of each other, and saved would both be: the first name is enough.
+        # Gathered tied weights are separate copies; save them under the first name only.
         names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
         prefixed = {key: key.removeprefix(f"{attribute}.") for key in weights if key.startswith(f"{attribute}.")}
         selected = {new: weights[key] for key, new in prefixed.items() if new in names}
@@ -74,6 +82,7 @@ def save_model(run: Run, module: nn.Module, name: str, attribute: str = "model")
 def write_checkpoint(
     run: Run, model: PreTrainedModel, name: str, weights: dict[str, torch.Tensor] | None = None
 ) -> None:
+    """Save a model with its tokenizer as OUTPUT/name, with `weights` instead of its own weights if given."""
     partial = run.output / f"{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=weights)

@@ -1,4 +1,4 @@
-"""Gated models and their ungated controls, over seeds: a table, a file and a plot."""
+"""Comparison of gated models with ungated baselines over several seeds: a table, a JSON file and a plot."""
 
 import json
 import statistics
@@ -14,11 +14,11 @@ from rich.table import Table
 from examples.shared.recipe import KINDS, RESULT
 
 
-Runs = dict[str, dict[int, dict[str, Any]]]  # kind, seed
+Runs = dict[str, dict[int, dict[str, Any]]]  # result by kind and seed
 
 
 def report(output: Path, seeds: list[int]) -> None:
-    """Write OUTPUT/results.json and OUTPUT/comparison.png of what runs have left, and print the table."""
+    """Write OUTPUT/results.json and OUTPUT/comparison.png from the results of all runs, and print the table."""
     runs: Runs = {
         kind: {seed: json.loads((output / f"{kind}-seed{seed}" / RESULT).read_text(encoding="utf-8")) for seed in seeds}
         for kind in KINDS
@@ -37,7 +37,7 @@ def report(output: Path, seeds: list[int]) -> None:
         "first-token attention after": _of_moment(runs, "after", "first_token_attention"),
     }
     differences = [runs["gated"][seed]["after"]["loss"] - runs["control"][seed]["after"]["loss"] for seed in seeds]
-    summary = f"loss after, gated - control, seed by seed: {spread(differences)}"
+    summary = f"loss after, gated - control, per seed: {spread(differences)}"
     results = {"runs": runs, "gated - control": differences}
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot(runs, output / "comparison.png")
@@ -62,12 +62,12 @@ def _of_moment(runs: Runs, moment: str, name: str) -> dict[str, str]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and range."""
+    """Return mean and range as text."""
     return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
 def plot(runs: Runs, path: Path) -> None:
-    """The training losses, mean of the seeds; and by how much they differ, which the batches' own do not hide."""
+    """Plot training losses, mean of the seeds, and their difference per seed, which is free of noise from batches."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = {kind: np.array([_smooth(run["losses"]) for run in of.values()]) for kind, of in runs.items()}
@@ -85,7 +85,7 @@ def plot(runs: Runs, path: Path) -> None:
 
 
 def _smooth(losses: list[float], share: float = 0.1) -> np.ndarray:
-    """The running mean over a tenth of the steps."""
+    """Return the running mean over a tenth of the steps."""
     width = max(1, round(share * len(losses)))
     padded = np.concatenate([np.full(width - 1, losses[0]), losses])
     return np.convolve(padded, np.full(width, 1 / width), "valid")

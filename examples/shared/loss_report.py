@@ -1,4 +1,4 @@
-"""Losses by position of several models, as a table and as a plot."""
+"""Table and plot of losses by position for several models."""
 
 import json
 import math
@@ -18,11 +18,12 @@ RESULTS = "results.json"
 
 def write_report(losses: dict[str, torch.Tensor], lengths: dict[str, int], output: Path) -> None:
     """
-    Write OUTPUT/loss_by_position.png, and OUTPUT/results.json with the mean loss in buckets of positions.
+    Write OUTPUT/loss_by_position.png, and OUTPUT/results.json with mean losses in buckets of positions.
 
     Args:
-        losses: the loss of each model at each position, [longest].
-        lengths: that of the models before, and what each step of the recipe extended it to; ascending.
+        losses: loss of each model at each position, [longest length], in nats.
+        lengths: context length of the first model and after each step of the recipe, in tokens, ascending.
+        output: folder for the files.
     """
     plot(losses, lengths, output / "loss_by_position.png")
     short, longest = min(lengths.values()), max(lengths.values())
@@ -38,9 +39,9 @@ def write_report(losses: dict[str, torch.Tensor], lengths: dict[str, int], outpu
 
 
 def plot(losses: dict[str, torch.Tensor], lengths: dict[str, int], path: Path) -> None:
-    """Means over halves of an octave, as single positions are noisy."""
+    """Plot means over half octaves of positions, because single positions are noisy."""
     longest = max(lengths.values())
-    begin = min(32, longest // 2)  # the first tokens' losses are the highest, and of few tokens
+    begin = min(32, longest // 2)  # losses of the first tokens are high and noisy
     edges = np.unique(np.geomspace(begin, longest, 2 * round(math.log2(longest / begin)) + 1).astype(int))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -50,7 +51,7 @@ def plot(losses: dict[str, torch.Tensor], lengths: dict[str, int], path: Path) -
     for name, length in lengths.items():
         axes.axvline(length, color="gray", linewidth=0.5)
         axes.annotate(f"{name}: {length:,} ", (length, 0.98), xycoords=axes.get_xaxis_transform(), ha="right", va="top")
-    axes.margins(y=0.15)  # room for the names of the lengths
+    axes.margins(y=0.15)  # room for the labels of lengths
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel="tokens before", ylabel="loss on held-out text, nats per token")
@@ -59,6 +60,7 @@ def plot(losses: dict[str, torch.Tensor], lengths: dict[str, int], path: Path) -
 
 
 def print_table(output: Path) -> None:
+    """Print OUTPUT/results.json as a table."""
     results = json.loads((output / RESULTS).read_text(encoding="utf-8"))
     table = Table(box=box.MARKDOWN)
     table.add_column("tokens before", justify="right")

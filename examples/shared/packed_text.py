@@ -1,4 +1,4 @@
-"""Text as one row of tokens in a file, document after document, and the windows of it that a model is trained on."""
+"""Packed text: the tokens of all documents in a file, and the windows for training and evaluation."""
 
 import glob
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,12 +19,13 @@ DOCUMENTS_AT_ONCE = 256
 
 
 def files(patterns: Iterable[str]) -> list[Path]:
+    """Return the files that match any of the globs, sorted, each once."""
     return sorted({Path(path) for pattern in patterns for path in glob.glob(pattern, recursive=True)})
 
 
 def documents(patterns: Sequence[str]) -> Iterator[str]:
     """
-    The text of each file that the globs match; without globs the topics of Python's language reference.
+    Yield the text of each file that the globs match. Without globs, yield the topics of Python's language reference.
 
     Raises:
         ValueError: if a file is not UTF-8.
@@ -34,13 +35,13 @@ def documents(patterns: Sequence[str]) -> Iterator[str]:
             try:
                 yield path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+                raise ValueError(f"{path}: must be UTF-8, got {error.reason} at byte {error.start}") from None
     else:
         yield from topics.values()
 
 
 def train_tokenizer(patterns: Sequence[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the first 90 % of the characters, the part of the text that a model is then trained on."""
+    """Train a byte-level BPE tokenizer on the first 90 % of the characters, the part that models are trained on."""
     left = int(TRAINING_SHARE * sum(map(len, documents(patterns))))
 
     def training_text() -> Iterator[str]:
@@ -65,17 +66,17 @@ def train_tokenizer(patterns: Sequence[str], vocabulary_size: int) -> PreTrained
 
 def write_tokens(patterns: Sequence[str], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """
-    Write the tokens of all documents, each with the end-of-sequence token after it, as uint32.
+    Write the tokens of all documents as uint32, with the end-of-sequence token after each document.
 
     Raises:
-        ValueError: if the tokenizer has no such token.
+        ValueError: if the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{tokenizer.name_or_path}: its tokenizer has no end-of-sequence token")
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer must have an end-of-sequence token; set eos_token")
     partial = path.with_suffix(".partial")
     texts = documents(patterns)
     with partial.open("wb") as file, tqdm(desc="tokenizing", unit=" documents", leave=False) as progress:
-        # Some at a time: tokenizers work on the texts of one call in parallel.
+        # Batches of documents, because tokenizers process the texts of a call in parallel.
         while batch := list(islice(texts, DOCUMENTS_AT_ONCE)):
             for tokens in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                 np.array([*tokens, tokenizer.eos_token_id], dtype=np.uint32).tofile(file)
@@ -85,10 +86,13 @@ def write_tokens(patterns: Sequence[str], tokenizer: PreTrainedTokenizerBase, pa
 
 class PackedText:
     """
-    The tokens in a file that `write_tokens` wrote. The last tenth is held out.
+    Tokens in a file that `write_tokens` wrote. The last tenth is held out.
 
-    A window of `length` has a token more than that, since its labels are its inputs shifted by one; it is the first
-    token of the next window. Windows take no notice of where documents end.
+    A window of `length` has `length + 1` tokens, because labels are inputs shifted by one. The last token is also the
+    first token of the next window. Windows cross the ends of documents.
+
+    Args:
+        path: file of tokens, uint32.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,13 +101,18 @@ class PackedText:
         self.held_out_size = len(self.tokens) - self.training_size
 
     def training_windows(self, length: int) -> int:
-        """How many windows of a length there are to train on."""
+        """Return the number of training windows of a length."""
         return max(self.training_size - 1, 0) // length
 
     def training_batch(self, length: int, first: int, count: int, seed: int) -> torch.Tensor:
         """
-        The windows number `first` to `first + count` of an endless order that the seed determines: each epoch has all
-        windows once, shuffled.
+        Return a batch of training windows. Each epoch has all windows once, in an order that the seed determines.
+
+        Args:
+            length: length of a window in tokens.
+            first: index of the first window in the endless order.
+            count: number of windows.
+            seed: random seed of the order.
 
         Returns:
             Token ids [count, length + 1], int64.
@@ -111,12 +120,18 @@ class PackedText:
         windows = self.training_windows(length)
         numbers = range(first, first + count)
         chosen = [_shuffled(windows, seed, number // windows)[number % windows] for number in numbers]
-        assert max(chosen) * length + length + 1 <= self.training_size, "held-out text is not trained on"
+        assert max(chosen) * length + length + 1 <= self.training_size, (
+            "training windows must not overlap held-out text"
+        )
         return self._windows([window * length for window in chosen], length)
 
     def held_out_windows(self, length: int, count: int) -> torch.Tensor:
         """
-        Windows spread evenly over the held-out text; they overlap where it is short.
+        Return windows spread evenly over the held-out text. Windows overlap if the text is short.
+
+        Args:
+            length: length of a window in tokens.
+            count: number of windows.
 
         Returns:
             Token ids [count, length + 1], int64.

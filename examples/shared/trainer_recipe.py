@@ -1,4 +1,4 @@
-"""What the recipes with Trainer, or TRL's trainers, share."""
+"""Shared code of recipes that use Trainer or TRL's trainers."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from examples.shared.recipe import KINDS, RESULT, HeldOut, RecipeSettings, measu
 
 
 def arguments(settings: RecipeSettings, folder: Path, seed: int) -> dict[str, Any]:
-    """What Trainer is told, so that it saves states, and logs every step's loss."""
+    """Return arguments of Trainer: it saves states and logs the loss of every step."""
     return {
         "output_dir": str(folder / "state"),
         "max_steps": settings.steps,
@@ -34,7 +34,7 @@ def arguments(settings: RecipeSettings, folder: Path, seed: int) -> dict[str, An
 
 
 class LossBesideProgress(ProgressCallback):
-    """Trainer's progress bar with the loss at its end, and not on a line for each step."""
+    """Progress bar of Trainer that shows the loss in the bar instead of a line per step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and "loss" in (logs or {}):
@@ -42,7 +42,7 @@ class LossBesideProgress(ProgressCallback):
 
 
 def run_all(settings: RecipeSettings, run: Callable[[str, int, Path], None]) -> None:
-    """Each seed of both models that is not finished, each in a folder of its own; then the comparison."""
+    """Run each unfinished seed of both models in its own folder, then write the comparison."""
     for seed in settings.seeds:
         for kind in KINDS:
             folder = Path(settings.output) / f"{kind}-seed{seed}"
@@ -52,7 +52,7 @@ def run_all(settings: RecipeSettings, run: Callable[[str, int, Path], None]) -> 
 
 
 def tune(trainer: Trainer, evaluation: list[HeldOut], folder: Path) -> None:
-    """Train from the last complete state, if there is one; write FOLDER/adapter and what the model did and does."""
+    """Train from the last complete state, if any; write FOLDER/adapter and the measurements before and after."""
     model = trainer.model
     before = measure(model.get_base_model(), evaluation)
     trainer.remove_callback(ProgressCallback)
@@ -66,11 +66,11 @@ def tune(trainer: Trainer, evaluation: list[HeldOut], folder: Path) -> None:
 
 
 def last_state(folder: Path) -> Path | None:
-    """The last of Trainer's checkpoints that is complete; a later one was being written when a run was killed."""
+    """Return the last complete checkpoint of Trainer. Delete incomplete checkpoints of killed runs."""
     states = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for state in reversed(states):
         try:
-            json.loads((state / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # written after all else
+            json.loads((state / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # the last file that is written
             return state
         except (OSError, ValueError):
             shutil.rmtree(state)
@@ -79,10 +79,12 @@ def last_state(folder: Path) -> Path | None:
 
 def one_process() -> None:
     """
+    Check that Trainer runs in a single process on a single device, so that the batch size is as set.
+
     Raises:
-        ValueError: if there are more processes, or more GPUs, over which Trainer would spread larger batches.
+        ValueError: if there are more processes or GPUs.
     """
     if (processes := PartialState().num_processes) > 1:
-        raise ValueError(f"this recipe is for one process, not {processes}")
+        raise ValueError(f"this recipe must run in 1 process, got {processes}; start it without accelerate launch")
     if (gpus := torch.cuda.device_count()) > 1:
-        raise ValueError(f"this recipe is for one device, not {gpus} GPUs: set CUDA_VISIBLE_DEVICES to one")
+        raise ValueError(f"this recipe must run on 1 GPU, got {gpus}; set CUDA_VISIBLE_DEVICES to one GPU")

@@ -1,4 +1,10 @@
-"""Moving what attention sinks do into gates: a checkpoint in, one without sinks and massive activations out."""
+"""
+Removal of attention sinks and massive activations from a checkpoint.
+
+An attention sink is a token, usually the first, that receives a large share of the attention. A massive activation is a
+hidden state above 100 and about 1,000 times the median (arXiv 2402.17762). Attention output gates (arXiv 2505.06708)
+replace the function of sinks.
+"""
 
 from modeling_gated.errors import AbsorptionError
 

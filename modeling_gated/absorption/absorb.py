@@ -1,4 +1,4 @@
-"""A checkpoint with attention sinks in, one without them out; its steps are kept until the result is complete."""
+"""Conversion of a checkpoint with attention sinks into a gated checkpoint without sinks, in steps that can resume."""
 
 import os
 import shutil
@@ -49,40 +49,45 @@ def absorb_checkpoint(
     progress: bool = False,
 ) -> Absorption:
     """
-    Write a gated checkpoint that predicts what `checkpoint` does without its attention sinks and massive activations.
+    Write a gated checkpoint with nearly the predictions of `checkpoint`, without attention sinks and massive
+    activations.
 
-    What it takes long to make is kept in `OUTPUT.partial`, from which the same call goes on after an interruption. The
-    result appears under its name when it is complete, with what was measured in its model card and in
-    `absorption.json`; then `OUTPUT.partial` is removed.
+    Results of the slow steps are kept in `OUTPUT.partial`. After an interruption, the same call resumes from there.
+    The result gets its name when it is complete, and `OUTPUT.partial` is then removed. The model card and
+    `absorption.json` report the measured differences.
 
     Args:
-        checkpoint: whatever can be converted, or a gated checkpoint whose gates are 1, as conversion writes them.
-        output: the directory to make.
-        text: files, UTF-8, to distil on beside what the original writes itself, instead of the default's prose,
-            documentation and code. Of each the last quarter is held out, and a twentieth before it decides when
-            training is enough.
-        settings: how to go about it.
-        dtype: what to compute in, bfloat16 or float32; if not given, float32 on a CPU, where sampling, fitting
-            and training multiply in bfloat16 if the CPU has instructions for it; elsewhere bfloat16 if the checkpoint
-            is, else float32. The result has the checkpoint's, and what bfloat16 rounds stays rounded.
-        device: if not given, the GPU if there is one.
+        checkpoint: any checkpoint that can be converted, or a gated checkpoint whose gates are 1, as conversion writes.
+        output: directory to create.
+        text: UTF-8 files to distil on, in addition to text that the source model samples. They replace the default
+            prose, documentation and code. The last quarter of each file is held out. The twentieth before the last
+            quarter is validation text for early stopping.
+        settings: settings of the edit, the distillation and the comparison.
+        dtype: dtype to compute in, bfloat16 or float32. The default on a CPU is float32; sampling, fitting and training
+            then use bfloat16 matmuls if the CPU has instructions for them. The default elsewhere is bfloat16 for a
+            bfloat16 checkpoint, otherwise float32. The result has the checkpoint's dtype. Values that bfloat16
+            rounds stay rounded.
+        device: device to compute on; the GPU by default if there is one, otherwise the CPU.
         overwrite: replace `output` if it is an empty directory or a checkpoint.
-        revision: the branch, tag or commit of a model on the hub.
+        revision: branch, tag or commit of a model on the hub.
         progress: show progress bars, on a terminal.
 
+    Returns:
+        The edits, losses, times and comparisons of the run.
+
     Raises:
-        AbsorptionError: if the checkpoint's gates are not 1 or its weights are quantized, a text is too short, or
-            `OUTPUT.partial` is damaged or of another call; for another dtype; in a process in which accelerate was told
-            to use another device or precision.
-        ConversionError: if the checkpoint cannot be read, its weights are not finite, or the output not be written.
-        TokenizerError: if its tokenizer cannot be loaded, fails, or gives ids that the model has no embeddings for.
+        AbsorptionError: if the checkpoint's gates are not 1, its weights are quantized, or a text is too short; if
+            `OUTPUT.partial` is damaged or from a call with other settings; if `dtype` is another dtype; or if
+            accelerate uses another device or precision in this process.
+        ConversionError: if the checkpoint cannot be read, its weights are not finite, or the output cannot be written.
+        TokenizerError: if the tokenizer cannot be loaded, fails, or gives ids that the model has no embeddings for.
         EvaluationError: if a text cannot be read.
     """
     settings = settings or AbsorptionSettings()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output, paths = Path(output).resolve(), [Path(path) for path in text]
     if dtype not in (None, torch.bfloat16, torch.float32):
-        raise AbsorptionError(f"dtype {dtype}: is neither bfloat16 nor float32")
+        raise AbsorptionError(f"dtype must be torch.bfloat16 or torch.float32, got {dtype}")
     flags = {"text": paths} | {name: getattr(settings, name) for name in ("distill_tokens", "sample_tokens", "seed")}
     flags |= {"dtype": dtype, "revision": revision}
     origin = {"command": f"`{command_line('absorb', checkpoint, output, flags, overwrite)}`"}
@@ -90,15 +95,15 @@ def absorb_checkpoint(
     unflagged = {name: value for name, value in asdict(settings).items() if name not in flags}
     unsaid = [f"{name}={value}" for name, value in unflagged.items() if value != defaults[name]]
     if unsaid:
-        origin["settings that it has no flags for"] = ", ".join(unsaid)
+        origin["settings without a flag"] = ", ".join(unsaid)
     source = find_source(os.fspath(checkpoint), revision)
     clear_leftovers(output)
     check_output(source.path, output, overwrite)
     check_texts(paths)
-    accelerator_for(device)  # refuses at once what would end the run at its distillation
+    accelerator_for(device)  # fail early: distillation would raise the same error
     folder = output.with_name(f"{output.name}.partial")
     try:
-        # Part of the run's identity: what a GPU, or a CPU with matmuls in bfloat16, began, others do not finish.
+        # Part of the run's identity: another kind of device or of matmuls must not resume a run.
         on_cpu = dtype is None and device.type == "cpu"
         dtype, bfloat16_matmuls = torch.float32 if on_cpu else dtype, on_cpu and has_bfloat16_matmuls()
         identity = RunIdentity(source, {path: sha256(path) for path in paths}, settings, dtype, bfloat16_matmuls)
@@ -107,46 +112,46 @@ def absorb_checkpoint(
         done, distilled = _absorbed(work, texts, identity, output)
         with replacing(output, overwrite) as staging:
             _write(done, work.original, distilled, staging, origin)
-        with scratch_directory(output) as scratch:  # under its name it is whole or not there
+        with scratch_directory(output) as scratch:  # rename first: OUTPUT.partial is never half deleted
             folder.rename(scratch / folder.name)
     except OSError as error:
         raise AbsorptionError(f"{error.filename or output}: {error.strerror or error}") from error
-    except SafetensorError as error:  # how saving says that the disk is full
+    except SafetensorError as error:  # raised by saving if the disk is full
         raise AbsorptionError(f"{output}: {error}") from error
     return done
 
 
 def _prepared(identity: RunIdentity, folder: Path, device: torch.device, progress: bool) -> tuple[Work, list[Text]]:
-    """The steps, of the original with gates that are 1, and their texts."""
+    """Return the steps, for the source model with gates that are 1, and the texts for them."""
     source = identity.source.path
     try:
         tokenizer = None
-        if not identity.source.is_gguf:  # before anything is written
+        if not identity.source.is_gguf:  # check before writing
             directory = source if source.is_dir() else source.parent
             tokenizer, _ = load_tokenizer(directory), read_generation_config(directory)
         path = gated_original(identity.source, folder / "original", progress)
         if tokenizer is None:
             tokenizer = load_tokenizer(path)
-            tokenizer.name_or_path = str(source)  # in errors
+            tokenizer.name_or_path = str(source)  # so that errors name the GGUF file
         original = open_checkpoint(path)
         limit = read_gated_config(original).max_position_embeddings
         lengths = {
             name: min(getattr(identity.settings, name), limit) for name in ("window_tokens", "long_window_tokens")
         }
         settings = replace(identity.settings, **lengths)
-        # Gradients of float16 would vanish.
+        # bfloat16 or float32, since float16 gradients would underflow.
         is_bfloat16 = stored_dtype(original) == torch.bfloat16
         dtype = identity.dtype or (torch.bfloat16 if is_bfloat16 else torch.float32)
         work = Work(folder, path, tokenizer, settings, dtype, device, progress, identity.bfloat16_matmuls, source)
         return work, work.texts(list(identity.texts))
     except (AbsorptionError, ConversionError, EvaluationError):
-        if not (folder / "sampled.json").is_file():  # what is refused leaves nothing behind
+        if not (folder / "sampled.json").is_file():  # a refused checkpoint leaves no files
             shutil.rmtree(folder)
         raise
 
 
 def _absorbed(work: Work, texts: list[Text], identity: RunIdentity, output: Path) -> tuple[Absorption, Path]:
-    """What was done, and the folder with the result's model."""
+    """Run the steps; return the record of the run and the folder of the distilled model."""
     edit = work.edit(texts)
     distilled = work.distil(texts, edit)
     comparisons, losses = work.prove(distilled, texts), read_losses(work.folder, STAGE)
@@ -166,9 +171,9 @@ def _absorbed(work: Work, texts: list[Text], identity: RunIdentity, output: Path
 
 
 def _write(done: Absorption, original: Path, distilled: Path, folder: Path, origin: dict[str, str]) -> None:
-    """The result: the model, and what lies beside the original's weights, its tokenizer and licence for example."""
+    """Write the result: model, report, card, and the source's side files, such as its tokenizer and license."""
     shutil.copytree(distilled, folder, dirs_exist_ok=True)
-    (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)  # the original's, if it has one, is a side file
+    (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)  # the source's file, if any, is copied as a side file
     beside = open_checkpoint(original)
     copy_side_files(beside, [name for name in beside.side_files() if name not in OWN_FILES], folder)
     (folder / REPORT_NAME).write_text(done.as_json(), encoding="utf-8")

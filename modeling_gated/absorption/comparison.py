@@ -1,4 +1,4 @@
-"""What a model has kept, and what it has lost, by being edited: both models, measured side by side on held-out text."""
+"""Comparison of an edited model with its source model on held-out text."""
 
 import math
 from collections.abc import Sequence
@@ -21,21 +21,25 @@ from modeling_gated.inspection.watching.inspecting import input_device
 from .texts import Text, special_start
 
 
-# What predictions lose by them without sinks and massive activations, and with them.
+# Interventions that cost more in models with sinks and massive activations.
 INTERVENTIONS = ("masked_first_token@64", "window=128", "window=128+4", "int8_weights", "int8_activations")
-# What they lose if it is really the gates that do the sinks' work.
+# Interventions that cost predictions only if gates replace the function of sinks.
 GATE_INTERVENTIONS = ("shuffled_gates", "open_gates")
 QUANTILES = (0.5, 0.9, 0.99)
 PLAIN, SPECIAL = "plain", "special token"
-# Tokens whose logits there are at a time.
+# Number of tokens whose logits are in memory at once.
 _LOGITS = 512
 
 
 @dataclass(frozen=True)
 class Windows:
     """
-    Held-out windows of one kind of text, token ids [tokens] each. `start` says how they begin: `PLAIN`, as the text
-    goes on, or after a `SPECIAL` token.
+    Held-out windows of one kind of text.
+
+    Attributes:
+        kind: name of the kind of text.
+        start: `PLAIN` for windows from the middle of the text, `SPECIAL` for windows after a special token.
+        windows: token ids [tokens] of each window.
     """
 
     kind: str
@@ -44,16 +48,25 @@ class Windows:
 
     @property
     def length(self) -> int:
+        """Return the length of a window in tokens."""
         return len(self.windows[0])
 
 
 @dataclass(frozen=True)
 class Measured:
     """
-    One model on one kind of windows: `loss` in nats per token; means over layers and heads of `first_token_attention`,
-    `sink_rate` (of the first token) and `sink_rate_other` (of any other; None in windows too short to tell); the
-    largest |hidden state| and its mean over layers (M-Act); relative errors of hidden states that are rounded to int8;
-    and by how much interventions change the loss.
+    Measurements of a model on one kind of windows.
+
+    Attributes:
+        loss: mean loss in nats per token.
+        first_token_attention: attention to the first token (F-Attn), mean over layers and heads.
+        sink_rate: sink rate of the first token, mean over layers and heads.
+        sink_rate_other: sink rate of any other token, mean over layers and heads; None in windows that are too short.
+        hidden_state_maximum: largest |hidden state|.
+        massive_activation: largest |hidden state| of a layer, mean over layers (M-Act).
+        int8_error_per_tensor: relative error of hidden states rounded to int8, with one scale per window.
+        int8_error_per_token: relative error of hidden states rounded to int8, with one scale per token.
+        interventions: change of the loss in nats per token by name of the intervention.
     """
 
     loss: float
@@ -68,15 +81,26 @@ class Measured:
 
     @property
     def perplexity(self) -> float:
+        """Return exp(loss)."""
         return math.exp(self.loss)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """
-    Two models on one kind of windows. KL(original || edited) in nats per token: its mean, `kl_quantiles` over tokens by
-    their names, and `kl_by_position`, the mean over each eighth of a window. `loss_by_position` has the difference of
-    losses, edited less original, alike.
+    Comparison of an edited model with its source model on one kind of windows.
+
+    Attributes:
+        kind: name of the kind of text.
+        start: beginning of the windows, as in `Windows`.
+        windows: number of windows.
+        window_tokens: length of a window in tokens.
+        original: measurements of the source model.
+        edited: measurements of the edited model.
+        kl: mean of KL(source || edited) in nats per token.
+        kl_quantiles: quantiles of the KL divergence over tokens, by name, such as "0.99".
+        kl_by_position: mean KL divergence over each eighth of a window.
+        loss_by_position: mean loss of the edited model minus the source model's over each eighth of a window.
     """
 
     kind: str
@@ -92,10 +116,11 @@ class Comparison:
 
     @property
     def perplexity_ratio(self) -> float:
-        """The edited model's perplexity over the original's."""
+        """Return the edited model's perplexity divided by the source model's."""
         return math.exp(self.edited.loss - self.original.loss)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the comparison as JSON values."""
         return asdict(self) | {"perplexity_ratio": self.perplexity_ratio}
 
 
@@ -112,12 +137,16 @@ def compare(
     Measure two models on the same windows.
 
     Args:
-        original: in evaluation mode, as is the other.
-        edited: a model of the same vocabulary.
-        windows: what to measure them on.
-        interventions: names as `gated-llama inspect` takes them; those of gates are made in the edited model alone.
-        examined: meters and interventions, which take their time, see as many windows; losses are those of all.
+        original: source model, in evaluation mode.
+        edited: edited model with the same vocabulary, in evaluation mode.
+        windows: windows to measure on.
+        interventions: names of interventions, as in `gated-llama inspect`. Interventions on gates apply to the edited
+            model only.
+        examined: number of windows for meters and interventions, which are slow. Losses use all windows.
         progress: show a progress bar, on a terminal.
+
+    Raises:
+        InspectionError: if an intervention is unknown.
     """
     some = Windows(windows.kind, windows.start, windows.windows[:examined])
     unmetered = Windows(windows.kind, windows.start, windows.windows[examined:])
@@ -170,18 +199,22 @@ def prove(
     progress: bool = False,
 ) -> list[Comparison]:
     """
-    Compare two models on the held-out part of every text: at 512 tokens, with and without a special token first; as the
-    tokenizer begins a text, at 2,048 and, given enough windows, at the longest that the original is made for, as far as
-    a text has so many.
+    Compare two models on the held-out part of every text, at several lengths.
+
+    Windows of 512 tokens are measured with and without a special token first. Windows of 2,048 tokens, and of the
+    source model's maximum length, begin like an input of the tokenizer. Lengths beyond a held-out text are skipped.
 
     Args:
-        original: in evaluation mode, as is the other.
-        edited: a model of the same vocabulary.
-        texts: what they are held out of.
-        tokenizer: both models'.
-        windows: of 512 tokens of each text; at 2,048 tokens a quarter as many, but one at least, and of the longest a
-            sixteenth, so that below 16 there is none.
+        original: source model, in evaluation mode.
+        edited: edited model with the same vocabulary, in evaluation mode.
+        texts: texts, of which the held-out parts are used.
+        tokenizer: tokenizer of both models.
+        windows: number of windows of 512 tokens per text. There are a quarter as many of 2,048 tokens, at least one,
+            and a sixteenth, rounded down, at the maximum length.
         progress: show progress bars, on a terminal.
+
+    Returns:
+        Comparisons by length, text and beginning.
     """
     limit = original.config.max_position_embeddings
     starts: dict[str, list[int]] = {PLAIN: []} | ({SPECIAL: start} if (start := special_start(tokenizer)) else {})
@@ -220,7 +253,7 @@ class _Meters:
 
 @torch.no_grad()
 def _hidden_states(model: PreTrainedModel, windows: Windows, bar: tqdm, meters: _Meters | None) -> list[torch.Tensor]:
-    """The last hidden states of each window, [tokens, hidden_size]."""
+    """Return the last hidden states of each window, [tokens, hidden_size]."""
     shown = [] if meters is None else [meters.first_token, meters.sinks, meters.maxima, meters.int8]
     states = []
     with inspecting(model, *shown) if shown else nullcontext():
@@ -235,7 +268,7 @@ def _hidden_states(model: PreTrainedModel, windows: Windows, bar: tqdm, meters: 
 def _token_losses(
     original: Any, edited: Any, windows: Windows, hidden: list[torch.Tensor], edited_hidden: list[torch.Tensor]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """KL divergences and both models' losses of each predicted token, float64 [windows, tokens - 1]."""
+    """Return KL divergences and both models' losses of each predicted token, float64 [windows, tokens - 1]."""
     rows: list[list[torch.Tensor]] = [[], [], []]
     for window, *states in zip(windows.windows, hidden, edited_hidden, strict=True):
         for labels, ours, theirs in zip(

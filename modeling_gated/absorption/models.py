@@ -1,4 +1,4 @@
-"""The original and the model to edit, both as models of this package."""
+"""Load the source model and the model to edit, both as models of this package."""
 
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,16 @@ from modeling_gated.training import ungated
 
 def gated_original(source: Source, folder: Path, progress: bool) -> Path:
     """
-    The directory of a checkpoint with gates that are exactly 1: its own, or one that is converted into `folder`.
+    Return the directory of a checkpoint whose gates are exactly 1.
+
+    Args:
+        source: source checkpoint. A gated checkpoint is used as it is.
+        folder: directory for the conversion of an ungated checkpoint; not converted again if it exists.
+        progress: show a progress bar, on a terminal.
 
     Raises:
-        ConversionError: if it cannot be converted.
-        AbsorptionError: if its gates are not 1 any more, or its weights are quantized.
+        ConversionError: if the checkpoint cannot be converted.
+        AbsorptionError: if gates are not 1, or weights are quantized.
     """
     path = folder
     if (
@@ -38,23 +43,35 @@ def gated_original(source: Source, folder: Path, progress: bool) -> Path:
         convert_checkpoint(source.path, folder, progress=progress)
     checkpoint = open_checkpoint(path)
     if checkpoint.raw_config.get("quantization_config"):
-        raise AbsorptionError(f"{source.path}: is quantized, so its weights cannot be edited")
+        raise AbsorptionError(
+            f"{source.path}: weights must not be quantized, because they are edited; use the unquantized checkpoint"
+        )
     config = read_gated_config(checkpoint)
     if changed := changed_gate_layers(checkpoint, config):
         raise AbsorptionError(
-            f"{source.path}: its gates are not 1 any more in layers {ranges(changed)}, but trained or imported"
+            f"{source.path}: gates must be 1, got trained or imported gates in layers {ranges(changed)}; use the "
+            "checkpoint from before training"
         )
     if not config.gate_bias or config.gate_scale != open_gate(config.gate_init)[1]:
-        raise AbsorptionError(f"{source.path}: its gates are not 1, as those that conversion writes are")
+        raise AbsorptionError(
+            f"{source.path}: gates must be 1, as conversion writes them, got gate_bias={config.gate_bias}, "
+            f"gate_scale={config.gate_scale}; use an ungated checkpoint"
+        )
     return path
 
 
 def load_original(path: Path, dtype: torch.dtype, device: torch.device, name: object = None) -> Any:
     """
-    Load the model without its gates, frozen, in evaluation mode.
+    Load the source model without gates, frozen, in evaluation mode.
+
+    Args:
+        path: directory of the checkpoint with gates that are 1.
+        dtype: dtype of the weights.
+        device: device to load the model on.
+        name: name of the checkpoint in errors; `path` by default.
 
     Raises:
-        ConversionError: if a weight is not finite. The message begins with `name`, or with `path` without one.
+        ConversionError: if a weight is not finite.
     """
     model = _load(path, dtype, device)
     check_weights(model, name or path)
@@ -62,7 +79,7 @@ def load_original(path: Path, dtype: torch.dtype, device: torch.device, name: ob
 
 
 def load_editable(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The same model with gates, and with biases of all attention projections, which are 0 where it had none."""
+    """Load the model with gates, frozen, in evaluation mode. Missing biases of attention projections are added as 0."""
     model = _load(path, dtype, device)
     model.config.attention_bias = model.config.attention_output_bias = True
     for layer in model.base_model.layers:
@@ -75,7 +92,7 @@ def load_editable(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def _load(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    # A checkpoint's own says how it is to be used, and may be one that Transformers refuses to save again.
+    # An empty generation config, because Transformers refuses to save some checkpoints' own.
     options = {"generation_config": GenerationConfig(), "use_safetensors": True}
     with naming(path):
         config = with_default_run_settings(read_gated_config(open_checkpoint(path)))

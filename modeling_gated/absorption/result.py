@@ -1,4 +1,4 @@
-"""The result of absorbing a checkpoint's sinks, as a report keeps it."""
+"""The record of a run of `absorb_checkpoint`, as `absorption.json` keeps it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -18,10 +18,19 @@ _FORMAT = 1
 @dataclass(frozen=True)
 class Absorption:
     """
-    What was done to a checkpoint, and what came of it: the `identity` with the settings as they were, `writers` and
-    `layers` as of `Edit`, the `losses` of the distillation's steps, which had so many `distilled_tokens`, and its
-    `validation_losses`, every `settings.evaluate_every` steps, and how the model in `output` compares with the
-    original. `notes` are for the user, such as why no chats were sampled.
+    Record of a run of `absorb_checkpoint`.
+
+    Attributes:
+        output: directory of the result.
+        identity: source checkpoint, texts, settings and dtype of the run, with the values that were used.
+        writers: neurons that wrote massive activations and were removed, as in `Edit`.
+        layers: edits of each layer, as in `Edit`.
+        losses: training loss of each distillation step.
+        distilled_tokens: number of tokens in the distillation steps.
+        validation_losses: loss on validation text, every `settings.evaluate_every` steps.
+        comparisons: comparisons of the result with the source model on held-out text.
+        seconds: duration of each step in seconds, summed over all interrupted runs.
+        notes: notes for the user, such as the reason why no chats were sampled.
     """
 
     output: Path
@@ -37,10 +46,11 @@ class Absorption:
 
     @property
     def settings(self) -> AbsorptionSettings:
+        """Return the settings of the run, with the window lengths that were used."""
         return self.identity.settings
 
     def as_json(self) -> str:
-        """The content of `absorption.json`."""
+        """Return the content of `absorption.json`."""
         content = {
             "format": _FORMAT,
             "output": self.output.name,

@@ -1,4 +1,4 @@
-"""What the result of absorbing sinks depends on, to be told from what another call was given."""
+"""The inputs of a run, which tell whether a later call may resume the run."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -16,8 +16,14 @@ from .settings import AbsorptionSettings
 @dataclass(frozen=True)
 class RunIdentity:
     """
-    The checkpoint, text files with their SHA-256, settings, and what to compute in, None if the checkpoint says; and
-    whether sampling, fitting and training multiply in bfloat16.
+    Inputs that determine the result of a run.
+
+    Attributes:
+        source: source checkpoint.
+        texts: SHA-256 of each text file.
+        settings: settings of the run.
+        dtype: dtype to compute in; None if the checkpoint's dtype decides.
+        bfloat16_matmuls: use of bfloat16 matmuls in sampling, fitting and training, although models are float32.
     """
 
     source: Source
@@ -28,11 +34,11 @@ class RunIdentity:
 
     @property
     def matmul_dtype(self) -> str:
-        """The dtype of matmuls in sampling, fitting and training."""
+        """Return the name of the dtype of matmuls in sampling, fitting and training."""
         return "bfloat16" if self.bfloat16_matmuls else str(self.dtype).removeprefix("torch.")
 
     def as_settings(self) -> dict[str, Any]:
-        """What is the same as long as the inputs are: texts by their content, checkpoints by files' sizes and times."""
+        """Return the inputs as JSON values: texts by their SHA-256, checkpoint files by size and modification time."""
         path = self.source.path
         files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
         states = {file.name: file.stat() for file in files}
@@ -45,7 +51,7 @@ class RunIdentity:
         )
 
     def record(self) -> dict[str, Any]:
-        """What the report says of them, beside the settings."""
+        """Return the entries of `absorption.json` for the inputs, except the settings."""
         source = {"name": self.source.name, "repo_id": self.source.repo_id, "revision": self.source.revision}
         texts = {path.name: digest for path, digest in self.texts.items()}
         dtype = str(self.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Text that a model writes itself: what it would say of anything, which is what an edited model has to keep."""
+"""Text sampled from the source model, whose distribution the edited model has to keep."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ from modeling_gated.errors import TokenizerError
 from modeling_gated.inspection.watching.inspecting import input_device
 
 
-# Sequences at a time.
+# Sequences per batch.
 _BATCH = 64
-# Tokens of a question, of an answer, and of a piece of text that starts from one token.
+# Maximum tokens of a question, of an answer, and of a text that starts from one token.
 _QUESTION, _ANSWER, _TEXT = 64, 320, 384
 _MARK = "\u2402"
 
@@ -26,18 +26,23 @@ def sample_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, *, seed: int, progress: bool = False
 ) -> list[list[int]]:
     """
-    Let a model write at temperature 1, from its beginning-of-sequence token or, every other time and without one, from
-    a token drawn at random (as Liu et al., arXiv 2305.17888, do).
+    Sample text from a model at temperature 1 (Liu et al., arXiv 2305.17888).
+
+    Every other sequence starts from the beginning-of-sequence token. The others, and all sequences of a tokenizer
+    without such a token, start from a random token.
 
     Args:
-        model: in evaluation mode, on its device.
-        tokenizer: the model's.
-        tokens: how many are wanted.
-        seed: of what is drawn.
+        model: causal language model, in evaluation mode, on its device.
+        tokenizer: tokenizer of the model.
+        tokens: minimum number of tokens to return.
+        seed: random seed.
         progress: show a progress bar, on a terminal.
 
     Returns:
-        Sequences of token ids, none with special tokens in them, together at least as many as wanted.
+        Sequences of token ids without special tokens.
+
+    Raises:
+        TokenizerError: if the model has no embedding for the beginning-of-sequence token.
     """
     special = _special(tokenizer)
     if tokenizer.bos_token_id is not None:
@@ -62,13 +67,19 @@ def sample_chats(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, *, seed: int, progress: bool = False
 ) -> list[list[int]]:
     """
-    Let a model write the user's question into its chat template (as Xu et al., arXiv 2406.08464, do), and answer it.
+    Sample conversations: the model writes a user's question into its chat template (Xu et al., arXiv 2406.08464) and
+    then answers the question.
 
-    Args: as of `sample_text`.
+    Args:
+        model: causal language model, in evaluation mode, on its device.
+        tokenizer: tokenizer of the model.
+        tokens: minimum number of tokens to return.
+        seed: random seed.
+        progress: show a progress bar, on a terminal.
 
     Returns:
-        Conversations as token ids, in the template, together at least as many as wanted; empty if the tokenizer has no
-        chat template, or `why_no_chats` says why its template is not used.
+        Conversations as token ids, template included. Empty if the tokenizer has no chat template, or if the template
+        cannot be used for the reason that `why_no_chats` returns.
 
     Raises:
         TokenizerError: if the model has no embeddings for the tokens of the template.
@@ -86,7 +97,7 @@ def sample_chats(
     with _seeded(model, seed), _bar("sampling chats", tokens, progress) as bar:
         while (done := sum(map(len, chats))) < tokens:
             questions = _continue(model, [before] * _batch(tokens - done, _ANSWER), _QUESTION, special)
-            # A question may be empty, too, and is kept, so that there is an end to it whatever the model writes.
+            # Empty questions are kept, so that the loop ends for every model.
             starts = [before + question + between for question in questions]
             answers = _continue(model, starts, _ANSWER, special)
             chats += [start + answer + after for start, answer in zip(starts, answers, strict=True)]
@@ -95,12 +106,12 @@ def sample_chats(
 
 
 def _batch(tokens: int, of_a_sequence: int) -> int:
-    """How many sequences to sample at a time, even if few tokens are wanted."""
+    """Return the number of sequences to sample per batch, at least 2."""
     return min(_BATCH, max(2, math.ceil(tokens / of_a_sequence)))
 
 
 def why_no_chats(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return why no chats can be sampled in a tokenizer's chat template; None if they can, or it has no template."""
+    """Return the reason why a chat template cannot be used for sampling; None if it can, or if there is no template."""
     try:
         _template(tokenizer)
     except TokenizerError as error:
@@ -109,17 +120,19 @@ def why_no_chats(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """All special tokens, those without a role of their own among them."""
+    """Return the ids of all special tokens, including special tokens without a role such as bos or eos."""
     added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     return added | set(tokenizer.all_special_ids)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]] | None:
     """
-    Return the token ids before a question, between it and its answer, and after that; None without a chat template.
+    Return the template's token ids before a question, between question and answer, and after the answer.
+
+    None if the tokenizer has no chat template.
 
     Raises:
-        TokenizerError: if the template fails, or has no place for a question and its answer.
+        TokenizerError: if the template fails, or does not keep a question and its answer.
     """
     if not tokenizer.chat_template:
         return None
@@ -128,7 +141,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int],
     if whole.count(_MARK) != 2 or whole.startswith(_MARK):
         raise TokenizerError(
             f"{tokenizer_name(tokenizer)}: its chat template must keep a question and its answer, each "
-            f"once and with something before the question, got {whole!r}"
+            f"once and with text before the question, got {whole!r}"
         )
     before, between, after = whole.split(_MARK)
     ids = [encode(tokenizer, text, "the chat template") for text in (before, between, after)]
@@ -137,7 +150,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int],
 
 @torch.no_grad()
 def _continue(model: Any, starts: Sequence[list[int]], tokens: int, stop: set[int]) -> list[list[int]]:
-    """What a model writes after each start, up to a special token."""
+    """Sample a continuation of each start, up to the first special token."""
     padded = pad_sequence([torch.tensor(start) for start in starts], batch_first=True, padding_side="left")
     lengths = torch.tensor([len(start) for start in starts])
     mask = torch.arange(padded.shape[1]) >= padded.shape[1] - lengths[:, None]
@@ -163,7 +176,7 @@ def _until(tokens: list[int], stop: set[int]) -> list[int]:
 
 @contextmanager
 def _seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Draw what torch draws from a seed, and leave its generators as they were."""
+    """Seed torch inside the context, and restore its generators afterwards."""
     device = input_device(model)
     with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The kinds of text that sinks are absorbed and the result is proven on, as tokens, some of each kind held out."""
+"""Texts for calibration, distillation and comparison, as token ids, with held-out parts."""
 
 import random
 import sysconfig
@@ -16,19 +16,24 @@ from modeling_gated.errors import AbsorptionError
 from modeling_gated.evaluation.text import beginning, read_text
 
 
-# Of each text the last part is held out, and what is before it says when training is enough.
+# The last part of each text is held out. The part before it is validation text for early stopping.
 _HELD_OUT_SHARE, _VALIDATION_SHARE = 0.25, 0.05
-# What there is without files.
+# Names of built-in kinds of text.
 _KINDS = ("prose", "documentation", "code", "chat", "sampled")
-# What is read of the standard library, in characters.
+# Length of the text from the standard library, in characters.
 _CODE_CHARACTERS = 600_000
 
 
 @dataclass(frozen=True)
 class Text:
     """
-    Token ids of one kind of text: what may be trained on, what the result is measured on, and, of neither, what decides
-    when training ends.
+    Token ids of one kind of text, in three parts.
+
+    Attributes:
+        kind: name of the kind of text.
+        training: token ids to train on.
+        held_out: token ids for the final comparison.
+        validation: token ids that decide when training ends.
     """
 
     kind: str
@@ -39,10 +44,14 @@ class Text:
 
 def default_texts(tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> list[Text]:
     """
-    Return what every Python and this package bring along: a novel's chapters, Python's reference, its library's code.
+    Return the default texts: chapters of a novel, Python's language reference, and code of the standard library.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        embeddings: number of the model's embeddings. Ids at or above it are refused.
 
     Raises:
-        TokenizerError: if the tokenizer fails, or gives an id that is not below the number of `embeddings`.
+        TokenizerError: if the tokenizer fails, or gives an id at or above `embeddings`.
     """
     contents = {"prose": prose(), "documentation": documentation(), "code": code()}
     return [as_text(kind, content, tokenizer, embeddings=embeddings) for kind, content in contents.items()]
@@ -50,12 +59,17 @@ def default_texts(tokenizer: PreTrainedTokenizerBase, embeddings: int | None = N
 
 def given_texts(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, embeddings: int | None = None) -> list[Text]:
     """
-    Text files, each a kind of its own, by its name.
+    Read text files. Each file is a kind of text, named after the file without its suffix.
+
+    Args:
+        paths: UTF-8 files.
+        tokenizer: tokenizer of the model.
+        embeddings: number of the model's embeddings. Ids at or above it are refused.
 
     Raises:
-        EvaluationError: if one cannot be read.
-        AbsorptionError: if two have one name.
-        TokenizerError: if the tokenizer fails, or gives an id that is not below the number of `embeddings`.
+        EvaluationError: if a file cannot be read.
+        AbsorptionError: if two files share a name, or a file has the name of a built-in text.
+        TokenizerError: if the tokenizer fails, or gives an id at or above `embeddings`.
     """
     check_texts(paths)
     return [as_text(path.stem, read_text(path)[0], tokenizer, str(path), embeddings) for path in paths]
@@ -63,16 +77,19 @@ def given_texts(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, embed
 
 def check_texts(paths: Sequence[Path]) -> None:
     """
-    Check, before anything takes long, that text files can be read and told apart.
+    Check, before a long computation, that text files can be read and have different names.
 
     Raises:
-        EvaluationError: if one cannot be read.
-        AbsorptionError: if two have one name, or one that of a kind that is there anyway.
+        EvaluationError: if a file cannot be read.
+        AbsorptionError: if two files share a name, or a file has the name of a built-in text.
     """
     for number, path in enumerate(paths):
         read_text(path)
         if path.stem in {*_KINDS, *(other.stem for other in paths[:number])}:
-            raise AbsorptionError(f"{path}: another text has the name {path.stem}")
+            raise AbsorptionError(
+                f"{path}: the file name must differ from other texts and from {', '.join(_KINDS)}, got {path.stem}; "
+                "rename the file"
+            )
 
 
 def as_text(
@@ -83,14 +100,17 @@ def as_text(
     embeddings: int | None = None,
 ) -> Text:
     """
-    Return a text in its three parts.
+    Return the token ids of a text in three parts.
 
     Args:
-        kind: the kind of text.
-        content: the text.
-        tokenizer: the model's.
-        name: name of the text in errors; its kind if not given.
-        embeddings: number of the model's embeddings, below which every id must be.
+        kind: name of the kind of text.
+        content: text.
+        tokenizer: tokenizer of the model.
+        name: name of the text in errors; the kind by default.
+        embeddings: number of the model's embeddings. Ids at or above it are refused.
+
+    Raises:
+        TokenizerError: if the tokenizer fails, or gives an id at or above `embeddings`.
     """
     training, validation, held_out = (
         text_token_ids(tokenizer, content[section], name or f"the default text {kind}", embeddings)
@@ -100,7 +120,7 @@ def as_text(
 
 
 def sampled_text(kind: str, sequences: Sequence[list[int]]) -> Text:
-    """Sampled sequences, one after the other, each in one of the three parts."""
+    """Return sampled sequences as a text in three parts. No sequence is split over two parts."""
     training, validation, held_out = (
         [token for sequence in sequences[section] for token in sequence] for section in _parts(len(sequences))
     )
@@ -108,23 +128,23 @@ def sampled_text(kind: str, sequences: Sequence[list[int]]) -> Text:
 
 
 def _parts(length: int) -> tuple[slice, slice, slice]:
-    """What is trained on, what decides when it is enough, and what is held out."""
+    """Return the slices for training, validation and held-out text."""
     first, last = (int(length * (1 - share)) for share in (_HELD_OUT_SHARE + _VALIDATION_SHARE, _HELD_OUT_SHARE))
     return slice(first), slice(first, last), slice(last, None)
 
 
 def prose() -> str:
-    """Chapters 24 to 36 of Jane Austen's Pride and Prejudice (1813), which is in the public domain."""
+    """Return chapters 24 to 36 of Jane Austen's Pride and Prejudice (1813), which is in the public domain."""
     return (files("modeling_gated.absorption") / "prose.txt").read_text(encoding="utf-8")
 
 
 def documentation() -> str:
-    """Python's reference, whose topics have sections in common, with every paragraph once."""
+    """Return Python's language reference. Paragraphs that several topics share occur once."""
     return "\n\n".join(dict.fromkeys(default_text().split("\n\n")))
 
 
 def code() -> str:
-    """Modules of the standard library, in an order drawn once."""
+    """Return source code of standard library modules, in a random order with a fixed seed."""
     folder = Path(sysconfig.get_path("stdlib"))
     paths = sorted(folder.glob("*.py")) + sorted(folder.glob("*/*.py"))
     left_out = {"site-packages", "test", "pydoc_data", "encodings", "idlelib", "__pycache__"}
@@ -140,23 +160,26 @@ def code() -> str:
 
 
 def special_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer begins an input with, or else its beginning-of-sequence token, if it has one."""
+    """
+    Return the token ids that the tokenizer begins an input with.
+
+    If there are none, return the beginning-of-sequence token, or an empty list if the tokenizer has no such token.
+    """
     return beginning(tokenizer) or [token for token in [tokenizer.bos_token_id] if token is not None]
 
 
 class TrainingWindows:
     """
-    Windows of several kinds of text, which take turns, in an endless order that a seed determines.
+    Windows of several kinds of text, which take turns. The seed determines the endless order.
 
-    One window in two, by chance, begins as the tokenizer begins an input, with its beginning-of-sequence token if it
-    has one at all; the others begin as text goes on, since a sink may stand on either.
+    With probability 1/2, a window begins like an input of the tokenizer, with the beginning-of-sequence token if the
+    tokenizer has this token. Otherwise the window begins in the middle of the text. Sinks occur on both.
 
     Args:
-        texts: of which the parts that may be trained on count.
-        tokenizer: which says how an input begins.
-        long_window_tokens: the last of every `batches_per_long` batches is one window of so many tokens, or of as many
-            as its text has.
-        batches_per_long: see there; none is if it is 0.
+        texts: texts, of which the training parts are used.
+        tokenizer: tokenizer, which decides how an input begins.
+        long_window_tokens: length of a long window in tokens, or less if the text is shorter.
+        batches_per_long: n if the last of every n batches is one long window, or 0 without long windows.
     """
 
     def __init__(
@@ -171,9 +194,20 @@ class TrainingWindows:
         self.long_window_tokens, self.batches_per_long = long_window_tokens, batches_per_long
 
     def training_batch(self, length: int, first: int, count: int, seed: int) -> torch.Tensor:
-        """Windows number `first` to `first + count`, token ids [count, length], or a long one in their place."""
+        """
+        Return a batch of windows.
+
+        Args:
+            length: length of a window in tokens.
+            first: index of the first window.
+            count: number of windows.
+            seed: random seed of the order.
+
+        Returns:
+            Token ids [count, length], or [1, long length] if the batch is a long window.
+        """
         batch = first // count
-        long = (batch + 1) // self.batches_per_long if self.batches_per_long else 0  # how many there are up to here
+        long = (batch + 1) // self.batches_per_long if self.batches_per_long else 0  # long windows up to this batch
         if long and (batch + 1) % self.batches_per_long == 0:
             return torch.tensor([self._window(self._turn(long - 1), self._long(long - 1, length), first, seed)])
         numbers = range(first, first + count)
@@ -182,12 +216,12 @@ class TrainingWindows:
         )
 
     def tokens(self, batches: int, length: int, count: int) -> int:
-        """How many tokens the first batches have."""
+        """Return the number of tokens in the first batches, of `count` windows of `length` tokens."""
         long = batches // self.batches_per_long if self.batches_per_long else 0
         return (batches - long) * count * length + sum(self._long(number, length) for number in range(long))
 
     def _long(self, number: int, length: int) -> int:
-        """The tokens of a long window, where others have `length`."""
+        """Return the length in tokens of a long window, at least `length`."""
         return max(length, min(self.long_window_tokens, len(self._turn(number))))
 
     def _turn(self, number: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The steps of absorbing a checkpoint's sinks; all but the comparison are kept in a folder, and not done again."""
+"""The steps of `absorb_checkpoint`. Results of all steps but the comparison are kept in a folder for resuming."""
 
 import json
 import shutil
@@ -42,12 +42,19 @@ _EDIT, _DIRECTIONS = "edit.json", "directions.safetensors"
 @dataclass(frozen=True)
 class Work:
     """
-    Everything that a step needs: where the original is, with gates that are 1, its tokenizer, the settings, and the
-    dtype and device to compute in.
+    Inputs of the steps, and the steps as methods.
 
-    With `bfloat16_matmuls`, text is sampled from a bfloat16 model, and the edit and the distillation multiply in
-    bfloat16, though their models are float32; the search for writers and the comparison do not. Errors name `source`,
-    the checkpoint as the user knows it.
+    Attributes:
+        folder: folder for results of the steps.
+        original: directory of the source checkpoint, with gates that are 1.
+        tokenizer: tokenizer of the model.
+        settings: settings of the run.
+        dtype: dtype to compute in.
+        device: device to compute on.
+        progress: show progress bars, on a terminal.
+        bfloat16_matmuls: sample from a bfloat16 model, and use bfloat16 matmuls in edit and distillation although
+            models are float32. The search for massive activations and the comparison stay in float32.
+        source: path of the checkpoint in errors, as the user gave it.
     """
 
     folder: Path
@@ -61,19 +68,28 @@ class Work:
     source: Path | None = None
 
     def texts(self, paths: Sequence[Path]) -> list[Text]:
-        """The kinds of text: this package's own, those of files, and what the original writes itself."""
+        """
+        Return the texts: the built-in texts, the given files, and text sampled from the source model.
+
+        Args:
+            paths: UTF-8 files. With files, built-in texts are used for the comparison only.
+
+        Raises:
+            AbsorptionError: if a file is too short, or kept samples are damaged.
+            TokenizerError: if the tokenizer fails, or gives an id without an embedding.
+        """
         embeddings = read_gated_config(open_checkpoint(self.original)).vocab_size
         check_token_ids(self.tokenizer, special_start(self.tokenizer), "the beginning of an input", embeddings)
         package_texts = default_texts(self.tokenizer, embeddings)
-        if paths:  # then the package's are what the result is measured on, and no more
+        if paths:  # built-in texts are then held out entirely
             package_texts = [Text(text.kind, [], text.held_out) for text in package_texts]
         texts = given_texts(paths, self.tokenizer, embeddings)
         for path, text in zip(paths, texts, strict=True):
             if len(text.held_out) < self.settings.window_tokens:
                 tokens = len(text.training + text.validation + text.held_out)
                 raise AbsorptionError(
-                    f"{path}: is too short: of its {tokens} tokens a quarter is held out, and a window has "
-                    f"{self.settings.window_tokens}"
+                    f"{path}: a quarter of the text must be at least a window of {self.settings.window_tokens} tokens, "
+                    f"got {tokens} tokens in all; use a longer text"
                 )
         kept = self.folder / "sampled.json"
         if not kept.is_file():
@@ -83,7 +99,7 @@ class Work:
         return package_texts + texts + [sampled_text(*item) for item in sampled.items() if item[1]]
 
     def edit(self, texts: Sequence[Text]) -> Edit:
-        """What was done to the model without the predictions' training; the model is in `edited`."""
+        """Edit the model without training on predictions, and save it as `edited`; return the edits."""
         path = self.folder / "edited"
         if not path.is_dir():
             with self._timed("edit"), self._making(path) as staging:
@@ -96,7 +112,7 @@ class Work:
         return _read_edit(path)
 
     def distil(self, texts: Sequence[Text], edit: Edit) -> Path:
-        """The folder of the distilled model, which has the checkpoint's dtype."""
+        """Distil the edited model from the source model; return its folder. Weights have the checkpoint's dtype."""
         path = self.folder / "distilled"
         if not path.is_dir():
             with self._timed("distillation"), self._making(path) as staging:
@@ -119,28 +135,29 @@ class Work:
         return path
 
     def tokens(self, texts: Sequence[Text], steps: int) -> int:
-        """How many were trained on in the first steps of the distillation."""
+        """Return the number of tokens in the first steps of the distillation."""
         return self._windows(texts).tokens(steps, self.settings.window_tokens, self.settings.batch_size)
 
     def prove(self, path: Path, texts: Sequence[Text]) -> list[Comparison]:
-        """The distilled model, as it is on the disk, beside the original, both computed in the same dtype."""
+        """Compare the distilled model, as saved, with the source model. Both compute in the same dtype."""
         with self._timed("proof"):
             edited = load_editable(path, self.dtype, self.device)
             original, windows = self._load_original(), self.settings.measured_windows
             return prove(original, edited, texts, self.tokenizer, windows=windows, progress=self.progress)
 
     def notes(self) -> list[str]:
-        """Return what the user should know of the texts."""
+        """Return notes on the texts for the user."""
         reason = why_no_chats(self.tokenizer) if self.settings.sample_tokens >= 2 else None
         return [] if reason is None else [f"no chats were sampled: {reason}"]
 
     @property
     def stored_dtype(self) -> torch.dtype:
+        """Return the dtype of the checkpoint's weights."""
         return stored_dtype(open_checkpoint(self.original))
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long each step took, all runs together."""
+        """Return the duration of each step in seconds, summed over interrupted runs."""
         path = self.folder / "seconds.json"
         return _read_json(path) if path.is_file() else {}
 
@@ -148,25 +165,25 @@ class Work:
         return load_original(self.original, self.dtype, self.device, self.source)
 
     def _sampled(self) -> dict[str, list[list[int]]]:
-        """What the original writes, by kind."""
+        """Sample text from the source model; return token ids by kind."""
         tokens = self.settings.sample_tokens
         dtype = torch.bfloat16 if self.bfloat16_matmuls else self.dtype
-        # Also if nothing is sampled: what is wrong with the weights is found before anything is kept.
+        # Load the model even without sampling, so that damaged weights are found before results are kept.
         model, seed = load_original(self.original, dtype, self.device, self.source), self.settings.seed
         if tokens < 2:
             return {}
         chats = sample_chats(model, self.tokenizer, tokens // 2, seed=seed, progress=self.progress)
-        tokens -= tokens // 2 if chats else 0  # without a chat template there are none
+        tokens -= tokens // 2 if chats else 0  # no chats without a chat template
         return {
             "chat": chats,
             "sampled": sample_text(model, self.tokenizer, tokens, seed=seed, progress=self.progress),
         }
 
     def _calibration_windows(self, texts: Sequence[Text]) -> list[torch.Tensor]:
-        """Token ids [1, tokens] each: attention blocks learn more in more and smaller steps."""
+        """Return windows of calibration data, token ids [1, tokens] each: small batches give more steps."""
         settings = self.settings
         text = self._windows(texts)
-        # Other windows than training's, as they are drawn from another seed.
+        # The inverted seed draws other windows than distillation.
         numbers = range(max(1, settings.batches(settings.calibration_tokens)))
         length, count = settings.window_tokens, settings.batch_size
         batches = [text.training_batch(length, number * count, count, ~settings.seed) for number in numbers]
@@ -178,7 +195,7 @@ class Work:
 
     @contextmanager
     def _making(self, path: Path) -> Iterator[Path]:
-        """A folder that takes its name when it is complete."""
+        """Yield a staging folder, and rename it to `path` when it is complete."""
         staging = path.with_name(f"{path.name}.new")
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
@@ -199,7 +216,7 @@ class Work:
 
 
 def _round(model: Any, dtype: torch.dtype) -> None:
-    """To the dtype of a checkpoint, whose gates may be float32 whatever it is."""
+    """Convert a model to a checkpoint's dtype, except gates if `gate_dtype` is float32."""
     for name, parameter in model.named_parameters():
         if not (is_gate(name) and model.config.gate_dtype == "float32"):
             parameter.data = parameter.data.to(dtype)
@@ -208,15 +225,19 @@ def _round(model: Any, dtype: torch.dtype) -> None:
 
 def begin(folder: Path, settings: dict[str, Any]) -> None:
     """
-    Make the folder of the steps, or see that it was made for the same ones.
+    Create the folder for results of the steps, or check that it belongs to a run with the same inputs.
+
+    Args:
+        folder: folder, which may exist.
+        settings: inputs of the run as JSON values.
 
     Raises:
-        AbsorptionError: if it was not.
+        AbsorptionError: if the folder belongs to another run.
     """
     try:
         check_run_settings(settings, folder)
     except ValueError as error:
-        raise AbsorptionError(f"{error}; remove it to begin anew") from None
+        raise AbsorptionError(f"{error}; remove the folder to start a new run") from None
 
 
 def _write_edit(edit: Edit, folder: Path) -> None:
@@ -261,4 +282,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _damage(path: Path, error: Exception) -> AbsorptionError:
-    return AbsorptionError(f"{path}: is damaged ({error}); remove it")
+    return AbsorptionError(f"{path}: must be a complete result of an earlier run, got {error}; remove it and run again")

@@ -48,7 +48,7 @@ class Checkpoint:
         return {name: (shard, tensor) for shard in self.shards for name, tensor in shard.tensors.items()}
 
     def layers(self) -> int:
-        """The number of decoder layers that the shards hold."""
+        """Return the number of decoder layers that the shards hold."""
         pattern = re.compile(r"model\.layers\.(\d{1,6})\.")
         matches = (pattern.match(name) for shard in self.shards for name in shard.tensors)
         return max((int(match[1]) + 1 for match in matches if match), default=0)
@@ -118,7 +118,7 @@ def _resolve_shard(directory: Path, name: str) -> Path:
 
 
 def shorter_tokenizer(directory: Path, length: int) -> int | None:
-    """The `model_max_length` of a checkpoint's tokenizer, at which it would truncate, if it is less than `length`."""
+    """Return the `model_max_length` of a checkpoint's tokenizer if it is less than `length`, otherwise None."""
     path, max_length = directory / "tokenizer_config.json", None
     with suppress(ConversionError):  # nothing depends on it
         max_length = read_json(path).get("model_max_length") if path.is_file() else None

@@ -49,13 +49,13 @@ def naming(where: object) -> Iterator[None]:
 
 
 def is_qwen3_next(raw: dict[str, Any]) -> bool:
-    """Whether a config.json is a Qwen3-Next's, whose norm weights count from zero."""
+    """Return whether a config.json is that of a Qwen3-Next, whose norm weights are added to 1."""
     return raw.get("model_type") == "qwen3_next"
 
 
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """
-    The config of a checkpoint, gated or to be gated, of its own class; not yet compared with its tensors.
+    Return the config of a checkpoint, gated or to be gated, of its own class; not yet compared with its tensors.
 
     Raises:
         ConversionError: if it is of an architecture that is not supported, or damaged.
@@ -90,7 +90,7 @@ def with_default_run_settings(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """
-    The dtype in which Transformers loads the checkpoint: its config's, else that of its first floating tensor.
+    Return the dtype in which Transformers loads the checkpoint: its config's, else that of its first floating tensor.
 
     Of a quantized checkpoint it is the embeddings', as some schemes load what is not quantized just as it is stored.
     """
@@ -114,7 +114,7 @@ def _check_raw(raw: dict[str, Any], layers: int) -> None:
     for name in _SIZES:
         value = raw.get(name)
         if type(value) is int and not 1 <= value < _MAX_SIZE:
-            raise ValueError(f"{name}={value} must be at least 1 and less than {_MAX_SIZE}")
+            raise ValueError(f"{name} must be at least 1 and less than {_MAX_SIZE}, got {value}")
     count = raw.get("num_hidden_layers")
     if type(count) is int and count > layers:
         raise ValueError(f"num_hidden_layers={count}, but the shards hold {layers} layers (no model.layers.{layers}.)")

@@ -36,7 +36,7 @@ def errors_naming(output: str | os.PathLike) -> Iterator[None]:
 
 def resolve(directory: Path, name: str | Path) -> Path:
     """
-    The regular file that a name of a checkpoint's directory stands for, its links followed.
+    Return the regular file that a name of a checkpoint's directory stands for, its links followed.
 
     It must lie in the directory, or in the `blobs` of the hub cache that the directory is a snapshot of.
 
@@ -64,7 +64,7 @@ def resolve(directory: Path, name: str | Path) -> Path:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, opened for reading; anything else, such as a pipe that would block, is refused."""
+    """Give a regular file, opened for reading; anything else, such as a pipe that would block, is refused."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -74,7 +74,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """
-    What a file of a source holds.
+    Return the content of a file of a source.
 
     Raises:
         ConversionError: if it cannot be read or is larger than any such file should be.
@@ -91,7 +91,7 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
 
 def read_json(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
     """
-    The object in a JSON file of a source.
+    Return the object in a JSON file of a source.
 
     Raises:
         ConversionError: if it is not a JSON object of bounded size and depth, or names a key twice.
@@ -100,7 +100,7 @@ def read_json(path: Path, limit: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def parse_json(path: Path, content: bytes) -> dict[str, Any]:
-    """`read_json` of bytes that `path` holds."""
+    """Return the object in the JSON bytes of `path`, as `read_json` does."""
     try:
         value = json.loads(content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -120,7 +120,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def chunks(file: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
-    """`size` bytes of a file from `offset` on, in parts of bounded size."""
+    """Yield `size` bytes of a file from `offset` on, in chunks of bounded size."""
     file.seek(offset)
     while size:
         chunk = file.read(min(size, CHUNK))
@@ -131,13 +131,13 @@ def chunks(file: BinaryIO, offset: int, size: int) -> Iterator[bytes]:
 
 
 def sha256(path: Path, advance: Callable[[int], object] = lambda _: None) -> str:
-    """The SHA-256 of a file, in hexadecimal; `advance` is called with the number of bytes after each part."""
+    """Return the SHA-256 of a file, in hexadecimal; `advance` is called with the number of bytes after each part."""
     with open(path, "rb") as file:
         return sha256_of(chunks(file, 0, os.fstat(file.fileno()).st_size), advance)
 
 
 def sha256_of(parts: Iterable[bytes], advance: Callable[[int], object] = lambda _: None) -> str:
-    """`sha256` of bytes that come in parts."""
+    """Return the SHA-256 of bytes that come in chunks."""
     digest = hashlib.sha256()
     for chunk in parts:
         digest.update(chunk)

@@ -83,7 +83,7 @@ def _locked(scratch: Path) -> Iterator[None]:
 
 @contextmanager
 def scratch_directory(output: Path) -> Iterator[Path]:
-    """A new hidden directory beside `output`, removed at the end; on failure, parents made for it are removed too."""
+    """Give a new hidden directory next to `output`, removed at the end, after a failure with its new parents."""
     missing = [folder for folder in output.parents if not folder.exists()]
     # A name of its own, which no earlier run that was killed can have left behind.
     scratch = output.with_name(f".{output.name}.{uuid4().hex}")
@@ -108,7 +108,7 @@ def scratch_directory(output: Path) -> Iterator[Path]:
 @contextmanager
 def replacing(output: Path, overwrite: bool) -> Iterator[Path]:
     """
-    A new directory that takes the name `output` on success. On failure it is removed, and what was there stays, as
+    Give a new directory that takes the name `output` on success. On failure it is removed, and what was there stays, as
     does what came there meanwhile, unless it may be overwritten.
 
     The caller has to `sync` the files it writes; the directories and the change of names are synced here.

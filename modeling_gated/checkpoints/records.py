@@ -27,7 +27,7 @@ class FileRecord:
 
 
 def record(path: Path, source: str | None = None) -> FileRecord:
-    """The record of a file, which is read for its hash."""
+    """Return the record of a file, which is read for its hash."""
     return FileRecord(path.stat().st_size, sha256(path), source=source)
 
 

@@ -46,14 +46,14 @@ class Shard:
         return sum(tensor.size for tensor in self.tensors.values())
 
     def chunks(self, tensor: str, start: int = 0, size: int | None = None) -> Iterator[bytes]:
-        """A tensor's bytes, or `size` of them from `start` on, in parts of bounded size."""
+        """Yield a tensor's bytes, or `size` of them from `start` on, in parts of bounded size."""
         where = self.tensors[tensor]
         with open(self.path, "rb") as file:
             yield from chunks(file, where.offset + start, where.size if size is None else size)
 
     def read(self, tensor: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """
-        A floating tensor, or of its first dimension the elements `first` to `last` (not included), on the CPU.
+        Return a floating tensor, or of its first dimension the elements `first` to `last` (not included), on the CPU.
 
         It is read, not mapped: memory then holds what was asked for, and not the file.
         """

@@ -33,7 +33,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What a model card calls it: the hub's name, or the last part of the path."""
+        """Return the name for a model card: the id on the hub, or the last part of the path."""
         return self.repo_id or self.path.name
 
 
@@ -72,7 +72,7 @@ def find_source(requested: str, revision: str | None = None) -> Source:
 
 
 def _cached(path: Path) -> tuple[str | None, str | None]:
-    """Hub id and commit of a snapshot in the hub's cache, models--owner--name/snapshots/commit."""
+    """Return hub id and commit of a snapshot in the hub's cache, models--owner--name/snapshots/commit."""
     for folder in (path, *path.parents[:1]):
         repository = folder.parent.parent.name
         if folder.parent.name == "snapshots" and repository.startswith("models--"):

@@ -1,5 +1,6 @@
-"""The gated-llama command. Torch and Transformers are imported by the subcommands that need them."""
+"""The gated-llama command. Subcommands import torch and Transformers on their own, so that help is fast."""
 
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated
 
@@ -12,13 +13,21 @@ from .inspect import inspect
 
 
 app = typer.Typer(
-    help="Attention output gates (arXiv 2505.06708) for Llama-family checkpoints.",
+    help="Add attention output gates (arXiv 2505.06708) to Llama-family checkpoints.",
+    epilog="Help for one command: gated-llama convert --help",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (convert, verify, extend, ungate, refresh_code, repair_tokenizer, absorb, inspect, evaluate_context):
-    app.command()(command)
+_PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Convert and check": (convert, verify, ungate, extend),
+    "Remove attention sinks": (absorb,),
+    "Measure": (inspect, evaluate_context),
+    "Repair older checkpoints": (refresh_code, repair_tokenizer),
+}
+for panel, commands in _PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""The subcommand that absorbs attention sinks."""
+"""The subcommand that removes attention sinks."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +8,7 @@ import typer
 from modeling_gated.defaults import DISTILL_TOKENS, SAMPLE_TOKENS, SEED
 
 from .models import find_device
-from .options import Device, Overwrite, Revision, Source
+from .options import COMPUTE, Device, Output, Overwrite, Revision, Source
 from .output import one_clear_line, print_lines
 
 
@@ -18,25 +18,31 @@ if TYPE_CHECKING:
 
 def absorb(
     checkpoint: Source,
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
+    output: Output,
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A text file, UTF-8, to distil on, a kind of text of its own; may be given several times.",
-            show_default="a novel, Python's reference and its library's code",
+            metavar="FILE",
+            help="UTF-8 text file to distil on. Repeat the option for several files, each a kind of text.",
+            show_default="a novel, Python's reference and standard library",
         ),
     ] = None,
-    distill_tokens: Annotated[int, typer.Option(help="How many tokens to distil on.")] = DISTILL_TOKENS,
+    distill_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to distil on.")] = DISTILL_TOKENS,
     sample_tokens: Annotated[
-        int, typer.Option(help="How many tokens the model writes itself, before: half chats, half whatever it says.")
+        int,
+        typer.Option(
+            metavar="N", help="Tokens that SOURCE samples as additional text: half chats, half unprompted text."
+        ),
     ] = SAMPLE_TOKENS,
-    seed: Annotated[int, typer.Option(help="Of the windows that are drawn and the text that is sampled.")] = SEED,
+    seed: Annotated[int, typer.Option(metavar="N", help="Random seed for text windows and sampling.")] = SEED,
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="What to compute in: bfloat16 or float32.",
-            show_default="float32 on a CPU, with matmuls in bfloat16 if it has instructions for them; else "
-            "bfloat16, if SOURCE is, or float32",
+            metavar="DTYPE",
+            help="Dtype to compute in: bfloat16 or float32. OUTPUT keeps SOURCE's dtype.",
+            show_default="on a CPU float32, with bfloat16 matmuls if the CPU has instructions for them; otherwise "
+            "bfloat16 if SOURCE is bfloat16, or float32",
+            rich_help_panel=COMPUTE,
         ),
     ] = None,
     device: Device = None,
@@ -44,11 +50,17 @@ def absorb(
     revision: Revision = None,
 ) -> None:
     """
-    Absorb attention sinks: OUTPUT predicts nearly what SOURCE does, without sinks and massive activations.
+    Remove attention sinks and massive activations from a checkpoint.
 
-    Gates take over what the sinks did; then the model is distilled from SOURCE. What is made on the way is kept in
-    OUTPUT.partial, and the same command goes on from there. How near it comes is measured, and said in OUTPUT's model
-    card.
+    Example: gated-llama absorb HuggingFaceTB/SmolLM2-135M-Instruct build/absorbed
+
+    Gates replace the function of the sinks. OUTPUT is then distilled from
+    SOURCE. OUTPUT's predictions are close to SOURCE's, but not the same. Both
+    models are compared on held-out text, and OUTPUT's model card reports the
+    differences.
+
+    Intermediate results are kept in OUTPUT.partial. After an interruption, the
+    same command resumes from there.
     """
     with one_clear_line(kept=Path(f"{Path(output)}.partial")):
         import torch
@@ -56,7 +68,7 @@ def absorb(
         from modeling_gated.absorption import AbsorptionError, AbsorptionSettings, absorb_checkpoint
 
         if dtype not in (None, "bfloat16", "float32"):
-            raise AbsorptionError(f"--dtype {dtype}: is neither bfloat16 nor float32")
+            raise AbsorptionError(f"--dtype must be bfloat16 or float32, got {dtype}")
         done = absorb_checkpoint(
             checkpoint,
             output,

@@ -1,4 +1,4 @@
-"""The subcommands that make checkpoints, compare them and take them back."""
+"""The subcommands that convert, verify, extend, ungate and repair checkpoints."""
 
 import re
 from pathlib import Path
@@ -10,9 +10,11 @@ from modeling_gated import defaults
 from modeling_gated.errors import printable
 
 from .options import (
+    LONGER_CONTEXT,
     ContextLength,
     Factor,
     OriginalLength,
+    Output,
     Overwrite,
     Place,
     ReplaceScaling,
@@ -38,7 +40,12 @@ def _context(
     original_max_position_embeddings: int | None,
     replace_scaling: bool,
 ) -> dict[str, Any] | None:
-    """The arguments of `extend_context` that were given."""
+    """
+    Return the arguments of `extend_context` that the user gave, or None without `length`.
+
+    Raises:
+        typer.BadParameter: if another of them is given without `length`.
+    """
     numbers = {"rope_theta": rope_theta, "factor": factor}
     numbers["original_max_position_embeddings"] = original_max_position_embeddings
     options: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
@@ -49,30 +56,40 @@ def _context(
     if length is None:
         if options:
             flag = "yarn" if yarn else next(iter(options)).replace("_", "-")
-            raise typer.BadParameter(f"--{flag} needs --context-length")
+            raise typer.BadParameter(f"--{flag} needs --context-length; add --context-length TOKENS")
         return None
     return {"length": length} | options
 
 
 def convert(
     source: Source,
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
+    output: Output,
     granularity: Annotated[
         defaults.Granularity | None,
         typer.Option(
-            help="One gate per head, or per channel of each head. A source with gates of its own keeps them.",
+            metavar="KIND",
+            help="headwise: one gate per head. elementwise: one gate per channel of each head. A SOURCE that already "
+            "has gates keeps them.",
             show_default=defaults.GRANULARITY,
         ),
     ] = None,
     gate_init: Annotated[
         float | None,
-        typer.Option(help="The opening that gates start from, between 0 and 1.", show_default=str(defaults.GATE_INIT)),
+        typer.Option(
+            metavar="OPENING",
+            help="Opening sigmoid(b) that gates start from, greater than 0 and less than 1.",
+            show_default=str(defaults.GATE_INIT),
+        ),
     ] = None,
     place: Place = defaults.PLACE,
     overwrite: Overwrite = False,
     dtype: Annotated[
         defaults.DtypeName | None,
-        typer.Option(help="Dtype of a GGUF file's dequantized tensors.", show_default=defaults.GGUF_DTYPE),
+        typer.Option(
+            metavar="DTYPE",
+            help="Dtype of tensors dequantized from a GGUF file: bfloat16, float16 or float32.",
+            show_default=defaults.GGUF_DTYPE,
+        ),
     ] = None,
     revision: Revision = None,
     context_length: ContextLength = None,
@@ -81,12 +98,17 @@ def convert(
     factor: Factor = None,
     original_max_position_embeddings: OriginalLength = None,
     replace_scaling: ReplaceScaling = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be written, and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the planned files and write nothing.")] = False,
 ) -> None:
     """
-    Add open gates to a checkpoint: OUTPUT computes exactly what SOURCE does.
+    Add attention gates to a checkpoint.
 
-    With --context-length it does so with its context extended, as by the subcommand extend.
+    Example: gated-llama convert HuggingFaceTB/SmolLM2-135M-Instruct build/gated
+
+    The outputs stay bit-identical to SOURCE's: every gate starts at exactly 1.
+    With --context-length the context is extended too, as by gated-llama extend.
+    --original-max-position-embeddings TOKENS sets the length that the model was
+    trained at. The default is max_position_embeddings.
     """
     with one_clear_line():
         import torch
@@ -112,19 +134,28 @@ def convert(
 
 def verify(
     source: Source,
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The gated checkpoint made from it.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Gated checkpoint converted from SOURCE.")],
     text: Annotated[
-        str | None, typer.Option(help="A text file to compare logits on.", show_default="Python's language reference")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="UTF-8 text file to compare logits on.", show_default="Python's language reference"
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(max=10_000_000, help="How many tokens of it.")] = defaults.VERIFIED_TOKENS,
+    tokens: Annotated[
+        int, typer.Option(max=10_000_000, metavar="N", help="Tokens of the text to compare logits on.")
+    ] = defaults.VERIFIED_TOKENS,
     revision: Revision = None,
 ) -> None:
     """
-    Compare OUTPUT with SOURCE: tensors, config and code, then both models' logits and cached generation.
+    Check that a converted checkpoint computes the same function as its source.
 
-    One layer is in memory at a time.
+    Example: gated-llama verify HuggingFaceTB/SmolLM2-135M-Instruct build/gated
 
-    The exit code is 0 if they are the same function, else 1. OUTPUT's model card and manifest record the result.
+    Tensors, config and code are compared first. Then come both models' logits
+    and cached generation, with one layer in memory at a time.
+
+    The exit code is 0 if both are the same function, otherwise 1. OUTPUT's
+    model card and manifest record the result.
     """
     with one_clear_line():
         from modeling_gated.conversion import verify_checkpoint
@@ -139,68 +170,94 @@ def verify(
 
 
 def ungate(
-    gated: Annotated[str, typer.Argument(metavar="GATED", help="A checkpoint that gated-llama convert made.")],
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
+    gated: Annotated[str, typer.Argument(metavar="GATED", help="Checkpoint that gated-llama convert wrote.")],
+    output: Output,
     place: Place = defaults.PLACE,
     overwrite: Overwrite = False,
     revision: Revision = None,
 ) -> None:
-    """Restore the source's files, byte for byte, if the gates are still what conversion wrote."""
+    """
+    Restore the source's files, byte for byte.
+
+    Example: gated-llama ungate build/gated build/source-again
+
+    Gates that were trained or changed since conversion are refused.
+    """
     with one_clear_line():
         from modeling_gated.conversion import ungate_checkpoint
 
         done = ungate_checkpoint(gated, output, place=place, overwrite=overwrite, revision=revision, progress=True)
     print_lines({"files restored": f"{len(done.files)}", "result": done.output})
-    _print_left_out(done.left_out, "left out by conversion, so not restored")
+    _print_left_out(done.left_out, "not restored, because conversion left them out")
 
 
 def refresh_code(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="The directory of a gated checkpoint that carries its code.")
+        str, typer.Argument(metavar="CHECKPOINT", help="Directory of a gated checkpoint that includes its model code.")
     ],
 ) -> None:
     """
-    Replace the code in CHECKPOINT, which trust_remote_code runs, by this version's; no other file but the manifest.
+    Update the model code in a gated checkpoint to this version.
 
-    Code written before a change in Transformers may generate wrong text, or refuse to.
+    Example: gated-llama refresh-code build/gated
+
+    trust_remote_code=True runs this code. Code from before a change in
+    Transformers may generate wrong text, or refuse to generate.
+    Apart from the code, only the manifest is updated.
     """
     with one_clear_line():
         from modeling_gated.conversion import refresh_code
 
         done = refresh_code(checkpoint)
-    print_lines({"replaced": ", ".join(done.files) or "nothing: the code is this version's", "result": done.directory})
+    print_lines({"replaced": ", ".join(done.files) or "nothing: the code is up to date", "result": done.directory})
     if done.had_verification:
-        typer.echo("note: the model card's verification is of the old code; run gated-llama verify again", err=True)
+        typer.echo("note: the model card's verification is for the old code; run gated-llama verify again", err=True)
 
 
 def repair_tokenizer(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The directory of a gated checkpoint.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Directory of a gated checkpoint.")],
     source: Annotated[
         str | None,
         typer.Option(
-            help="The checkpoint it was converted from, a path or a model on the hub.", show_default="its manifest says"
+            metavar="SOURCE",
+            help="Checkpoint that CHECKPOINT was converted from: a path or a model on the hub.",
+            show_default="from the manifest",
         ),
     ] = None,
 ) -> None:
     """
-    Give CHECKPOINT the tokenizer of its source, if an earlier version converted it; no weights are written to.
+    Restore the source's tokenizer in a checkpoint that an earlier version converted.
 
-    Transformers picks a tokenizer's class by the model type, so that some checkpoints tokenized otherwise than their
-    source. Conversion now names the class itself.
+    Example: gated-llama repair-tokenizer build/gated
+
+    Transformers picks a tokenizer's class by the model type. Checkpoints from
+    earlier versions may therefore tokenize differently from their source.
+    Conversion now writes the class into the checkpoint. No weights are written.
     """
     with one_clear_line():
         from modeling_gated.conversion import repair_tokenizer
 
         done = repair_tokenizer(checkpoint, source)
     print_lines(
-        {"replaced": ", ".join(done.files) or "nothing: the tokenizer is the source's", "result": done.directory}
+        {
+            "replaced": ", ".join(done.files) or "nothing: the tokenizer already matches the source's",
+            "result": done.directory,
+        }
     )
 
 
 def extend(
     checkpoint: Source,
-    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The directory to make.")],
-    context_length: Annotated[int, typer.Option(min=1, help="The tokens of an input that OUTPUT is to take.")],
+    output: Output,
+    context_length: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Maximum input length of OUTPUT, in tokens.",
+            rich_help_panel=LONGER_CONTEXT,
+        ),
+    ],
     rope_theta: RopeTheta = None,
     yarn: Yarn = False,
     factor: Factor = None,
@@ -211,9 +268,15 @@ def extend(
     revision: Revision = None,
 ) -> None:
     """
-    Extend the context of a checkpoint, gated or not, by a larger base of RoPE or by YaRN; weights stay as they are.
+    Extend the context length of a checkpoint, gated or not.
 
-    A larger base (the default method) is meant to be followed by training at the new length; YaRN is not.
+    Example: gated-llama extend build/gated build/longer --context-length 16384
+
+    The default method is a larger RoPE base. Train at the new length
+    afterwards. YaRN needs no training. Weights stay unchanged.
+
+    --original-max-position-embeddings TOKENS sets the length that the model was
+    trained at. The default is max_position_embeddings.
     """
     with one_clear_line():
         from modeling_gated.conversion import extend_checkpoint
@@ -259,17 +322,16 @@ def _print_plan(plan: "Plan") -> None:
 
 
 def _kinds(gates: dict[str, "NewTensor"]) -> dict[str, list[int]]:
-    """The gate tensors, one line for all layers."""
+    """Return the names and shapes of gate tensors, one entry for all layers."""
     return {re.sub(r"layers\.\d+", "layers.*", name): list(tensor.shape) for name, tensor in gates.items()}
 
 
 def _gates(config: "GatedLlamaConfig") -> str:
-    opening = f", opening {config.gate_init}" if config.gate_bias and config.gate_scale != 1 else ", the source's own"
+    opening = f", opening {config.gate_init}" if config.gate_bias and config.gate_scale != 1 else ", from the source"
     return f"{config.gate_granularity} in {config.num_hidden_layers} layers{opening}"
 
 
 def _print_summary(done: "Conversion") -> None:
-
     from modeling_gated.configuration import describe_context
 
     share = 100 * done.gate_parameters / done.base_parameters
@@ -304,22 +366,22 @@ def _written(done: "Conversion | ExtendedCheckpoint") -> dict[str, object]:
 def _print_tokenizer(length: int | None) -> None:
     if length is not None:
         typer.echo(
-            f"note: tokenizer_config.json has model_max_length={length}, at which tokenizers warn, and truncate when "
-            "asked to",
+            f"note: tokenizer_config.json has model_max_length={length}; tokenizers warn about longer inputs, and "
+            "truncate if asked to",
             err=True,
         )
 
 
 def _print_tokenizer_error(error: str | None) -> None:
     if error is not None:
-        typer.echo(f"note: the tokenizer's files are copied but not compared: {error}", err=True)
+        typer.echo(f"note: the tokenizer files are copied but not compared: {error}", err=True)
 
 
 def _print_unread(unread: tuple[str, ...]) -> None:
     if unread:
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         names = printable(", ".join(unread[:3]))
-        typer.echo(f"note: the model does not read {names}{more}, which the source holds", err=True)
+        typer.echo(f"note: the model does not use these tensors of the source: {names}{more}", err=True)
 
 
 def _print_notes(notes: tuple[str, ...]) -> None:
@@ -334,5 +396,5 @@ def _print_left_out(left_out: dict[str, int], what: str) -> None:
         largest = sorted(left_out, key=lambda name: (-left_out[name], name))[:3]
         names = ", ".join(f"{name} ({decimal(left_out[name])})" for name in largest)
         more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
-        total = f"{len(left_out):,} of the source's files, {decimal(sum(left_out.values()))}"
+        total = f"{len(left_out):,} of the source's files ({decimal(sum(left_out.values()))})"
         typer.echo(f"note: {what}: {total}: {printable(names)}{more}", err=True)

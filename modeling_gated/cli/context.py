@@ -1,4 +1,4 @@
-"""The subcommand that evaluates long contexts."""
+"""The subcommand that evaluates models on long contexts."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import typer
 from modeling_gated.defaults import CHUNK_SIZE, CONTEXT_SAMPLES, CONTEXT_TASKS, CONTEXT_WINDOWS, SEED
 
 from .models import find_device, find_models, load_model, names_of
-from .options import Device, Dtype, TextFile
+from .options import COMPUTE, REPORT, Device, Dtype, TextFile
 from .output import check_report_files, one_clear_line
 
 
@@ -29,49 +29,83 @@ def evaluate_context(
         list[str],
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Directories with safetensors, GGUF files or models on the hub: gated ones, or any that generate with "
-            "a cache of keys and values.",
+            help="Directories with safetensors, GGUF files or models on the hub. Gated models, or any model that "
+            "generates with a KV cache.",
         ),
     ],
-    lengths: Annotated[str, typer.Option(help="Lengths in tokens, separated by commas.")] = "1024,2048,4096,8192",
-    tasks: Annotated[str, typer.Option(help="What to measure, separated by commas.")] = ",".join(CONTEXT_TASKS),
+    lengths: Annotated[
+        str, typer.Option(metavar="N,N", help="Input lengths in tokens, separated by commas.")
+    ] = "1024,2048,4096,8192",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK,TASK", help="Tasks to run, separated by commas.", show_default=", ".join(CONTEXT_TASKS)
+        ),
+    ] = ",".join(CONTEXT_TASKS),
     text: TextFile = None,
     windows: Annotated[
-        int, typer.Option(help="Windows of the text, as long as the longest length, for the loss.")
+        int, typer.Option(metavar="N", help="Windows of text for the loss, each as long as the longest length.")
     ] = CONTEXT_WINDOWS,
-    samples: Annotated[int, typer.Option(help="Prompts per task and length.")] = CONTEXT_SAMPLES,
+    samples: Annotated[int, typer.Option(metavar="N", help="Prompts per task and length.")] = CONTEXT_SAMPLES,
     chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--no-chat",
             help="Ask in the tokenizer's chat template, or in plain text.",
-            show_default="as the tokenizer has one",
+            show_default="chat if the tokenizer has a template",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of what is hidden in the text, and where.")] = SEED,
-    chunk_size: Annotated[int, typer.Option(help="Tokens per forward pass; memory grows with it.")] = CHUNK_SIZE,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Random seed for the hidden sentences and their places.")
+    ] = SEED,
+    chunk_size: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Tokens per forward pass. Memory grows with this number.", rich_help_panel=COMPUTE
+        ),
+    ] = CHUNK_SIZE,
     dtype: Dtype = "auto",
     device: Device = None,
     output: Annotated[
-        Path | None, typer.Option(help=f"A directory for {_JSON} and {_PLOT}.", show_default="none")
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help=f"Directory for {_JSON} and {_PLOT}.",
+            show_default="none",
+            rich_help_panel=REPORT,
+        ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help=f"Replace {_JSON} and {_PLOT} if they exist.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help=f"Replace {_JSON} and {_PLOT} if they exist.", rich_help_panel=REPORT),
+    ] = False,
 ) -> None:
     """
-    Measure how well models use long inputs: loss by position, and tasks that hide something in a text.
+    Measure how well models use long inputs, side by side.
 
-    passkey: a number that is said once; multi_key_needle: the number of one word of four; variable_tracking: five
-    variables with one value, through a chain of assignments. Scores are shares of the answers that were found.
-    Lengths beyond a model's max_position_embeddings are marked with *.
+    Example: gated-llama evaluate-context build/gated --lengths 1024,4096
+
+    Tasks, of which all but loss are in the style of RULER:
+
+    loss: mean loss by position on a long text, in nats per token.
+    passkey: recall a number hidden in the text.
+    multi_key_needle: recall the number of one word among four.
+    variable_tracking: follow a chain of assignments, name the five variables
+    that share one value.
+
+    A score is the share of expected answers in the output, from 0 to 1.
+    An asterisk marks lengths beyond a model's max_position_embeddings.
     """
-    with one_clear_line(output and output / _JSON, "what was measured before is in {}"):
+    with one_clear_line(output and output / _JSON, "results measured so far are in {}"):
         from modeling_gated.evaluation import EvaluationError, evaluate_context
         from modeling_gated.evaluation.context import check_settings
         from modeling_gated.evaluation.plot import check_plots, plot_context
         from modeling_gated.evaluation.text import read_text
 
         if not (lengths.strip() and all(word.strip().isdecimal() for word in lengths.split(","))):
-            raise EvaluationError(f"--lengths {lengths}: not numbers of tokens, separated by commas")
+            raise EvaluationError(
+                f"--lengths must be numbers of tokens separated by commas, got {lengths}; for example 1024,4096"
+            )
         settings: dict[str, Any] = {
             "lengths": [int(word) for word in lengths.split(",")],
             "tasks": [word.strip() for word in tasks.split(",")],
@@ -90,8 +124,8 @@ def evaluate_context(
             model, tokenizer = load_model(path, dtype, target)
             options: dict[str, Any] = settings | {"name": name, "text": text, "chat": chat, "seed": seed}
             evaluations.append(evaluate_context(model, tokenizer, **options, progress=True))
-            del model  # before the next one is loaded
-            if output is not None:  # at once, as the next one may fail after hours
+            del model  # free memory before the next model is loaded
+            if output is not None:  # save now: the next model may fail after hours
                 _write(evaluations, output)
         _print_table(evaluations)
         if output is not None:
@@ -134,8 +168,11 @@ def _print_table(evaluations: list["ContextEvaluation"]) -> None:
             table.add_row(task, evaluation.name, *values)
     Console(soft_wrap=True).print(table)
     if any(evaluation.beyond for evaluation in evaluations):
-        typer.echo("* more than max_position_embeddings")
+        typer.echo("* longer than max_position_embeddings")
     if len({evaluation.chat_template for evaluation in evaluations}) > 1:
-        typer.echo("note: some were asked in their chat template, others in plain text (--chat, --no-chat)", err=True)
+        typer.echo(
+            "note: prompts of some models use a chat template, prompts of others plain text; set --chat or --no-chat",
+            err=True,
+        )
     if len({(evaluation.text_tokens, evaluation.text_characters) for evaluation in evaluations}) > 1:
-        typer.echo("note: the tokenizers take the text for different tokens, so losses do not compare", err=True)
+        typer.echo("note: the tokenizers split the text differently, so losses cannot be compared", err=True)

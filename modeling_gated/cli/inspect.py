@@ -1,4 +1,4 @@
-"""The subcommand that shows attention sinks, activations and gates."""
+"""The subcommand that measures attention sinks, activations and gates."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +8,7 @@ import typer
 from modeling_gated.defaults import INSPECTED_WINDOW_TOKENS, INSPECTED_WINDOWS, INTERVENTIONS
 
 from .models import find_device, find_models, load_model, names_of
-from .options import Device, Dtype, TextFile
+from .options import REPORT, Device, Dtype, TextFile
 from .output import check_report_files, one_clear_line
 
 
@@ -21,33 +21,52 @@ def inspect(
         list[str],
         typer.Argument(
             metavar="MODEL",
-            help="Directories with safetensors, GGUF files or models on the hub, gated or not: any causal language "
+            help="Directories with safetensors, GGUF files or models on the hub. Gated or not: any causal language "
             "model that Transformers loads.",
         ),
     ],
     text: TextFile = None,
     report: Annotated[
-        Path | None, typer.Option(help="A directory for report.html and report.json.", show_default="none")
+        Path | None,
+        typer.Option(
+            metavar="DIRECTORY",
+            help="Directory for report.html and report.json.",
+            show_default="none",
+            rich_help_panel=REPORT,
+        ),
     ] = None,
-    png: Annotated[bool, typer.Option("--png", help="Also write each picture as a PNG, into REPORT/pictures.")] = False,
-    windows: Annotated[int, typer.Option(help="Windows of the text.")] = INSPECTED_WINDOWS,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = INSPECTED_WINDOW_TOKENS,
+    png: Annotated[
+        bool,
+        typer.Option("--png", help="Also write each picture as a PNG into REPORT/pictures.", rich_help_panel=REPORT),
+    ] = False,
+    windows: Annotated[
+        int, typer.Option(metavar="N", help="Windows of text to measure on, spread over the text.")
+    ] = INSPECTED_WINDOWS,
+    length: Annotated[int, typer.Option(metavar="N", help="Length of a window in tokens.")] = INSPECTED_WINDOW_TOKENS,
     interventions: Annotated[
         str,
         typer.Option(
-            help="What to change to see what predictions lose, separated by commas, or none: also window=128 (of "
-            "attention), window=128+4 (and the first four tokens), int8_weights, int8_activations, gates=0.5, "
-            "gates=0.5@LAYER, gates=0.5@LAYER.HEAD. Those of gates are left out for models without gates."
+            metavar="NAME,NAME",
+            help="Changes whose effect on the loss is measured, separated by commas, or none. Also available: "
+            "window=128 (sliding-window attention), window=128+4 (and the first four tokens), int8_weights, "
+            "int8_activations, gates=0.5, gates=0.5@LAYER, gates=0.5@LAYER.HEAD. Models without gates skip changes of "
+            "gates.",
+            show_default=", ".join(INTERVENTIONS),
         ),
     ] = ",".join(INTERVENTIONS),
     dtype: Dtype = "auto",
     device: Device = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing report.", rich_help_panel=REPORT)
+    ] = False,
 ) -> None:
     """
-    Show where attention sinks are, how large activations get and what gates do, on real text.
+    Measure attention sinks, activations and gates on real text.
 
-    Prints a summary; with --report a page that explains itself, and all numbers as JSON.
+    Example: gated-llama inspect build/gated --report build/report
+
+    Prints a summary, with several models side by side. --report also writes
+    an HTML page with explanations and pictures, and all numbers as JSON.
     """
     with one_clear_line():
         from modeling_gated.evaluation.plot import check_plots
@@ -65,7 +84,7 @@ def inspect(
         from modeling_gated.inspection.report.report import check_settings
 
         if png and report is None:
-            raise InspectionError("--png needs --report, a directory to write to")
+            raise InspectionError("--png needs --report; add --report DIRECTORY")
         chosen = [] if interventions.strip() == "none" else [word.strip() for word in interventions.split(",")]
         check_settings(windows, length, chosen)
         words, text_name = read_text(text)
@@ -83,7 +102,7 @@ def inspect(
         for path, name in zip(paths, names_of(models), strict=True):
             model, tokenizer = load_model(path, dtype, target)
             reports.append(inspect_model(model, tokenizer, words, name=name, progress=True, **options))
-            del model  # before the next one is loaded
+            del model  # free memory before the next model is loaded
         _print_summary(reports)
         if report is not None:
             from modeling_gated.checkpoints.replacement import replace_file
@@ -99,6 +118,7 @@ def inspect(
 
 
 def _print_summary(reports: "list[ModelReport]") -> None:
+    """Print the summary rows as a table, one column per model, and the notes to stderr."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""How well a model uses a long context."""
+"""Evaluation of long contexts."""
 
 from modeling_gated.errors import EvaluationError
 

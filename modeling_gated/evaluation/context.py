@@ -1,4 +1,4 @@
-"""How well a model uses a long context: loss by position, and tasks whose answer lies somewhere in the input."""
+"""Evaluation of long contexts: loss by position, and tasks whose answer lies somewhere in the input."""
 
 import math
 import random
@@ -188,14 +188,14 @@ def check_settings(lengths: Sequence[int], tasks: Sequence[str], **counts: int) 
         EvaluationError: for lengths or tasks that are none or come twice, and for counts below 1.
     """
     if not lengths or min(lengths) < 2 or len(set(lengths)) < len(lengths):
-        raise EvaluationError(f"lengths {list(lengths)}: needed are different numbers of tokens, each at least 2")
+        raise EvaluationError(f"lengths must be different numbers of tokens, each at least 2, got {list(lengths)}")
     if unknown := [task for task in tasks if task not in (LOSS, *TASKS)]:
-        raise EvaluationError(f"task {unknown[0]!r} is not among {', '.join((LOSS, *TASKS))}")
+        raise EvaluationError(f"tasks must be among {', '.join((LOSS, *TASKS))}, got {unknown[0]!r}")
     if not tasks or len(set(tasks)) < len(tasks):
-        raise EvaluationError(f"tasks {list(tasks)}: needed are different ones, at least one")
+        raise EvaluationError(f"tasks must be different and at least one, got {list(tasks)}")
     for field, value in counts.items():
         if value < 1:
-            raise EvaluationError(f"{field} {value}: at least 1 is needed")
+            raise EvaluationError(f"{field} must be at least 1, got {value}")
 
 
 def _losses(

@@ -19,7 +19,7 @@ def loss_by_position(
     advance: Callable[[int], object] = lambda _: None,
 ) -> torch.Tensor:
     """
-    Negative log-likelihood of each token of a text, given all tokens before it.
+    Return negative log-likelihood of each token of a text, given all tokens before it.
 
     The text goes through the model in chunks, each attending to the cache of those before it, so that no matrix is
     larger than [chunk_size, sequence], and no logits are than [chunk_size, vocab_size]. RoPE that changes with the

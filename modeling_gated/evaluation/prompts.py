@@ -20,8 +20,7 @@ def build_prompt(
     task: Task, lines: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int, *, chat: bool
 ) -> list[int]:
     """
-    Token ids of a prompt that with its answer takes at most `length` tokens, and less than that by one line of the
-    text at most.
+    Return token ids of a prompt. With its answer it takes at most `length` tokens, and at most one line of text less.
 
     Nothing is truncated: the text is shortened by lines until all fits. The whole prompt is tokenized at once, so
     that needles are as the model would see them in a text, and decoded again: each must still be there.
@@ -64,7 +63,7 @@ def build_prompt(
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text, long ones broken, so that prompts can be filled and needles spread evenly."""
+    """Return the lines of a text, long ones broken, so that prompts can be filled and needles spread evenly."""
     broken = (wrap(line, _LINE) if len(line) > _LINE else [line] for line in text.splitlines() if line.strip())
     return [line for lines in broken for line in lines]
 
@@ -78,7 +77,7 @@ def _prompt(task: Task, lines: Sequence[str], count: int) -> str:
 
 
 def _tokenize(prompt: str, tokenizer: PreTrainedTokenizerBase, chat: bool, answer_prefix: str) -> list[int]:
-    """Never truncated. A chat template writes the special tokens itself, so that none comes twice."""
+    """Return token ids, never truncated. A chat template writes the special tokens itself, so that none comes twice."""
     if chat:
         messages = [{"role": "user", "content": prompt}]
         try:

@@ -30,15 +30,15 @@ class Task:
 
     def score(self, answer: str) -> float:
         """
-        The share of `answers` that an answer holds, as words of their own: RULER's string match. What else it holds
-        does not count against it.
+        Return the share of `answers` that an answer holds as separate words: RULER's string match. Other words of the
+        answer do not count against it.
         """
         matches = (re.search(rf"(?<![0-9A-Za-z]){re.escape(word)}(?![0-9A-Za-z])", answer) for word in self.answers)
         return sum(match is not None for match in matches) / len(self.answers)
 
 
 def passkey(generator: random.Random, depth: float) -> Task:
-    """A number of five digits that is said once (arXiv 2305.16300)."""
+    """Return a number of five digits that is said once (arXiv 2305.16300)."""
     key = _number(generator)
     return Task(
         instruction="There is important information hidden in the text below. Find it and memorize it.",
@@ -52,7 +52,7 @@ def passkey(generator: random.Random, depth: float) -> Task:
 
 
 def multi_key_needle(generator: random.Random, depth: float) -> Task:
-    """The number of one of four words, where each has a number (RULER's multi-key needle in a haystack)."""
+    """Return the number of one of four words, where each has a number (RULER's multi-key needle in a haystack)."""
     words = _distinct(generator, 4, lambda: _letters(generator, 7).lower())
     numbers = _distinct(generator, 4, lambda: _number(generator, 7))
     depths = [depth, *(generator.random() for _ in range(3))]
@@ -73,7 +73,7 @@ def multi_key_needle(generator: random.Random, depth: float) -> Task:
 
 def variable_tracking(generator: random.Random, depth: float) -> Task:
     """
-    The five variables that have a value, four of them through others, beside a chain of five with another value.
+    Return the five variables that have a value, four of them through others, beside a chain of five with another value.
 
     `depth` is where the first of the chain stands; the others follow in order.
     """
@@ -100,7 +100,7 @@ def variable_tracking(generator: random.Random, depth: float) -> Task:
 
 
 def draw(name: str, generator: random.Random, depth: float, text: str) -> Task:
-    """A task of `TASKS` that hides nothing which is in the text already."""
+    """Return a task of `TASKS` that hides nothing which is in the text already."""
     while True:
         task = TASKS[name](generator, depth)
         if not any(word in text for word in task.hidden):

@@ -10,7 +10,7 @@ from modeling_gated.errors import EvaluationError
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
-    """A text file, UTF-8, or Python's language reference; and what to call it."""
+    """Return a text file, UTF-8, or Python's language reference; and what to call it."""
     if path is None:
         return default_text(), DEFAULT_TEXT_NAME
     try:
@@ -25,6 +25,6 @@ def read_text(path: Path | None) -> tuple[str, str]:
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, if the tokenizer puts it before an input. (Some also put an end after it.)"""
+    """Return the beginning-of-sequence token if the tokenizer puts it before an input, otherwise nothing."""
     ids = encode(tokenizer, "", "the beginning of an input", add_special_tokens=True)
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []

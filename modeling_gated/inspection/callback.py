@@ -55,9 +55,11 @@ class InspectionCallback(TrainerCallback):
         every: int = 100,
     ) -> None:
         if every < 1:
-            raise InspectionError(f"every {every}: at least 1 is needed")
+            raise InspectionError(f"every must be at least 1, got {every}")
         if input_ids.ndim != 2 or input_ids.shape[1] < 2:
-            raise InspectionError(f"input_ids {list(input_ids.shape)}: needed is [batch, tokens], at least 2 tokens")
+            raise InspectionError(
+                f"input_ids must be [batch, tokens] with at least 2 tokens, got {list(input_ids.shape)}"
+            )
         self.trainer, self.every = trainer, every
         self.input_ids, self.attention_mask = input_ids, attention_mask
 
@@ -87,7 +89,7 @@ def measure(
     model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
 ) -> dict[str, float]:
     """
-    The cheap meters of one forward pass, in evaluation mode meanwhile: what `InspectionCallback` logs.
+    Return the cheap meters of one forward pass, in evaluation mode meanwhile: what `InspectionCallback` logs.
 
     Args:
         model: a model of Transformers', or what PEFT, DDP or FSDP made of one.
@@ -120,11 +122,11 @@ def measure(
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Compiled models run their own code meanwhile; nothing is compiled if nothing was, so that nothing is loaded."""
+    """Run models uncompiled meanwhile. Nothing is compiled if nothing was, so that nothing is loaded."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def initial_gate(config: GatedLlamaConfig) -> float:
-    """What a gate of a new model, or of one that was just converted, is: that of a zero input."""
+    """Return the value of a gate in a new or newly converted model: that of a zero input."""
     bias = initial_gate_bias(config.gate_init, config.gate_activation, config.gate_form) if config.gate_bias else 0.0
     return (GATE_ACTIVATIONS[config.gate_activation](torch.tensor(bias)) * config.gate_scale).item()

@@ -10,8 +10,9 @@ def sum_over_chunks(
     summed_loss: Callable[..., torch.Tensor], *tensors: torch.Tensor, chunk_size: int = 1024
 ) -> torch.Tensor:
     """
-    The sum of a function over chunks of tokens. Nothing that it computes is kept for the backward pass, which computes
-    it again, chunk by chunk; but of the last one, with which its backward pass begins.
+    Return the sum of a function over chunks of tokens.
+
+    Only the last chunk's activations are kept for the backward pass, which begins with it and recomputes the others.
 
     Args:
         summed_loss: of the chunks of `tensors`, a scalar.

@@ -69,11 +69,13 @@ class Distillation(nn.Module):
         super().__init__()
         for name, model in (("student", student), ("teacher", teacher)):
             if model is not None and not isinstance(model, PreTrainedModel):
-                raise ValueError(f"{name} is a {type(model).__name__}, not a Transformers model; see get_base_model()")
+                raise ValueError(
+                    f"{name} must be a Transformers model, got {type(model).__name__}; PEFT has get_base_model()"
+                )
         weights = {"attention_weight": attention_weight, "kl_weight": kl_weight}
         for name, weight in weights.items():
             if not weight >= 0:
-                raise ValueError(f"{name}={weight} must not be negative")
+                raise ValueError(f"{name} must not be negative, got {weight}")
         if not any(weights.values()):
             raise ValueError("attention_weight=0 and kl_weight=0: there is nothing to learn")
         if teacher is None:
@@ -141,7 +143,7 @@ class Distillation(nn.Module):
     def _run(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Last hidden states and, if they are asked for, each layer's attention output, both [batch, seq, hidden]."""
+        """Return last hidden states and, if asked for, each layer's attention output, both [batch, seq, hidden]."""
         with _attention_outputs(model if self.attention_weight else None) as outputs:
             hidden = model.base_model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         return hidden, outputs
@@ -157,7 +159,7 @@ class Distillation(nn.Module):
 
 def ungated(student: PreTrainedModel, *, share_weights: bool = True) -> PreTrainedModel:
     """
-    A gated model without its gates: for a converted one, its source. In evaluation mode.
+    Return a gated model without its gates: for a converted one, its source. In evaluation mode.
 
     Args:
         student: a gated causal language model, not wrapped by PEFT.
@@ -237,7 +239,7 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
 
 @contextmanager
 def _attention_outputs(model: PreTrainedModel | None) -> Iterator[list[torch.Tensor]]:
-    """The outputs of a model's attention blocks, in the order of the layers, of the forward pass made meanwhile."""
+    """Give a list that the next forward pass fills with the outputs of the attention blocks, in the layers' order."""
     outputs: list[torch.Tensor] = []
     decoder: Any = None if model is None else model.base_model
     layers = [] if decoder is None else decoder.layers
@@ -250,7 +252,7 @@ def _attention_outputs(model: PreTrainedModel | None) -> Iterator[list[torch.Ten
 
 
 def _tokens(states: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-    """[batch, seq, hidden] as [tokens, hidden], without padding."""
+    """Return states [batch, seq, hidden] as [tokens, hidden], without padding."""
     return states.flatten(0, 1) if kept is None else states[kept]
 
 

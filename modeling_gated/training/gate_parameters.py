@@ -1,4 +1,4 @@
-"""Which of a model's parameters are its gates', and what an optimizer is to do with them."""
+"""Gate parameters of a model, and their settings in an optimizer and in PEFT."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def gate_param_groups(
     model: nn.Module, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """
-    The groups of a model's trainable parameters for an optimizer, gates with a learning rate of their own.
+    Return the groups of a model's trainable parameters for an optimizer, gates with a learning rate of their own.
 
     Norms and biases are not decayed, as in `Trainer`, and neither are the gates' biases, nor the weights of gates that
     are independent of the input, which are what biases are elsewhere: decay would pull gates to one half, not to where
@@ -55,8 +55,9 @@ def gate_param_groups(
 
 def separate_gates(groups: list[dict[str, Any]], model: nn.Module, gate_lr: float | None) -> list[dict[str, Any]]:
     """
-    An optimizer's groups with the gates' parameters in groups of their own, which come last and have all other values
-    of the groups they were in.
+    Return an optimizer's groups with the gates' parameters in separate groups.
+
+    These come last and have all other values of the groups that the parameters were in.
 
     Args:
         groups: of parameters of the model.
@@ -85,7 +86,7 @@ def separate_gates(groups: list[dict[str, Any]], model: nn.Module, gate_lr: floa
 
 
 def _gate_biases(model: nn.Module) -> list[nn.Parameter]:
-    """The gates' biases, and the weights of input-independent gates, which are linear layers of the constant 1."""
+    """Return the gates' biases, and the weights of input-independent gates, which act as biases."""
     biases = []
     for name, module in model.named_modules():
         if is_gate(name):

@@ -31,7 +31,7 @@ class TrainingText(Protocol):
     """Windows of tokens, in an endless order that a seed determines."""
 
     def training_batch(self, length: int, first: int, count: int, seed: int) -> torch.Tensor:
-        """The windows number `first` to `first + count`, or as many tokens as suit it, token ids [windows, tokens]."""
+        """Return token ids [windows, tokens] of the windows from `first` to `first + count`."""
 
 
 class Schedule(Protocol):
@@ -52,7 +52,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """What every training of an output needs."""
+    """Settings that every training run has."""
 
     output: Path
     accelerator: Accelerator
@@ -165,7 +165,7 @@ def train(
 
 
 def has_ended(losses: Sequence[float], patience: int) -> bool:
-    """Whether the last `patience` losses were no lower than the lowest before them."""
+    """Return whether the last `patience` losses are no lower than the lowest before them."""
     return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
 
 
@@ -179,7 +179,7 @@ def write_losses(run: Run, stage: Stage, losses: list[float], held_out: list[flo
 
 
 def read_losses(output: Path, name: str, kind: str = "losses") -> list[float]:
-    """What is recorded of a stage: the training loss of each step, or those on `held_out` text."""
+    """Return the recorded losses of a stage: the training loss of each step, or the losses on `held_out` text."""
     path = output / f"{name}.{kind}"
     return [float(line) for line in path.read_text(encoding="utf-8").split()] if path.is_file() else []
 
@@ -188,8 +188,9 @@ def train_step(
     run: Run, module: nn.Module, optimizer: torch.optim.Optimizer, stage: Stage, step: int
 ) -> tuple[float, int]:
     """
-    One step of the optimizer; the mean loss of its batches, over all processes, and how many tokens all of them have if
-    each has as many as this.
+    Take one step of the optimizer.
+
+    Return the mean loss of its batches over all processes, and their tokens if each process has as many as this one.
     """
     accelerator, accumulated, schedule = run.accelerator, run.gradient_accumulation_steps, stage.schedule
     losses, tokens = [], 0
@@ -210,7 +211,7 @@ def train_step(
 
 
 def learning_rate(schedule: Schedule, warmup_steps: int, step: int) -> float:
-    """Linear warmup, then a cosine down to a tenth. A function of the step, so that it needs no state."""
+    """Return the learning rate of a step: linear warmup, then a cosine down to a tenth. It needs no state."""
     if step < warmup_steps:
         return schedule.learning_rate * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, schedule.steps - warmup_steps)
@@ -255,11 +256,13 @@ def check_run_settings(settings: dict[str, Any], output: Path) -> None:
     path, now = output / "settings.json", json.loads(json.dumps(settings))
     if not path.is_file():
         if {file.name for file in output.iterdir()} - {"settings.partial"}:
-            raise ValueError(f"{output}: is neither empty nor an output of such a run")
+            raise ValueError(f"{output}: must be empty or the output of such a run; name another directory")
         partial = output / "settings.partial"
         partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
         partial.rename(path)
     before = json.loads(path.read_text(encoding="utf-8"))
     for name, value in now.items():
         if before.get(name) != value:
-            raise ValueError(f"{output}: was made with {name}={before.get(name)!r}, not {value!r}")
+            raise ValueError(
+                f"{output}: {name} must be {before.get(name)!r}, as at its start, got {value!r}; name another directory"
+            )

@@ -18,7 +18,7 @@ def gate_peft_config(
     gate_position: Sequence[str] = ("G1",),
 ) -> "PeftConfig":
     """
-    The PEFT config with which a gated model's gates are trained in full, or left alone.
+    Return the PEFT config with which a gated model's gates are trained in full, or left alone.
 
     | `base` | `gates` | what is trained |
     | --- | --- | --- |
@@ -44,14 +44,12 @@ def gate_peft_config(
             or `gate_position` is not known.
     """
     if gates not in ("full", "frozen"):
-        raise ValueError(f"gates={gates!r} is neither 'full' nor 'frozen'")
+        raise ValueError(f"gates must be 'full' or 'frozen', got {gates!r}")
     if unknown := [position for position in gate_position if position not in GATE_PROJECTIONS]:
-        raise ValueError(
-            f"gate_position={list(gate_position)}: {unknown[0]!r} is not among {', '.join(GATE_PROJECTIONS)}"
-        )
+        raise ValueError(f"gate_position must be among {', '.join(GATE_PROJECTIONS)}, got {unknown[0]!r}")
     names = [GATE_PROJECTIONS[position] for position in gate_position]
     if gates == "full" and not names:
-        raise ValueError("gate_position=[]: there is no gate to train")
+        raise ValueError("gate_position must name a position, got []: there is no gate to train")
     if base is None:
         if gates == "frozen":
             raise ValueError("gates='frozen' without a base: nothing would be trained")
@@ -62,11 +60,15 @@ def gate_peft_config(
     config: Any = deepcopy(base)
     for field in ("target_modules", "modules_to_save", "exclude_modules"):
         if not hasattr(config, field):
-            raise ValueError(f"base={type(base).__name__} has no {field}: it can't treat gates in a way of their own")
+            raise ValueError(
+                f"base must have {field}, got {type(base).__name__}, which cannot treat gates apart from other layers"
+            )
     for field in ("target_modules", "target_parameters", "modules_to_save"):
         named = getattr(config, field, None) or []
         if not isinstance(named, str) and (theirs := [name for name in named if is_gate(name)]):
-            raise ValueError(f"base.{field} names {theirs[0]!r}: what is done with the gates, gates={gates!r} says")
+            raise ValueError(
+                f"base.{field} must not include {theirs[0]!r}: gates={gates!r} already sets how gates are trained"
+            )
     if gates == "frozen" and getattr(config, "bias", None) == "all":
         raise ValueError("base.bias='all' with gates='frozen': it would train the gates' biases")
     if gates == "full":

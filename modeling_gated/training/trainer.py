@@ -38,7 +38,7 @@ class GateTrainerMixin:
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The trainer's optimizer, its gates in groups of their own."""
+        """Return the trainer's optimizer, its gates in groups of their own."""
         trainer: Any = super()
         if getattr(self, "optimizer", None) is not None:
             return trainer.create_optimizer(model)

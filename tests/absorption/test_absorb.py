@@ -154,7 +154,7 @@ def test_other_settings_do_not_go_on_from_there(source: Path, tmp_path: Path, mo
     monkeypatch.setattr(work, "absorb_sinks", interrupt)
     with pytest.raises(KeyboardInterrupt):
         absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
-    with pytest.raises(AbsorptionError, match=r"out.partial: was made with seed=0, not 1; remove it to begin anew"):
+    with pytest.raises(AbsorptionError, match=r"out\.partial: .*seed.*; remove the folder"):
         absorb_checkpoint(source, tmp_path / "out", settings=AbsorptionSettings(**vars(SETTINGS) | {"seed": 1}))
 
 
@@ -171,9 +171,7 @@ def test_another_checkpoint_does_not_go_on_from_there(
         patched.setattr(work, "absorb_sinks", interrupt)
         absorb_checkpoint(copy, tmp_path / "out", settings=SETTINGS)
     sink_model(scale=1.2).to(torch.bfloat16).save_pretrained(copy)
-    with pytest.raises(
-        AbsorptionError, match=r"out\.partial: was made with config\.json \(size, mtime_ns\)=.*; remove it"
-    ):
+    with pytest.raises(AbsorptionError, match=r"out\.partial: .*config\.json \(size, mtime_ns\).*; remove the folder"):
         absorb_checkpoint(copy, tmp_path / "out", settings=SETTINGS)
 
 
@@ -254,7 +252,7 @@ def test_float32_gates_stay_float32(source: Path, tmp_path: Path) -> None:
 
 def test_a_text_that_is_too_short_leaves_nothing(source: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("abc" * 40, encoding="utf-8")
-    with pytest.raises(AbsorptionError, match=r"/short\.txt: is too short: of its 120 tokens a quarter is held out"):
+    with pytest.raises(AbsorptionError, match=r"/short\.txt: .* window of 64 tokens, got 120 tokens"):
         absorb_checkpoint(source, tmp_path / "out", text=[tmp_path / "short.txt"], settings=SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
@@ -264,12 +262,12 @@ def test_another_setup_of_accelerate_is_told_at_once(source: Path, tmp_path: Pat
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         Accelerator(mixed_precision="bf16", cpu=True)
-        with pytest.raises(AbsorptionError, match="accelerate is set up in another way in this process"):
+        with pytest.raises(AbsorptionError, match="accelerate must be unused or set up without mixed precision"):
             absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(AbsorptionError, match=r"dtype torch\.float16: is neither bfloat16 nor float32"):
+    with pytest.raises(AbsorptionError, match=r"dtype must be .*, got torch\.float16"):
         absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS, dtype=torch.float16)
 
 
@@ -279,7 +277,7 @@ def test_gates_that_were_trained_are_refused(source: Path, tmp_path: Path) -> No
         tmp_path / "gated", tmp_path / "out", settings=AbsorptionSettings(**vars(SETTINGS) | {"distill_tokens": 0})
     )
     assert done.losses == []
-    with pytest.raises(AbsorptionError, match=r"its gates are not 1 any more in layers 1-3, but trained or imported"):
+    with pytest.raises(AbsorptionError, match=r"gates must be 1, got .* in layers 1-3"):
         absorb_checkpoint(tmp_path / "out", tmp_path / "again", settings=SETTINGS)
     assert not list(tmp_path.glob("again*"))
 
@@ -289,11 +287,11 @@ def test_gates_that_were_trained_are_refused(source: Path, tmp_path: Path) -> No
     ("arguments", "message"),
     [
         (["{source}", "{out}", "--text", "{none}"], "none.txt: No such file or directory"),
-        (["{source}", "{out}", "--dtype", "int8"], "--dtype int8: is neither bfloat16 nor float32"),
-        (["{source}", "{out}", "--distill-tokens", "-1"], "distill_tokens -1: at least 0 is needed"),
+        (["{source}", "{out}", "--dtype", "int8"], "--dtype must be bfloat16 or float32, got int8"),
+        (["{source}", "{out}", "--distill-tokens", "-1"], "--distill-tokens must be at least 0, got -1"),
         (["{source}", "{source}"], "must not contain each other"),
         (["{none}", "{out}"], "none.txt"),
-        (["{source}", "{out}", "--device", "cuda:9"], "--device cuda:9"),
+        (["{source}", "{out}", "--device", "cuda:9"], "--device must be usable by torch, got cuda:9"),
         (["{source}", "{source}/config.json/out"], "config.json"),
     ],
 )
@@ -332,10 +330,7 @@ def test_the_installed_command_finds_all_it_needs(source: Path, tmp_path: Path) 
     finished = subprocess.run([*command, "--text", tmp_path / "short.txt"], capture_output=True, text=True)
     assert finished.returncode == 1
     *before, last = finished.stderr.splitlines()
-    assert (
-        last
-        == f"error: {tmp_path}/short.txt: is too short: of its 120 tokens a quarter is held out, and a window has 256"
-    )
+    assert last.startswith(f"error: {tmp_path}/short.txt: ") and "window of 256 tokens, got 120 tokens" in last
     assert not any("transformers" in line for line in before)  # which would warn of a model that it does not know
 
 
@@ -359,7 +354,9 @@ def test_a_damaged_step_is_named(
         absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
     path = tmp_path / "out.partial" / name
     path.write_bytes(path.read_bytes()[:-1][:20])
-    with pytest.raises(AbsorptionError, match=rf"out\.partial/{re.escape(named)}: is damaged .*; remove it"):
+    with pytest.raises(
+        AbsorptionError, match=rf"out\.partial/{re.escape(named)}: must be a complete result .*; remove it"
+    ):
         absorb_checkpoint(source, tmp_path / "out", settings=SETTINGS)
 
 
@@ -379,7 +376,7 @@ def test_fused_gates_are_refused(tmp_path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     byte_tokenizer().save_pretrained(folder)
-    with pytest.raises(AbsorptionError, match="fused: its gates are not 1"):
+    with pytest.raises(AbsorptionError, match="fused: gates must be 1"):
         absorb_checkpoint(folder, tmp_path / "out", settings=SETTINGS)
     assert list(tmp_path.iterdir()) == [folder]
 

@@ -125,5 +125,5 @@ def test_training_ends_by_text_of_its_own() -> None:
         ((1, 64), [5]),
         ((1, 20), [6]),
     ]
-    with pytest.raises(AbsorptionError, match="no text is long enough to say when training is enough"):
+    with pytest.raises(AbsorptionError, match="at least 2 tokens of validation text, got none"):
         _validation_windows(texts[2:], 64)

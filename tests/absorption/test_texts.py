@@ -43,7 +43,7 @@ def test_given_texts(tmp_path: Path) -> None:
     second.write_text("other", encoding="utf-8")
     (actual,) = given_texts([first], TOKENIZER)
     assert (actual.kind, len(actual.training), len(actual.validation), len(actual.held_out)) == ("laws", 56, 4, 20)
-    with pytest.raises(AbsorptionError, match="another text has the name laws"):
+    with pytest.raises(AbsorptionError, match=r"laws\.md: .*, got laws; rename"):
         given_texts([first, second], TOKENIZER)
     with pytest.raises(EvaluationError, match="No such file"):
         given_texts([tmp_path / "none.txt"], TOKENIZER)

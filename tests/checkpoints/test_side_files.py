@@ -149,7 +149,7 @@ def test_manifests_of_earlier_versions_are_read(llama: Path, tmp_path: Path) -> 
 
 def test_the_commands_say_what_was_left_out(llama: Path, tmp_path: Path) -> None:
     add(llama, {"a.onnx": b"1" * 2000, "b.onnx": b"1" * 3000, "c.gguf": b"1" * 1000, "d.pte": b"1"})
-    names = "4 of the source's files, 6.0 kB: b.onnx (3.0 kB), a.onnx (2.0 kB), c.gguf (1.0 kB) and 1 more\n"
+    names = "4 of the source's files (6.0 kB): b.onnx (3.0 kB), a.onnx (2.0 kB), c.gguf (1.0 kB) and 1 more\n"
 
     def notes(*arguments: object) -> str:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments])
@@ -158,7 +158,7 @@ def test_the_commands_say_what_was_left_out(llama: Path, tmp_path: Path) -> None
 
     assert f"note: not to be copied: {names}" in notes("convert", llama, tmp_path / "gated", "--dry-run")
     assert f"note: not copied: {names}" in notes("convert", llama, tmp_path / "gated")
-    assert f"note: left out by conversion, so not restored: {names}" in notes(
+    assert f"note: not restored, because conversion left them out: {names}" in notes(
         "ungate", tmp_path / "gated", tmp_path / "back"
     )
     extension = ("--context-length", 512)

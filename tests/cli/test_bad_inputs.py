@@ -193,7 +193,7 @@ def test_a_text_is_read_alike(case: str, command: str, checkpoint: Path, origin:
     ("command", "message"),
     [
         ("evaluate-context", "words.txt: 1 windows of 400 tokens are more than the 200 tokens of the text"),
-        ("absorb", "words.txt: is too short: of its 200 tokens a quarter is held out, and a window has 64"),
+        ("absorb", "words.txt: a quarter of the text must be at least a window of 64 tokens, got 200 tokens"),
     ],
 )
 def test_a_text_that_is_too_short_is_named(command: str, message: str, checkpoint: Path, origin: Path) -> None:
@@ -203,25 +203,29 @@ def test_a_text_that_is_too_short_is_named(command: str, message: str, checkpoin
 
 
 OPTIONS = {
-    "a GPU that is not there": (LOADING, ["--device", "cuda:99"], "--device cuda:99: "),
-    "a device of another torch": (LOADING, ["--device", "hpu"], "--device hpu: "),
-    "no device": (LOADING, ["--device", "gpu"], "--device gpu: "),
-    "a device without numbers": (LOADING, ["--device", "meta"], "--device meta: "),
-    "dtype of absorb": (("absorb",), ["--dtype", "int8"], "--dtype int8: "),
-    "no windows": (("inspect", "evaluate-context"), ["--windows", "0"], "windows 0: at least 1 is needed"),
-    "negative windows": (("inspect", "evaluate-context"), ["--windows", "-1"], "windows -1: at least 1 is needed"),
-    "no length": (("inspect",), ["--length", "-5"], "window_tokens -5: at least 2 are needed"),
-    "negative lengths": (("evaluate-context",), ["--lengths", "-3"], "--lengths -3: not numbers of tokens"),
+    "a GPU that is not there": (LOADING, ["--device", "cuda:99"], "--device must be usable by torch, got cuda:99: "),
+    "a device of another torch": (LOADING, ["--device", "hpu"], "--device must be usable by torch, got hpu: "),
+    "no device": (LOADING, ["--device", "gpu"], "--device must be usable by torch, got gpu: "),
+    "a device without numbers": (LOADING, ["--device", "meta"], "--device must be usable by torch, got meta: "),
+    "dtype of absorb": (("absorb",), ["--dtype", "int8"], "--dtype must be bfloat16 or float32, got int8"),
+    "no windows": (("inspect", "evaluate-context"), ["--windows", "0"], "--windows must be at least 1, got 0"),
+    "negative windows": (("inspect", "evaluate-context"), ["--windows", "-1"], "--windows must be at least 1, got -1"),
+    "no length": (("inspect",), ["--length", "-5"], "--length must be at least 2, got -5"),
+    "negative lengths": (
+        ("evaluate-context",),
+        ["--lengths", "-3"],
+        "--lengths must be numbers of tokens separated by commas, got -3",
+    ),
     "endless lengths": (("evaluate-context",), ["--lengths", "9" * 30], "text.txt: 1 windows of 9999"),
-    "no samples": (("evaluate-context",), ["--samples", "0"], "samples 0: at least 1 is needed"),
-    "no chunk": (("evaluate-context",), ["--chunk-size", "-1"], "chunk_size -1: at least 1 is needed"),
-    "no tokens": (("verify",), ["--tokens", "0"], "--tokens 0: must be at least 1"),
-    "negative distillation": (("absorb",), ["--distill-tokens", "-1"], "distill_tokens -1: at least 0 is needed"),
-    "negative samples": (("absorb",), ["--sample-tokens", "-1"], "sample_tokens -1: at least 0 is needed"),
+    "no samples": (("evaluate-context",), ["--samples", "0"], "--samples must be at least 1, got 0"),
+    "no chunk": (("evaluate-context",), ["--chunk-size", "-1"], "--chunk-size must be at least 1, got -1"),
+    "no tokens": (("verify",), ["--tokens", "0"], "--tokens must be at least 1, got 0"),
+    "negative distillation": (("absorb",), ["--distill-tokens", "-1"], "--distill-tokens must be at least 0, got -1"),
+    "negative samples": (("absorb",), ["--sample-tokens", "-1"], "--sample-tokens must be at least 0, got -1"),
     "a seed too large": (
         ("absorb",),
         ["--seed", "9" * 30],
-        "seed must be at least -2**63 and less than 2**64, got 999",
+        "--seed must be at least -2**63 and less than 2**64, got 999",
     ),
 }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from modeling_gated.cli import app
@@ -34,6 +35,16 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
         result = run_program("check_imports.py", command, *arguments)  # the installed script, which is Python
         assert result.returncode == 0, result.stderr
         assert "gated" in result.stdout
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("command", [command.name for command in get_command(app).commands.values()])  # type: ignore[attr-defined]
+def test_help_has_an_example_and_fits_into_80_columns(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    assert f"Example: gated-llama {command} " in result.stdout
+    assert "…" not in result.stdout  # an option or a default that is cut off
+    assert max(map(len, result.stdout.splitlines())) <= 80
 
 
 def test_a_script_of_the_command_s_name_is_not_taken_for_it(tmp_path: Path) -> None:
@@ -118,7 +129,10 @@ BAD_SOURCES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ["config.json", "quant_method='quanto'"],
     ),
     "quantization a word": (lambda path: config(path, quantization_config="int8"), ["quantization_config='int8'"]),
-    "no heads": (lambda path: config(path, num_attention_heads=0), ["config.json", "num_attention_heads=0"]),
+    "no heads": (
+        lambda path: config(path, num_attention_heads=0),
+        ["config.json", "num_attention_heads must be at least 1", "got 0"],
+    ),
     "dtype": (lambda path: config(path, dtype="blah"), ["config.json", "dtype='blah'", "bfloat16"]),
     "adapter": (lambda path: (path / "adapter_config.json").write_text("{}"), ["adapter_config.json"]),
     "wrong type": (lambda path: config(path, hidden_size="72"), ["config.json", "hidden_size", "'72'"]),
@@ -172,12 +186,21 @@ def test_a_bad_source_gets_one_clear_line(sharded: Path, tmp_path: Path, case: s
     ("arguments", "words"),
     [
         (["{tmp}/nowhere", "{tmp}/out"], ["{tmp}/nowhere", "no such file or directory"]),
-        (["{llama}", "{tmp}/out", "--gate-init", "1.5"], ["--gate-init 1.5 must be"]),
-        (["{llama}", "{tmp}/out", "--gate-init", "nan"], ["--gate-init nan must be"]),
+        (
+            ["{llama}", "{tmp}/out", "--gate-init", "1.5"],
+            ["--gate-init must be between 0 and 1, both excluded, got 1.5"],
+        ),
+        (
+            ["{llama}", "{tmp}/out", "--gate-init", "nan"],
+            ["--gate-init must be between 0 and 1, both excluded, got nan"],
+        ),
         (["{llama}", "{tmp}/out", "--dtype", "float16"], ["--dtype", "not a GGUF file"]),
         (["{llama}", "{llama}/tokenizer_config.json/out"], ["{llama}/tokenizer_config.json"]),
         (["{tmp}", "{tmp}/../out"], ["give its path: {tmp}/bad.gguf"]),
-        (["{tmp}/cut.gguf", "{tmp}/out", "--gate-init", "2"], ["--gate-init 2.0 must be"]),
+        (
+            ["{tmp}/cut.gguf", "{tmp}/out", "--gate-init", "2"],
+            ["--gate-init must be between 0 and 1, both excluded, got 2.0"],
+        ),
         (["{tmp}/bad.gguf", "{tmp}/out"], ["{tmp}/bad.gguf", "not a GGUF file"]),
         (["{tmp}/cut.gguf", "{tmp}/out"], ["{tmp}/cut.gguf", "not a complete GGUF file"]),
         (["{tmp}/cut.gguf", "{tmp}/new/folder/out"], ["{tmp}/cut.gguf", "not a complete GGUF file"]),
@@ -250,7 +273,7 @@ def test_ungate_restores_or_says_why_not(llama: Path, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert f"files restored    {len(list(llama.iterdir()))}\n" in out
     code, _, err = run("ungate", llama, tmp_path / "again")
-    assert code == 1 and "is not gated_llama" in err and err.count("\n") == 1
+    assert code == 1 and "must be gated_llama, got 'llama'" in err and err.count("\n") == 1
 
 
 def test_tensors_that_the_model_does_not_read_are_told(llama: Path, tmp_path: Path) -> None:
@@ -259,7 +282,9 @@ def test_tensors_that_the_model_does_not_read_are_told(llama: Path, tmp_path: Pa
     save_file(tensors | more, llama / "model.safetensors", metadata={"format": "pt"})
     code, _, err = run("convert", llama, tmp_path / "gated")
     assert code == 0
-    assert err.startswith("note: the model does not read model.layers.3.mlp.up_proj.weight, model.layers.4.mlp.up_proj")
+    assert err.startswith(
+        "note: the model does not use these tensors of the source: model.layers.3.mlp.up_proj.weight, "
+    )
     assert err.count("\n") == 1
 
 

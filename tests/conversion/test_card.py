@@ -20,7 +20,7 @@ def test_it_says_where_the_model_comes_from_and_how(llama: Path, tmp_path: Path)
     lines = card.text.partition("| --- | --- |\n")[2].splitlines()
     rows = dict(line.strip("| ").split(" | ", 1) for line in lines[: lines.index("")])
     assert rows["base model"] == "llama"
-    assert rows["revision"] == "not known (a local path)"
+    assert rows["revision"] == "unknown (a local path)"
     assert rows["gates"] == "elementwise, 3 layers, 15,768 parameters"
     assert (float(rows["gate_init"]), float(rows["gate_scale"])) == (0.9, open_gate(0.9)[1])
     command = shlex.split(rows["command"].strip("`").replace("\\|", "|"))

@@ -230,7 +230,7 @@ def test_a_linked_file_stays_a_link(old: Path) -> None:
     ("spoil", "message"),
     [
         ("no directory", r"nowhere: no such directory; download a copy of a model on the hub: hf download"),
-        ("not gated", r"config\.json: model_type='llama' is not gated_llama"),
+        ("not gated", r"config\.json: model_type must be gated_llama, got 'llama'"),
         ("no config", r"config\.json: no such file"),
         ("no code", r"config\.json: auto_map must name modeling_gated_llama, got None"),
         ("damaged manifest", r"gated_llama_manifest\.json: not valid JSON"),
@@ -264,9 +264,9 @@ def test_the_command(llama: Path, old: Path, tmp_path: Path) -> None:
     verify_checkpoint(llama, old)
     result = CliRunner().invoke(app, ["refresh-code", str(old)])
     assert result.exit_code == 0
-    assert result.stderr == "note: the model card's verification is of the old code; run gated-llama verify again\n"
+    assert result.stderr == "note: the model card's verification is for the old code; run gated-llama verify again\n"
     assert f"replaced          {', '.join(CODE_FILES)}" in result.stdout
     result = CliRunner().invoke(app, ["refresh-code", str(old)])
-    assert "replaced          nothing: the code is this version's" in result.stdout
+    assert "replaced          nothing: the code is up to date" in result.stdout
     result = CliRunner().invoke(app, ["refresh-code", str(tmp_path / "nowhere")])
     assert result.exit_code == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1

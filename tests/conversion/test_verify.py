@@ -319,7 +319,7 @@ def test_real_text_by_default_or_a_file(llama: Path, tmp_path: Path) -> None:
         ("empty text", r"words\.txt gives no tokens"),
         ("large tokens", r"gives no tokens within the vocabulary of 96"),
         ("no such output", r"nowhere: no such directory"),
-        ("not gated", r"config\.json: model_type='llama' is not gated_llama"),
+        ("not gated", r"config\.json: model_type must be gated_llama, got 'llama'"),
         ("source is gated", r"config\.json: model_type='gated_llama' is already gated"),
     ],
 )

@@ -228,11 +228,17 @@ def test_the_command_compares_checkpoints(checkpoints: tuple[Path, Path], tmp_pa
 
 
 BAD = {
-    "no number": (["--lengths", "1k"], "--lengths 1k: not numbers of tokens"),
-    "length 1": (["--lengths", "1,800"], "lengths [1, 800]"),
-    "twice": (["--lengths", "800,800"], "lengths [800, 800]"),
-    "unknown task": (["--tasks", "loss,needle"], "task 'needle' is not among loss, passkey"),
-    "no samples": (["--samples", "0"], "samples 0: at least 1"),
+    "no number": (["--lengths", "1k"], "--lengths must be numbers of tokens separated by commas, got 1k"),
+    "length 1": (
+        ["--lengths", "1,800"],
+        "--lengths must be different numbers of tokens, each at least 2, got [1, 800]",
+    ),
+    "twice": (
+        ["--lengths", "800,800"],
+        "--lengths must be different numbers of tokens, each at least 2, got [800, 800]",
+    ),
+    "unknown task": (["--tasks", "loss,needle"], "--tasks must be among loss, passkey"),
+    "no samples": (["--samples", "0"], "--samples must be at least 1, got 0"),
     "no text": (["--text", "/nowhere.txt"], "/nowhere.txt: No such file"),
     "text too short": (["--lengths", "800000", "--tasks", "loss"], "1 windows of 800000 tokens are more than the"),
     "no room": (["--lengths", "100", "--tasks", "passkey"], "length 100: question and answer alone take"),
@@ -258,11 +264,16 @@ def test_models_that_would_be_random_are_refused(checkpoints: tuple[Path, Path],
     byte_tokenizer().save_pretrained(tmp_path / "headless")
     code, _, err = run(tmp_path / "headless", "--lengths", "800")
     assert code == 1
-    assert err.splitlines()[-1] == f"error: {tmp_path / 'headless'}: has no lm_head.weight; get the checkpoint again"
+    assert err.splitlines()[-1].startswith(
+        f"error: {tmp_path / 'headless'}: must have all weights, got no lm_head.weight; "
+    )
     code, _, err = run(tmp_path / "nowhere" / "at" / "all", "--lengths", "800")
     assert code == 1
     assert "no such file or directory" in err
-    for name, reason in (("model.gguf", "not a complete GGUF file"), ("model.bin", "neither a directory")):
+    for name, reason in (
+        ("model.gguf", "not a complete GGUF file"),
+        ("model.bin", "must be a directory with a checkpoint"),
+    ):
         (tmp_path / name).write_bytes(b"GGUF")
         code, _, err = run(tmp_path / name, "--lengths", "800")
         assert code == 1
@@ -274,8 +285,8 @@ def test_models_that_would_be_random_are_refused(checkpoints: tuple[Path, Path],
     byte_tokenizer().save_pretrained(tmp_path / "lost")
     code, _, err = run(tmp_path / "lost", "--lengths", "800", "--chat")
     assert code == 1
-    lost_bias = "has no model.layers.0.self_attn.g_proj.bias; get the checkpoint again"
-    assert err.splitlines()[-1] == f"error: {tmp_path / 'lost'}: {lost_bias}"
+    lost_bias = "must have all weights, got no model.layers.0.self_attn.g_proj.bias; "
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'lost'}: {lost_bias}")
 
 
 def test_a_template_that_is_not_there_cannot_be_used(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
@@ -287,7 +298,7 @@ def test_a_template_that_is_not_there_cannot_be_used(checkpoints: tuple[Path, Pa
     assert err.splitlines()[-1] == "error: plain: its tokenizer has no chat template"
     code, _, err = run(checkpoints[0], tmp_path / "plain", "--lengths", "800", "--tasks", "loss")
     assert code == 0
-    assert "others in plain text" in err
+    assert "others plain text; set --chat or --no-chat" in err
 
 
 def test_what_was_found_is_kept_when_the_next_one_fails(
@@ -310,7 +321,7 @@ def test_what_was_found_is_kept_when_the_next_one_fails(
         raise KeyboardInterrupt
 
     for places, left in (
-        ("found", f"what was measured before is in {tmp_path}/found/context.json"),
+        ("found", f"results measured so far are in {tmp_path}/found/context.json"),
         ("none", "nothing"),
     ):
         with monkeypatch.context() as patched:
@@ -320,4 +331,4 @@ def test_what_was_found_is_kept_when_the_next_one_fails(
         assert err.startswith(f"error: interrupted; {left}")
     code, _, err = run(checkpoints[0], *options[:-1], tmp_path / "damaged" / "config.json" / "below")
     assert code == 1
-    assert "is not a directory to write to" in err
+    assert "is not a writable directory" in err

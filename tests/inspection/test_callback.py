@@ -153,7 +153,10 @@ def test_the_gate_of_a_new_model(fields: dict[str, Any], expected: float) -> Non
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"every": 0}, "every 0"), ({"input_ids": torch.ones(3)}, r"input_ids \[3\]")],
+    [
+        ({"every": 0}, "every must be at least 1, got 0"),
+        ({"input_ids": torch.ones(3)}, r"input_ids must be \[batch, tokens\] with at least 2 tokens, got \[3\]"),
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     arguments = {"input_ids": torch.ones(1, 4, dtype=torch.long)} | options

@@ -219,9 +219,9 @@ def test_what_cannot_be_done_is_refused() -> None:
     model, plain = gated_model(), inspected_model("llama, grouped queries")
     refusals = [
         (lambda: closed_gates(plain), "LlamaForCausalLM: has no gates"),
-        (lambda: forced_gates(model, 0.0, layer=3), "layer 3: the model has layers 0 to 2"),
+        (lambda: forced_gates(model, 0.0, layer=3), "layer must be from 0 to 2, got 3"),
         (lambda: forced_gates(model, 0.0, position="G2"), "has no gates at G2"),
-        (lambda: forced_gates(model, 0.0, position="G9"), "position 'G9': is not among G1, G2, G3, G4, G5"),
+        (lambda: forced_gates(model, 0.0, position="G9"), "positions must be among G1, G2, G3, G4, G5, got 'G9'"),
     ]
     for refused, message in refusals:
         with pytest.raises(InspectionError, match=message), refused():
@@ -269,5 +269,5 @@ def test_names_of_interventions(name: str, same) -> None:
     ["", "gates", "gates=", "gates=1.2.3", "gates=1@a", "gates=1@2.", "masked_first_token@", "window=", "window=4+"],
 )
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(InspectionError, match="is not among masked_first_token, int8_weights"):
+    with pytest.raises(InspectionError, match="interventions must be among masked_first_token, int8_weights"):
         Intervention.parse(name)

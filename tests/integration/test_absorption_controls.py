@@ -42,7 +42,7 @@ def test_it_makes_every_variant_once(output: Path, capsys: pytest.CaptureFixture
     assert {path.parent.name for path in output.glob("*/config.json")} == names
     before = {path: path.stat().st_mtime_ns for path in output.glob("*/absorption.json")}
     absorption_controls.main(str(output.parent / "source"), output=output, budgets="2048", variants="absorbed", **SMALL)
-    with pytest.raises(SystemExit, match=r"absorbed-2048-seed0: was made with sample_tokens=0, not 10; choose another"):
+    with pytest.raises(SystemExit, match=r"absorbed-2048-seed0: sample_tokens must be 10, got 0; choose another"):
         absorption_controls.main(
             str(output.parent / "source"), output=output, budgets="2048", **SMALL | {"sample_tokens": 10}
         )
@@ -76,24 +76,21 @@ def test_what_is_left_out(output: Path) -> None:
 
 def test_a_card_says_what_was_left_out(output: Path) -> None:
     whole = (output / "absorbed-2048-seed0" / "README.md").read_text(encoding="utf-8")
-    assert "without its attention sinks: what they did is done by attention output gates" in whole
-    assert (
-        "| settings that it has no flags for | calibration_tokens=1024, refinement_epochs=12, measured_windows=2 |"
-        in whole
-    )
+    assert "without attention sinks and massive activations. Attention output gates " in whole
+    assert "| settings without a flag | calibration_tokens=1024, refinement_epochs=12, measured_windows=2 |" in whole
     control = (output / "self-distilled-2048-seed0" / "README.md").read_text(encoding="utf-8")
-    assert "without its attention sinks" not in control
-    assert "source, made to be compared with a model whose attention sinks were absorbed" in control
+    assert "without attention sinks" not in control
+    assert "source, edited as an ablation: steps were left out" in control
     assert "removes_writers=False, edits_keys=False, edits_gates=False, trains_gates=False |" in control
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variants": "absorbed,all"}, "error: --variants all: not one of absorbed, key edit without gates, "),
-        ({"budgets": "1e5"}, "error: --budgets 1e5: not numbers with commas between them"),
+        ({"variants": "absorbed,all"}, "error: --variants must be among absorbed, .*, got all"),
+        ({"budgets": "1e5"}, "error: --budgets must be integers separated by commas, got 1e5"),
         ({"checkpoint": "nowhere/at/all"}, "error: .*nowhere/at/all"),
-        ({"calibration_tokens": 10}, "error: calibration_tokens 10: at least 512 is needed"),
+        ({"calibration_tokens": 10}, "error: calibration_tokens must be at least 512, got 10"),
     ],
 )
 def test_wrong_input_is_one_line(tmp_path: Path, options: dict[str, str], message: str) -> None:

@@ -140,7 +140,7 @@ def test_what_fails_is_said_and_the_rest_is_measured(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(benchmark_workloads.SHAPES, "SmolLM2-135M", TINY)
     monkeypatch.setattr(benchmark, "gated_model", failing)
     report = tmp_path / "report.md"
-    with pytest.raises(SystemExit, match=r"^error: not all was measured; .*report\.md says what$"):
+    with pytest.raises(SystemExit, match=r"^error: some measurements failed; see .*report\.md$"):
         benchmark.main(
             dtypes="float32",
             workloads="prefill,decode",
@@ -173,5 +173,5 @@ def test_what_a_cuda_device_measures_and_how_much_of_it_fits(monkeypatch: pytest
 
 
 def test_unknown_names_are_refused_in_one_line() -> None:
-    with pytest.raises(SystemExit, match=r"^error: --workloads decoding: not one of prefill, decode, training$"):
+    with pytest.raises(SystemExit, match=r"^error: --workloads must be among prefill, decode, training, got decoding$"):
         benchmark.chosen("prefill,decoding", list(WORKLOADS), "--workloads")

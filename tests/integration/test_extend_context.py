@@ -222,23 +222,23 @@ def test_stopped_order_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("steps = 6", "stepz = 6", "stepz=6 is not known"),
-        ("steps = 6", "", "steps is missing"),
-        ("steps = 6", "steps = '6'", "steps='6' is not of type int"),
-        ("steps = 6", "steps = true", "steps=True is not of type int"),
-        ("steps = 6", "steps = 0", "steps=0 is not positive"),
-        ("rope_theta = 1e5", "rope_theta = nan", "rope_theta=nan is not positive"),
+        ("steps = 6", "stepz = 6", "stepz=6 is unknown"),
+        ("steps = 6", "", "steps must be given"),
+        ("steps = 6", "steps = '6'", "steps must be of type int, got '6'"),
+        ("steps = 6", "steps = true", "steps must be of type int, got True"),
+        ("steps = 6", "steps = 0", "steps must be positive and finite, got 0"),
+        ("rope_theta = 1e5", "rope_theta = nan", "rope_theta must be positive and finite, got nan"),
         ("rope_theta = 1e5", "rope_theta = 10", "rope_theta=10.0 does not raise the base"),
-        ("steps = 4", "steps = -4", "from_scratch.steps=-4 is not positive"),
-        ("hidden_size", "hidden_sizes", "from_scratch.config.hidden_sizes: GatedLlamaConfig has no such field"),
+        ("steps = 4", "steps = -4", "from_scratch.steps must be positive and finite, got -4"),
+        ("hidden_size", "hidden_sizes", "from_scratch.config.hidden_sizes must be a field of GatedLlamaConfig"),
         ("hidden_size = 16", "hidden_size = 'a'", "hidden_size"),
         ("length = 64", "length = 16", "length=16 is not more than the 32 tokens"),
         ("yarn_length = 128", "yarn_length = 64", "length=64 is not more than the 64 tokens"),
-        ("steps = 6", "steps = 6\nmodel = 'x'", "model='x': either a model or a table [from_scratch]"),
-        ("[from_scratch]", "tokenizer = 'nowhere'\n[from_scratch]", "tokenizer='nowhere': there is no such folder"),
-        ("*.txt", "*.text", "matches no file"),
-        ('text = ["', 'text = [1, "', "is not a list of str"),
-        ("save_every = 2", "mixed_precision = 'fp8'", "mixed_precision='fp8' is neither"),
+        ("steps = 6", "steps = 6\nmodel = 'x'", "either model or a table [from_scratch] must be given, got model='x'"),
+        ("[from_scratch]", "tokenizer = 'nowhere'\n[from_scratch]", "tokenizer must be a folder, got 'nowhere'"),
+        ("*.txt", "*.text", "text must match a file"),
+        ('text = ["', 'text = [1, "', "text must be a list of str"),
+        ("save_every = 2", "mixed_precision = 'fp8'", "mixed_precision must be 'no' or 'bf16', got 'fp8'"),
         ("steps = 6", "steps = ", "Invalid value"),
     ],
 )
@@ -271,5 +271,5 @@ def test_other_problems_get_one_line(config: Path, finished: Path, tmp_path: Pat
 def test_configurations_of_the_examples_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)  # where no model is
     assert read_settings(EXAMPLES / "extend_context_small.toml").yarn_length == 4096
-    with pytest.raises(SettingsError, match=r"there is no config\.json$"):
+    with pytest.raises(SettingsError, match=r"model must be .* without config\.json$"):
         read_settings(EXAMPLES / "extend_context_full.toml")

@@ -385,9 +385,9 @@ def test_distilling_brings_gates_back(tokens: torch.Tensor) -> None:
     ("options", "message"),
     [
         ({"attention_weight": 0, "kl_weight": 0}, "nothing to learn"),
-        ({"attention_weight": -1}, "attention_weight=-1 must not be negative"),
-        ({"kl_weight": -0.5}, "kl_weight=-0.5 must not be negative"),
-        ({"kl_weight": float("nan")}, "kl_weight=nan must not be negative"),
+        ({"attention_weight": -1}, "attention_weight must not be negative, got -1"),
+        ({"kl_weight": -0.5}, "kl_weight must not be negative, got -0.5"),
+        ({"kl_weight": float("nan")}, "kl_weight must not be negative, got nan"),
     ],
 )
 def test_weights_that_make_no_sense(options: dict[str, float], message: str) -> None:
@@ -430,7 +430,7 @@ def test_what_the_teacher_shares_can_not_be_unfrozen(tokens: torch.Tensor) -> No
 
 def test_models_inside_peft_are_refused() -> None:
     wrapped = get_peft_model(gated_model(), LoraConfig())
-    with pytest.raises(ValueError, match="student is a PeftModel"):
+    with pytest.raises(ValueError, match="student must be a Transformers model, got PeftModel"):
         Distillation(wrapped)
     with pytest.raises(ValueError, match="PEFT's layers needs a teacher of its own"):
         Distillation(wrapped.get_base_model())

@@ -119,10 +119,10 @@ def test_without_an_evaluation_all_steps_are_taken(tmp_path: Path) -> None:
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
     check_run_settings({"seed": 1}, tmp_path / "run")
     check_run_settings({"seed": 1}, tmp_path / "run")
-    with pytest.raises(ValueError, match="was made with seed=1, not 2"):
+    with pytest.raises(ValueError, match=r"seed must be 1, .*got 2"):
         check_run_settings({"seed": 2}, tmp_path / "run")
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match="neither empty nor an output of such a run"):
+    with pytest.raises(ValueError, match="must be empty or the output of such a run"):
         check_run_settings({"seed": 1}, tmp_path)
 
 

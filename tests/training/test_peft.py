@@ -200,24 +200,30 @@ def test_other_methods_than_lora() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gates": "open"}, "gates='open'"),
+        ({"gates": "open"}, "got 'open'"),
         ({"gates": "frozen"}, "nothing would be trained"),
-        ({"gate_position": ["G1", "G6"]}, "'G6' is not among G1, G2"),
+        ({"gate_position": ["G1", "G6"]}, "gate_position must be among G1, G2, G3, G4, G5, got 'G6'"),
         ({"gate_position": []}, "no gate to train"),
         ({"gate_position": [], "base": LoraConfig()}, "no gate to train"),
-        ({"base": LoraConfig(target_modules=["q_proj", "g_proj"])}, "base.target_modules names 'g_proj'"),
-        ({"base": LoraConfig(target_modules=["self_attn.g_v_proj"])}, "base.target_modules names 'self_attn.g_v_proj'"),
-        ({"base": LoraConfig(modules_to_save=["g_proj"])}, "base.modules_to_save names 'g_proj'"),
+        ({"base": LoraConfig(target_modules=["q_proj", "g_proj"])}, "base.target_modules must not include 'g_proj'"),
+        (
+            {"base": LoraConfig(target_modules=["self_attn.g_v_proj"])},
+            "base.target_modules must not include 'self_attn.g_v_proj'",
+        ),
+        ({"base": LoraConfig(modules_to_save=["g_proj"])}, "base.modules_to_save must not include 'g_proj'"),
         (
             {"base": LoraConfig(target_parameters=["g_proj.weight"]), "gates": "frozen"},
-            "base.target_parameters names 'g_proj.weight'",
+            "base.target_parameters must not include 'g_proj.weight'",
         ),
         ({"base": LoraConfig(bias="all"), "gates": "frozen"}, "base.bias='all' with gates='frozen'"),
-        ({"base": LoraConfig(modules_to_save=["g_proj"]), "gates": "frozen"}, "base.modules_to_save names 'g_proj'"),
-        ({"base": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "PromptTuningConfig has no target"),
+        (
+            {"base": LoraConfig(modules_to_save=["g_proj"]), "gates": "frozen"},
+            "base.modules_to_save must not include 'g_proj'",
+        ),
+        ({"base": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)}, "base must have target"),
         (
             {"base": AdaptionPromptConfig(adapter_len=2, adapter_layers=1)},
-            "AdaptionPromptConfig has no modules_to_save",
+            "base must have modules_to_save, got AdaptionPromptConfig",
         ),
     ],
 )

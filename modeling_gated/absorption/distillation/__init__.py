@@ -1,1 +1,1 @@
-"""Distillation of an edited model from the original."""
+"""Distillation of an edited model from the source model."""

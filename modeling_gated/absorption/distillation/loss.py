@@ -1,4 +1,4 @@
-"""Distillation from a model with sinks into one that is not to have any."""
+"""Loss that distils a model with sinks into a model without sinks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,20 +17,22 @@ from modeling_gated.training import Distillation
 
 class SinkDistillation(Distillation):
     """
-    The mean over tokens of KL(teacher || student) in nats, plus what keeps training from making sinks and massive
-    activations anew: `sink_weight` times what the student's queries give to the teacher's sinks, and `hidden_weight`
-    times the mean over layers of max(|h| / limit - 1, 0)², |h| being the largest hidden state after a layer.
+    Mean over tokens of KL(teacher || student) in nats, plus two penalties on new sinks and massive activations.
+
+    The first penalty is `sink_weight` times the attention of the student's queries to the teacher's sinks. The second
+    is `hidden_weight` times the mean over layers of max(|h| / limit - 1, 0)², where |h| is the largest |hidden state|
+    after a layer.
 
     Args:
-        student: the edited model.
-        teacher: the original.
-        directions: of the teacher's sinks, one per layer; None where there are none.
-        sink_weight: of the attention to sinks, mean over tokens, heads and layers that have some.
-        hidden_weight: of hidden states above the limit.
-        hidden_limit: theirs, or half of the largest that the teacher's tokens have which are no sinks, if that is more:
-            a model whose hidden states are all large is not held to what small ones have.
-        rows: how many queries of a batch, drawn at random, say what sinks get.
-        bfloat16_matmuls: whether both multiply in bfloat16, though they are float32, on a CPU.
+        student: edited model.
+        teacher: source model.
+        directions: direction of the teacher's sinks for each layer; None for layers without sinks.
+        sink_weight: weight of attention to sinks, mean over tokens, heads and layers with sinks.
+        hidden_weight: weight of hidden states above the limit.
+        hidden_limit: limit of |hidden state|. The limit of a layer is higher if half of the largest |hidden state| of
+            the teacher's other tokens is more, so that models with large hidden states are not penalized.
+        rows: number of queries per batch, drawn at random, whose attention to sinks is measured.
+        bfloat16_matmuls: use bfloat16 matmuls on a CPU although both models are float32.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class SinkDistillation(Distillation):
 
     def forward(self, windows: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """
+        Return the loss, a float32 scalar.
+
         Args:
             windows: token ids [batch, tokens], without padding.
         """
@@ -58,7 +62,7 @@ class SinkDistillation(Distillation):
         return divergence + self.sink_weight * mass + self.hidden_weight * excess
 
     def terms(self, windows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """KL divergence, attention to sinks, and the excess of hidden states, each a float32 scalar."""
+        """Return KL divergence, attention to sinks, and excess of hidden states, unweighted float32 scalars."""
         rows = torch.randperm(windows.shape[1])[: self.rows].to(windows.device)
         with (
             self._found_sinks() as sinks,
@@ -90,7 +94,7 @@ class SinkDistillation(Distillation):
 
     @contextmanager
     def _found_sinks(self) -> Iterator[dict[int, torch.Tensor]]:
-        """The teacher's sinks in the forward pass made meanwhile: bool [batch, tokens] by layer."""
+        """Yield a dict that receives the teacher's sinks of the next forward pass: bool [batch, tokens] by layer."""
         sinks: dict[int, torch.Tensor] = {}
         decoder: Any = self.teacher.base_model
         with ExitStack() as stack:
@@ -116,7 +120,7 @@ class SinkDistillation(Distillation):
 def _layer_outputs(
     model: PreTrainedModel, summary: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[list[torch.Tensor]]:
-    """A summary of the hidden states after each layer, in the forward pass made meanwhile."""
+    """Yield a list that receives a summary of the hidden states after each layer in the next forward pass."""
     summaries: list[torch.Tensor] = []
     decoder: Any = model.base_model
     with ExitStack() as stack:
@@ -127,7 +131,7 @@ def _layer_outputs(
 
 
 def _largest(hidden_states: torch.Tensor) -> torch.Tensor:
-    # A norm, whose gradient needs no other tensor of this size.
+    # A norm, because its gradient needs no further tensor of this size.
     return torch.linalg.vector_norm(hidden_states.float(), ord=torch.inf)
 
 

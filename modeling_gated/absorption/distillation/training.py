@@ -1,4 +1,4 @@
-"""The training of an edited model on the original's predictions."""
+"""Training of an edited model on the source model's predictions."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +23,7 @@ from .loss import SinkDistillation
 
 
 STAGE = "distillation"
-# Of each kind, for the loss that decides when it is enough.
+# Number of validation windows per text.
 _EVALUATED = 2
 
 
@@ -40,19 +40,24 @@ def distil(
     progress: bool = False,
 ) -> None:
     """
-    Train an edited model's attention blocks and norms until it predicts what the original does, or the tokens are used
-    up. Gates stay 1 in layers without sinks. Where there is a state in the folder, training goes on from it.
+    Train the attention blocks and norms of an edited model on the source model's predictions.
+
+    Training ends when all tokens are used, or earlier when the validation loss stops falling. Gates of layers without
+    sinks stay 1. Training resumes from a state in the folder, if there is one.
 
     Args:
-        original: what it learns from.
-        edited: the model, of which all is frozen. It is changed, and frozen again.
-        directions: of the original's sinks, as `absorb_sinks` found them.
-        texts: what is trained on, in turn, and of which the part for it decides when it is enough.
-        tokenizer: both models'.
-        folder: for the state of the training and its losses.
-        settings: of which those that concern the distillation count.
-        bfloat16_matmuls: whether both models multiply in bfloat16, though they are float32, on a CPU.
+        original: source model, the teacher.
+        edited: edited model, the student, with all parameters frozen. Its weights change; it is frozen afterwards.
+        directions: sink direction of each layer, as `absorb_sinks` returns, or None.
+        texts: texts to train on in turn. Their validation parts decide when training ends.
+        tokenizer: tokenizer of both models.
+        folder: folder for states and losses.
+        settings: settings of the distillation; other settings are not used.
+        bfloat16_matmuls: use bfloat16 matmuls on a CPU although both models are float32.
         progress: show a progress bar.
+
+    Raises:
+        AbsorptionError: if no text is long enough for validation, or accelerate uses another device or precision.
     """
     _unfreeze(edited, directions, settings.trains_gates)
     module = SinkDistillation(
@@ -97,19 +102,24 @@ def distil(
 
 def accelerator_for(device: torch.device) -> Accelerator:
     """
-    Of this process, and without mixed precision.
+    Return an Accelerator without mixed precision for a device.
 
     Raises:
-        AbsorptionError: if accelerate was told otherwise before, as a Trainer does; it keeps to that.
+        AbsorptionError: if accelerate was set up with another device or precision in this process, for example by a
+            Trainer.
     """
     try:
         accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     except ValueError as error:
         raise AbsorptionError(
-            f"accelerate is set up in another way in this process; begin a new one ({error})"
+            f"accelerate must be unused or set up without mixed precision in this process, got {error}; start a new "
+            "process"
         ) from None
     if accelerator.device.type != device.type:
-        raise AbsorptionError(f"device {device}: accelerate uses {accelerator.device} in this process; begin a new one")
+        raise AbsorptionError(
+            f"device must be {accelerator.device}, which accelerate uses in this process, got {device}; start a new "
+            "process"
+        )
     return accelerator
 
 
@@ -124,16 +134,16 @@ def _unfreeze(edited: PreTrainedModel, directions: Sequence[SinkDirection | None
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Where accelerate trains, which else takes the first GPU."""
+    """Return a context in which accelerate trains on this device, instead of the first GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _validation_windows(texts: Sequence[Text], length: int) -> list[torch.Tensor]:
-    """Token ids [1, tokens] each, shorter where a text has fewer than `length`."""
+    """Return validation windows, token ids [1, tokens] each. Windows of short texts have fewer than `length` tokens."""
     windows = []
     for text in texts:
         if (most := min(length, len(text.validation))) > 1:
             windows += [window[None] for window in spread_windows(text.validation, most, _EVALUATED)]
     if not windows:
-        raise AbsorptionError("no text is long enough to say when training is enough")
+        raise AbsorptionError("texts must have at least 2 tokens of validation text, got none; use a longer text")
     return windows

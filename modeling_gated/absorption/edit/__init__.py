@@ -1,1 +1,1 @@
-"""The edit of a model without sinks, layer by layer: sinks found, gates fitted, attention blocks refined."""
+"""Layer-by-layer edit of a model: find sinks, fit gates, refine attention blocks."""

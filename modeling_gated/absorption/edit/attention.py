@@ -1,4 +1,4 @@
-"""What an attention function is given in one layer, and the probabilities that come of it, with their gradients."""
+"""Inputs of an attention function, and attention probabilities computed from them, with gradients."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,8 +15,14 @@ from modeling_gated.training.chunks import at_least_float32
 @dataclass(frozen=True)
 class AttentionInputs:
     """
-    Of windows without padding: `query` [batch, heads, tokens, head_dim], `key` and `value` [batch, key-value heads,
-    tokens, head_dim]. With `sliding_window`, a query sees so many tokens, itself the last.
+    Inputs of an attention function, for windows without padding.
+
+    Attributes:
+        query: queries [batch, heads, tokens, head_dim], after RoPE.
+        key: keys [batch, key-value heads, tokens, head_dim], after RoPE.
+        value: values [batch, key-value heads, tokens, head_dim].
+        scaling: factor of attention logits.
+        sliding_window: number of tokens that a query sees, including its own; None for all earlier tokens.
     """
 
     query: torch.Tensor
@@ -27,16 +33,18 @@ class AttentionInputs:
 
     @property
     def group(self) -> int:
-        """Query heads per key-value head."""
+        """Return the number of query heads per key-value head."""
         return self.query.shape[1] // self.key.shape[1]
 
     def probabilities(self, rows: torch.Tensor) -> torch.Tensor:
         """
+        Return attention probabilities of some queries.
+
         Args:
-            rows: numbers of queries, int64 [rows].
+            rows: indices of queries, int64 [rows].
 
         Returns:
-            float32 [batch, heads, rows, tokens]; a float64 model's are float64.
+            Probabilities [batch, heads, rows, tokens], float32, or float64 for a float64 model.
         """
         query, key = at_least_float32(self.query[:, :, rows]), at_least_float32(self.key)
         grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [batch, key-value heads, group * rows, ...]
@@ -50,14 +58,14 @@ class AttentionInputs:
 
     def to_sinks(self, sinks: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """
-        The probability that queries give to sinks, their own token left out: a sink may look at itself.
+        Return attention probabilities of queries to sinks. A sink's attention to itself is not counted.
 
         Args:
-            sinks: which tokens are sinks, bool [batch, tokens].
-            rows: numbers of queries, int64 [rows].
+            sinks: mask of sinks, bool [batch, tokens].
+            rows: indices of queries, int64 [rows].
 
         Returns:
-            [batch, heads, rows, tokens], 0 where a token is no sink.
+            Probabilities [batch, heads, rows, tokens]; 0 for tokens that are not sinks.
         """
         is_other_token = torch.arange(sinks.shape[1], device=rows.device) != rows[:, None]
         return self.probabilities(rows) * (sinks[:, None, None] & is_other_token)
@@ -65,7 +73,7 @@ class AttentionInputs:
 
 @contextmanager
 def captured_attention(decoder: nn.Module) -> Iterator[dict[int, AttentionInputs]]:
-    """Inside the `with` block, keep what the attention functions of a decoder's layers are given, by layer."""
+    """Yield a dict that receives the inputs of the decoder's attention functions, by layer, inside the context."""
     captured: dict[int, AttentionInputs] = {}
 
     def attention(

@@ -1,12 +1,13 @@
 """
-What a layer's sinks do, moved into its gates, keys and biases without training.
+Closed-form edit of a layer: gates, keys and biases replace the function of sinks, without training.
 
-A head's output is p·v̄ + (1 - p)·o, with p the probability that its query gives to sinks, v̄ the mean of their values and
-o its attention to all other tokens. Once the sinks' keys are gone attention gives o, and a gate g = 1 - p makes of it
+A head's output is p·v̄ + (1 - p)·o. Here p is the attention of the query to sinks, v̄ the mean value of sinks, and o the
+output of attention to all other tokens. Without the sinks' keys, attention returns o. A gate g = 1 - p restores the
+output as
 
     g·(o - v̄) + v̄
 
-where o - v̄ is attention to values with the bias -v̄, and v̄ itself, through `o_proj`, is a bias of `o_proj`.
+The bias -v̄ of `v_proj` turns o into o - v̄. A bias of `o_proj` adds v̄.
 """
 
 from collections.abc import Callable
@@ -22,18 +23,22 @@ from .layer_states import LayerStates
 from .sinks import LayerSinks, mass_on, sink_direction
 
 
-# What may still go to sinks where keys are left as they are.
+# Keys stay unchanged if sinks get less than this share of the attention.
 _LEAST_MASS_LEFT = 0.02
 
 
 @dataclass(frozen=True)
 class AbsorbedLayer:
     """
-    What was done to a layer. `mass` [heads] is what queries gave to sinks before, on average, `mass_left` [heads] what
-    they give to the same tokens now. `gated` [key-value heads] says whose heads' gates were fitted, `keys_edited`
-    [key-value heads] whose keys have lost the sink's direction. `gate_score` [heads] is R² of these gates on tokens
-    that the fit has not seen, None for those that were not fitted. `error` is the relative squared error of the
-    attention block's output, on the windows that gates were fitted on.
+    Edit of a layer.
+
+    Attributes:
+        mass: mean attention to sinks before the edit [heads].
+        mass_left: mean attention to the same tokens after the edit [heads].
+        gated: mask of key-value heads whose gates were fitted [key-value heads].
+        keys_edited: mask of key-value heads whose keys lost the sink direction [key-value heads].
+        gate_score: R² of fitted gates on tokens outside the fit [heads]; None for other heads.
+        error: relative squared error of the attention block's output on the calibration data.
     """
 
     mass: list[float]
@@ -53,14 +58,17 @@ def absorb_layer(
     refine: Callable[[LayerStates, LayerSinks], None] | None = None,
 ) -> AbsorbedLayer:
     """
-    Edit a layer of a gated model so that it computes without sinks what the original's does with them.
+    Edit a layer of a gated model, so that its output without sinks is close to the source model's.
 
     Args:
-        edited: windows before the layer, of the model to edit, whose layers before are edited already.
-        sinks: what the original's sinks do in that layer to the same windows.
-        edits_keys: whether keys may lose the sink's direction.
-        edits_gates: whether gates and biases take over what sinks did.
-        refine: what is to be done to the edited layer then, before it is measured.
+        edited: states of the model to edit before this layer. Earlier layers are already edited.
+        sinks: sinks of the source model in this layer, on the same windows.
+        edits_keys: remove the sink direction from keys.
+        edits_gates: fit gates and biases.
+        refine: function that trains the edited layer before the measurement, or None.
+
+    Returns:
+        The edit with its measurements.
     """
     attention = edited.layer.self_attn
     gated = sinks.groups
@@ -85,7 +93,7 @@ def absorb_layer(
 
 @torch.no_grad()
 def output_error(edited: LayerStates, sinks: LayerSinks) -> float:
-    """||found - expected||² / ||expected||² of the attention block's outputs, over all windows."""
+    """Return ||output - expected||² / ||expected||² of the attention block over all windows."""
     lost = total = 0.0
     for hidden_states, expected in zip(edited.inputs(), sinks.outputs, strict=True):
         output = edited.attend(hidden_states)[0].float().cpu()
@@ -97,8 +105,9 @@ def output_error(edited: LayerStates, sinks: LayerSinks) -> float:
 @torch.no_grad()
 def _edit_keys(edited: LayerStates, sinks: LayerSinks, gated: torch.Tensor) -> torch.Tensor:
     """
-    Take the sink's direction out of the keys of gated key-value heads that still attend to sinks; which, [groups].
-    Where it does not lower what sinks get, as may be with QK-norm, keys stay as they are.
+    Remove the sink direction from keys of gated key-value heads that attend to sinks; return a mask [key-value heads].
+
+    Keys stay unchanged if the edit does not reduce attention to sinks, which can happen with QK-norm.
     """
     weight = edited.layer.self_attn.k_proj.weight
     groups = len(gated)
@@ -115,14 +124,14 @@ def _edit_keys(edited: LayerStates, sinks: LayerSinks, gated: torch.Tensor) -> t
 
 
 def _by_group(chosen: torch.Tensor, chosen_weight: torch.Tensor, other_weight: torch.Tensor) -> torch.Tensor:
-    """The rows of one weight [rows, hidden_size] for the chosen key-value heads, of the other for the rest."""
+    """Return a weight [rows, hidden_size]: `chosen_weight` for chosen key-value heads, otherwise `other_weight`."""
     rows = chosen.to(chosen_weight.device).repeat_interleave(len(chosen_weight) // len(chosen))
     return torch.where(rows[:, None], chosen_weight, other_weight)
 
 
 @torch.no_grad()
 def _keep_value(attention: Any, value: torch.Tensor) -> None:
-    """Let a gate stand between attention and a constant value, [key-value heads, head_dim], instead of 0."""
+    """Make a closed gate return a constant value [key-value heads, head_dim] instead of 0, by biases."""
     weight = attention.o_proj.weight
     heads = value.repeat_interleave(attention.num_key_value_groups, 0).flatten()
     attention.v_proj.bias.sub_(value.flatten().to(weight))
@@ -132,18 +141,20 @@ def _keep_value(attention: Any, value: torch.Tensor) -> None:
 @torch.no_grad()
 def _closed_at_first(edited: LayerStates, sinks: LayerSinks) -> torch.Tensor:
     """
-    Whose gates are to be closed at first tokens, bool [heads]. These see themselves alone, so that the original gives
-    their own value: there the mean of sinks' values may be nearer to it than what their value is in the edited model.
+    Return a mask [heads] of gates to close at first tokens.
+
+    A first token sees only itself, so the source model returns the token's own value. The mean value of sinks can be
+    closer to this value than the token's value in the edited model.
     """
     values = torch.cat([edited.attend(states)[1].value[:, :, 0].float().cpu() for states in edited.inputs()])
-    # The bias of v_proj has taken the mean away.
+    # Add the mean, which the bias of v_proj has subtracted.
     open_error = (values + sinks.value - sinks.first_values).square().sum((0, 2))
     closed_error = (sinks.value - sinks.first_values).square().sum((0, 2))
     return (closed_error < open_error).repeat_interleave(edited.layer.self_attn.num_key_value_groups)
 
 
 def _set_gates(edited: LayerStates, sinks: LayerSinks, heads: torch.Tensor) -> torch.Tensor:
-    """Fit the gates of some heads, bool [heads], to what sinks leave; R² of each that was fitted."""
+    """Fit gates of some heads, bool [heads], to 1 - attention to sinks; return R² of each fitted head."""
     attention = edited.layer.self_attn
     device = attention.g_proj.weight.device
     inputs = torch.cat([hidden_states.flatten(0, 1) for hidden_states in edited.inputs()])

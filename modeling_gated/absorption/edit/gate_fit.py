@@ -1,4 +1,4 @@
-"""Gates in closed form: the sigmoids of linear functions that come nearest to given numbers."""
+"""Fit of gates, the sigmoids of linear functions, to given values."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,19 @@ import torch
 from torch.nn import functional
 
 
-# The last part of the tokens, on which a fit is scored.
+# The last eighth of the tokens is held out to score the fit.
 _HELD_OUT = 8
 
 
 @dataclass(frozen=True)
 class GateFit:
     """
-    `weight` [gates, hidden_size] and `bias` [gates] of gate_scale * sigmoid(x W + b), float32. `score` [gates] is R² on
-    tokens that the fit has not seen: 1 is exact, 0 no better than a constant.
+    Fitted gates, gate_scale * sigmoid(x W + b).
+
+    Attributes:
+        weight: weight W, float32 [gates, hidden_size].
+        bias: bias b, float32 [gates].
+        score: R² on held-out tokens [gates]: 1 is exact, 0 is no better than a constant.
     """
 
     weight: torch.Tensor
@@ -26,15 +30,17 @@ def fit_gates(
     inputs: torch.Tensor, targets: torch.Tensor, *, scale: float, ridge: float = 1e-4, steps: int = 40
 ) -> GateFit:
     """
-    Fit gates by logistic regression, which is convex: L-BFGS on the cross entropy of `targets / scale`, plus `ridge`
-    times the squared weights of standardised inputs.
+    Fit gates by logistic regression, a convex problem.
+
+    L-BFGS minimizes the cross entropy of `targets / scale`, plus `ridge` times the squared weights of standardized
+    inputs.
 
     Args:
-        inputs: of the attention block, [tokens, hidden_size].
-        targets: what the gates should be, [tokens, gates], between 0 and `scale`.
-        scale: the model's `gate_scale`.
-        ridge: of the weights.
-        steps: of L-BFGS, at most.
+        inputs: inputs of the attention block [tokens, hidden_size].
+        targets: target values of gates [tokens, gates], between 0 and `scale`.
+        scale: `gate_scale` of the model.
+        ridge: weight of the squared weights.
+        steps: maximum number of L-BFGS steps.
     """
     kept = len(inputs) - len(inputs) // _HELD_OUT
     inputs, targets = inputs.float(), targets.float()

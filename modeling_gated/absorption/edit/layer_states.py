@@ -1,4 +1,4 @@
-"""The hidden states of windows of text between two of a model's layers, so that a layer can be edited on its input."""
+"""Hidden states of windows between two layers of a model, so that a layer can be edited on its own input."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from .attention import AttentionInputs, captured_attention
 
 class LayerStates:
     """
-    What some windows of tokens are before a layer of a gated model: first layer 0, after each `advance` the next.
+    Hidden states of windows before a layer of a model: layer 0 at first, the next layer after each `advance`.
 
-    The states are kept in the CPU's memory, in float32: batches * tokens * hidden_size * 4 bytes.
+    The states are in CPU memory as float32 and take (tokens of all windows) * hidden_size * 4 bytes.
 
     Args:
-        model: a causal language model of this package, in evaluation mode.
-        batches: token ids [batch, tokens], each without padding.
-        bfloat16_matmuls: whether layers multiply in bfloat16, though the model is float32, on a CPU.
+        model: causal language model of this package, in evaluation mode.
+        batches: token ids [batch, tokens] of each batch, without padding.
+        bfloat16_matmuls: use bfloat16 matmuls on a CPU although the model is float32.
     """
 
     def __init__(
@@ -43,19 +43,21 @@ class LayerStates:
 
     @property
     def layer(self) -> Any:
+        """Return the layer that the states are before."""
         return self._decoder.layers[self.number]
 
     def input(self, batch: int) -> torch.Tensor:
-        """The attention block's input of a batch, after the norm, [batch, tokens, hidden_size], on the device."""
+        """Return the attention block's normed input for a batch, [batch, tokens, hidden_size], on the device."""
         with torch.no_grad():
             return self.layer.input_layernorm(self._on_device(self.states[batch]))
 
     def inputs(self) -> Iterator[torch.Tensor]:
+        """Yield the attention block's input for each batch, as `input` returns it."""
         for batch in range(len(self.states)):
             yield self.input(batch)
 
     def attend(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, AttentionInputs]:
-        """The attention block's output of an input, and what its attention function was given; with gradients."""
+        """Return the attention block's output and the inputs of its attention function, with gradients."""
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         with matmuls_in_bfloat16(self._bfloat16_matmuls), captured_attention(self._decoder) as captured:
             output, _ = self.layer.self_attn(
@@ -67,7 +69,7 @@ class LayerStates:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Let the windows through the layer as it is now."""
+        """Run the windows through the current layer and move on to the next layer."""
         for batch, states in enumerate(self.states):
             states = self._on_device(states)
             positions = torch.arange(states.shape[1], device=states.device)[None]

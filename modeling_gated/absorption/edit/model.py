@@ -1,4 +1,4 @@
-"""The edit of a whole model, without training or with that of one attention block at a time."""
+"""Edit of a whole model, layer by layer, with optional training of an attention block at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +20,12 @@ from .writers import Writer, find_writers, remove_writers
 @dataclass(frozen=True)
 class Edit:
     """
-    What was done to a model: the `writers` that were removed, what was done to each of its `layers`, and by layer the
-    `directions` of the original's sinks, None where there are none.
+    Edit of a model.
+
+    Attributes:
+        writers: removed neurons that wrote massive activations.
+        layers: edit of each layer.
+        directions: direction of the source model's sinks in each layer; None for layers without sinks.
     """
 
     writers: list[Writer]
@@ -39,18 +43,22 @@ def absorb_sinks(
     progress: bool = False,
 ) -> Edit:
     """
-    Edit a model so that it computes without sinks and massive activations what the original does with them, layer by
-    layer, each on what the edited layers before it give.
+    Remove sinks and massive activations from a model, so that its outputs stay close to the source model's.
+
+    Layers are edited in order. Each layer is fitted on the outputs of the edited layers before it.
 
     Args:
-        original: a causal language model of this package, in evaluation mode, frozen.
-        edited: the same with gates that are 1, and with biases of all attention projections. It is changed.
-        windows: token ids [batch, tokens] to fit on, without padding.
-        settings: of which those that concern the edit count.
-        bfloat16_matmuls: whether the models multiply in bfloat16, though they are float32, layer by layer, on a CPU.
+        original: source model: a causal language model of this package, in evaluation mode, frozen.
+        edited: the same model with gates that are 1, and with biases of all attention projections. Changed in place.
+        windows: token ids [batch, tokens] of the calibration data, without padding.
+        settings: settings of the edit; other settings are not used.
+        bfloat16_matmuls: use bfloat16 matmuls on a CPU in the layers although both models are float32.
         progress: show a progress bar, on a terminal.
+
+    Returns:
+        The edit with its measurements.
     """
-    # They write in every window, so that some are enough.
+    # 16 windows suffice, because massive activations occur in every window.
     writers = find_writers(original, windows[:16]) if settings.removes_writers else []
     remove_writers(edited, writers)
     refinement = Refinement(

@@ -1,4 +1,4 @@
-"""Training of one attention block at a time on what the original's gives, before the next layer is edited."""
+"""Training of an attention block on the source model's outputs, before the next layer is edited."""
 
 import math
 import random
@@ -18,12 +18,19 @@ from .sinks import LayerSinks
 @dataclass(frozen=True)
 class Refinement:
     """
-    AdamW on an attention block's output, ||found - expected||² / mean ||expected||², plus `sink_weight` times what
-    queries give to sinks.
+    Training of an attention block with AdamW.
 
-    `epochs` over the windows, `learning_rate` of projections and, times `gate_factor`, of gates; both fall by a cosine.
-    `rows` queries of a batch, drawn at random, say what sinks get. `seed` determines their order and the windows'.
-    Gates are left alone unless `trains_gates`.
+    The loss is ||output - expected||² / mean ||expected||², plus `sink_weight` times the attention to sinks. Learning
+    rates fall along a cosine.
+
+    Attributes:
+        epochs: number of passes over the windows.
+        learning_rate: learning rate of attention projections.
+        gate_factor: learning rate of gates, as a multiple of `learning_rate`.
+        sink_weight: weight of attention to sinks.
+        rows: number of queries per batch, drawn at random, whose attention to sinks is measured.
+        seed: random seed of the order of windows and of queries.
+        trains_gates: train gates too.
     """
 
     epochs: int
@@ -35,13 +42,13 @@ class Refinement:
     trains_gates: bool = True
 
     def __call__(self, edited: LayerStates, sinks: LayerSinks) -> None:
-        """Train the attention block of a layer, whose parameters are frozen before and after."""
+        """Train the attention block of a layer. Its parameters are frozen before and after."""
         attention = edited.layer.self_attn
         gates = [parameter for name, parameter in attention.named_parameters() if self.trains_gates and is_gate(name)]
         projections = [parameter for name, parameter in attention.named_parameters() if not is_gate(name)]
         groups = [{"params": gates, "factor": self.gate_factor}, {"params": projections, "factor": 1.0}]
         optimizer = torch.optim.AdamW(groups, self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-        if any(parameter.dtype != torch.float32 for parameter in gates + projections):  # else small updates round away
+        if any(parameter.dtype != torch.float32 for parameter in gates + projections):  # small updates would round to 0
             keep_float32_states(optimizer)
         generator = random.Random(self.seed * 1000 + edited.number)
         scale = sum(output.square().sum().item() for output in sinks.outputs)
@@ -73,7 +80,7 @@ class Refinement:
 
 
 def _decay(step: int, steps: int) -> float:
-    """Some steps of warmup, then a cosine down to a twentieth."""
+    """Return the factor of the learning rate: 5 steps of warmup, then a cosine down to a twentieth."""
     return min(1.0, (step + 1) / 5) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 

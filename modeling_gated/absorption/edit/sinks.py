@@ -1,4 +1,4 @@
-"""Where a layer's sinks are: the direction of their inputs, the tokens that have it, and what they get and give."""
+"""Sinks of a layer: the direction of their inputs, their tokens, their attention and their values."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,50 +9,59 @@ from .attention import AttentionInputs
 from .layer_states import LayerStates
 
 
-# How much of the sink's direction makes a token a sink.
+# A token is a sink if its component along the sink direction is larger.
 SINK_THRESHOLD = 0.3
-# A key-value head whose queries give less than this to sinks, on average, gets gates of exactly 1.
+# A key-value head whose mean attention to sinks is at most this keeps gates of exactly 1.
 _LEAST_MASS = 0.1
-# The first tokens of a text are the sink, or may stand in for it.
+# The first tokens of a window are sinks or can act as sinks, so they do not count as other tokens.
 _FIRST_TOKENS = 4
-# Queries at a time.
+# Number of queries whose probabilities are in memory at once.
 _ROWS = 256
 
 
 @dataclass(frozen=True)
 class SinkDirection:
     """
-    The direction in which a layer's sinks lie, of which the keys of sinks are made.
+    Direction of the inputs of a layer's sinks, from which the keys of sinks are computed.
 
-    `direction` u, float32 [hidden_size], is the mean input of first tokens; `projector` w, of the same shape, reads how
-    much of u is in an input: w·u = 1, while w·x is as near to 0 as can be for the inputs x of other tokens.
+    Attributes:
+        direction: mean input u of first tokens, float32 [hidden_size].
+        projector: vector w that measures the component along u, float32 [hidden_size]. w·u = 1, and w·x is as close to
+            0 as possible for inputs x of other tokens.
     """
 
     direction: torch.Tensor
     projector: torch.Tensor
 
     def tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Which tokens are sinks, bool [batch, tokens]: the first, and inputs that have enough of the direction."""
-        # Of other tokens large terms cancel, which matmuls in bfloat16 would not do.
+        """
+        Return a mask of sinks, bool [batch, tokens]: the first token, and inputs along the sink direction.
+
+        Args:
+            hidden_states: inputs of the attention block [batch, tokens, hidden_size].
+        """
+        # float32: large terms of other tokens cancel, which bfloat16 matmuls would break.
         with torch.autocast(hidden_states.device.type, enabled=False):
             sinks = hidden_states.float() @ self.projector.to(hidden_states.device) > SINK_THRESHOLD
         sinks[:, 0] = True
         return sinks
 
     def removed_from(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight [rows, hidden_size] that gives nothing for u and nearly the same for other inputs: W - (W u) wᵀ."""
+        """Return W - (W u) wᵀ for a weight W [rows, hidden_size]: 0 for u, and nearly unchanged for other inputs."""
         direction, projector = self.direction.to(weight), self.projector.to(weight)
         return weight - torch.outer(weight @ direction, projector)
 
 
 def sink_direction(inputs: Iterable[torch.Tensor], ridge: float = 1e-2) -> SinkDirection:
     """
-    The sink's direction among a layer's inputs: w = C⁻¹u / uᵀC⁻¹u, with C the second moment of the other tokens' inputs
-    and `ridge` times its mean diagonal. Of all w with w·u = 1 it is the one that reads least in the other tokens.
+    Compute the sink direction of a layer's inputs.
+
+    The projector is w = C⁻¹u / uᵀC⁻¹u. C is the second moment of the other tokens' inputs plus `ridge` times its mean
+    diagonal. Among all w with w·u = 1, this w has the smallest mean square on the other tokens.
 
     Args:
-        inputs: of attention blocks, [batch, tokens, hidden_size], one batch at a time; only sums are kept of them.
-        ridge: what keeps the inverse from following noise.
+        inputs: inputs of the attention block [batch, tokens, hidden_size], a batch at a time. Only sums are kept.
+        ridge: regularization of the inverse, relative to the mean diagonal.
     """
     first, moment, windows, other_tokens = torch.zeros(()), torch.zeros(()), 0, 0
     for states in inputs:
@@ -69,13 +78,15 @@ def sink_direction(inputs: Iterable[torch.Tensor], ridge: float = 1e-2) -> SinkD
 @dataclass(frozen=True)
 class LayerSinks:
     """
-    What the sinks of a layer do to windows of tokens.
+    Sinks of a layer in windows of tokens. All tensors are on the CPU.
 
-    `direction` is theirs. Of each batch, `tokens`, bool [batch, tokens], says which tokens are sinks, `mass`, float32
-    [batch, heads, tokens], how much of each query's attention goes to sinks other than itself, and `outputs`, float32
-    [batch, tokens, hidden_size], are the attention block's. `value`, [key-value heads, head_dim], is the mean of sinks'
-    values, each weighted by what it gets, and `first_values`, [windows, key-value heads, head_dim], are those of first
-    tokens, which see nothing else. All on the CPU.
+    Attributes:
+        direction: direction of the sinks.
+        tokens: mask of sinks for each batch, bool [batch, tokens].
+        mass: attention of each query to sinks other than itself for each batch, float32 [batch, heads, tokens].
+        outputs: outputs of the attention block for each batch, float32 [batch, tokens, hidden_size].
+        value: mean value of sinks, weighted by their attention [key-value heads, head_dim].
+        first_values: values of first tokens [windows, key-value heads, head_dim]. A first token sees only itself.
     """
 
     direction: SinkDirection
@@ -87,18 +98,18 @@ class LayerSinks:
 
     @property
     def mean_mass(self) -> torch.Tensor:
-        """[heads], over all queries."""
+        """Return the mean attention to sinks over all queries, [heads]."""
         return torch.cat([mass.transpose(0, 1).flatten(1) for mass in self.mass], dim=1).mean(1)
 
     @property
     def groups(self) -> torch.Tensor:
-        """The key-value heads whose queries look at sinks, bool [key-value heads]."""
+        """Return a mask of key-value heads whose queries attend to sinks, bool [key-value heads]."""
         return self.mean_mass.view(len(self.value), -1).mean(1) > _LEAST_MASS
 
 
 @torch.no_grad()
 def layer_sinks(states: LayerStates) -> LayerSinks:
-    """Measure the sinks of the layer before which windows are."""
+    """Measure the sinks of the current layer of `states`."""
     direction = sink_direction(states.inputs())
     tokens, mass, outputs, first = [], [], [], []
     value, weight = torch.zeros(()), torch.zeros(())
@@ -118,7 +129,13 @@ def layer_sinks(states: LayerStates) -> LayerSinks:
 
 @torch.no_grad()
 def mass_on(states: LayerStates, sinks: list[torch.Tensor]) -> torch.Tensor:
-    """How much attention goes to some tokens, bool [batch, tokens] of each batch; [heads], mean over all queries."""
+    """
+    Return the mean attention to given tokens over all queries, float32 [heads].
+
+    Args:
+        states: states before the layer.
+        sinks: mask of the tokens for each batch, bool [batch, tokens].
+    """
     masses = [
         _to_sinks(states.attend(hidden_states)[1], tokens.to(hidden_states.device))[0]
         for hidden_states, tokens in zip(states.inputs(), sinks, strict=True)
@@ -127,7 +144,7 @@ def mass_on(states: LayerStates, sinks: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _to_sinks(inputs: AttentionInputs, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What queries give to sinks, and what tokens get as sinks, both [batch, heads, tokens], some queries at a time."""
+    """Return each query's attention to sinks, and the attention that each sink gets, both [batch, heads, tokens]."""
     masses, received = [], torch.zeros(())
     for rows in torch.arange(sinks.shape[1], device=sinks.device).split(_ROWS):
         probabilities = inputs.to_sinks(sinks, rows)

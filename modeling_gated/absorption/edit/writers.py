@@ -1,4 +1,4 @@
-"""The MLP neurons that write massive activations into a model's hidden states, and the model without them."""
+"""MLP neurons that write massive activations into the hidden states, called writers, and their removal."""
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -20,8 +20,13 @@ _MASSIVE, _TIMES_MEDIAN = 100, 1000
 @dataclass(frozen=True)
 class Writer:
     """
-    A neuron, by its layer and its column of `down_proj`; and the most, by magnitude, that it adds to one channel of a
-    token's hidden state.
+    MLP neuron that writes massive activations.
+
+    Attributes:
+        layer: index of the layer.
+        neuron: index of the neuron, a column of `down_proj`.
+        channel: channel of the hidden state that the neuron adds most to.
+        value: largest magnitude that the neuron adds to this channel.
     """
 
     layer: int
@@ -33,15 +38,17 @@ class Writer:
 @torch.no_grad()
 def find_writers(model: PreTrainedModel, windows: Iterable[torch.Tensor], share: float = 0.1) -> list[Writer]:
     """
-    Find the neurons that write a model's massive activations, and those that take them away again.
+    Find the neurons that write a model's massive activations, including neurons that subtract them again.
+
+    An activation is massive above 100 and 1,000 times the median (arXiv 2402.17762, Section 2).
 
     Args:
-        model: a causal language model of this package, in evaluation mode.
+        model: causal language model of this package, in evaluation mode.
         windows: token ids [batch, tokens].
-        share: a neuron that adds more than this share of the largest |hidden state| to one channel is a writer.
+        share: threshold as a share of the largest |hidden state|. Neurons that add more to a channel are returned.
 
     Returns:
-        The writers, the largest first. None if no activation is massive.
+        The neurons, largest value first. Empty if no activation is massive.
     """
     layers: Any = decoder_layers(model.get_decoder())
     maxima: dict[int, torch.Tensor] = {}
@@ -78,7 +85,7 @@ def find_writers(model: PreTrainedModel, windows: Iterable[torch.Tensor], share:
 
 @torch.no_grad()
 def remove_writers(model: PreTrainedModel, writers: Iterable[Writer]) -> None:
-    """Switch neurons off: their columns of `down_proj` become 0."""
+    """Remove neurons from a model in place: their columns of `down_proj` become 0."""
     layers: Any = decoder_layers(model.get_decoder())
     for writer in writers:
         layers[writer.layer].mlp.down_proj.weight[:, writer.neuron] = 0

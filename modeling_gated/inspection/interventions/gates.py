@@ -75,7 +75,7 @@ def open_gates(model: PreTrainedModel) -> AbstractContextManager[None]:
 @contextmanager
 def shuffled_gates(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
     """
-    Deal the gates of each layer out anew among the tokens of an input inside the `with` block, those of all heads
+    Shuffle the gates of each layer among the tokens of an input inside the `with` block, those of all heads
     together; padding keeps its own. What is lost is what gates do that depends on the token.
 
     Args:
@@ -103,12 +103,12 @@ def shuffled_gates(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
 
 
 def _gated(model: PreTrainedModel, layer: int | None, places: list[str]) -> list[Any]:
-    """The attention blocks of a layer, or of all, with gates at one of these positions."""
+    """Return the attention blocks of a layer, or of all, with gates at one of these positions."""
     layers = decoder_layers(model.get_decoder())
     if layer is not None and not 0 <= layer < len(layers):
-        raise InspectionError(f"layer {layer}: the model has layers 0 to {len(layers) - 1}")
+        raise InspectionError(f"layer must be from 0 to {len(layers) - 1}, got {layer}")
     if unknown := [place for place in places if place not in GATE_PROJECTIONS]:
-        raise InspectionError(f"position {unknown[0]!r}: is not among {', '.join(GATE_PROJECTIONS)}")
+        raise InspectionError(f"positions must be among {', '.join(GATE_PROJECTIONS)}, got {unknown[0]!r}")
     attentions = [
         attention
         for number, attention in gated_attentions(layers)

@@ -42,7 +42,7 @@ class Intervention:
         if match := re.fullmatch(r"window=(\d{1,9})(?:\+(\d{1,9}))?", name):
             window, first = int(match[1]), int(match[2] or 0)
             if window < 1:
-                raise InspectionError(f"intervention {name!r}: a window has at least 1 token")
+                raise InspectionError(f"the window of an intervention must have at least 1 token, got {name!r}")
             return cls(name, False, lambda model: windowed_attention(model, window, first))
         match = re.fullmatch(r"gates=(-?[0-9.]+)(?:@(\d{1,9})(?:\.(\d{1,9}))?)?", name)
         try:
@@ -52,7 +52,7 @@ class Intervention:
             known = ", ".join(
                 (*_NAMED, "masked_first_token@DISTANCE", "window=TOKENS[+FIRST]", "gates=VALUE[@LAYER[.HEAD]]")
             )
-            raise InspectionError(f"intervention {name!r} is not among {known}") from None
+            raise InspectionError(f"interventions must be among {known}, got {name!r}") from None
         where: dict[str, Any] = {key: int(digits) for key, digits in (("layer", layer), ("head", head)) if digits}
         return cls(name, True, lambda model: forced_gates(model, number, **where))
 

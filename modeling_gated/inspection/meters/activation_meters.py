@@ -44,7 +44,7 @@ class LayerActivations:
 
 @dataclass(frozen=True)
 class HiddenMaxima:
-    """Of the embeddings, of each layer's output, and of what comes out of the last norm."""
+    """Largest activations of the embeddings, of each layer's output, and of the last norm's output."""
 
     embeddings: LayerActivations
     layers: tuple[LayerActivations, ...]

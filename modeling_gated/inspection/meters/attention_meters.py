@@ -36,7 +36,7 @@ class FirstTokenAttention(Meter):
         self._means.add(rows.layer, probabilities.sum(-1), probabilities.shape[-1])
 
     def result(self) -> torch.Tensor:
-        """[layers, heads], float64; NaN in layers without attention."""
+        """Return [layers, heads], float64; NaN in layers without attention."""
         return self._means.result(self._layers)
 
     def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> list[Numbers]:
@@ -179,7 +179,7 @@ class AttentionEntropy(Meter):
         self._means.add(rows.layer, entropies.sum(-1), entropies.shape[-1])
 
     def result(self) -> torch.Tensor:
-        """[layers, heads], float64; NaN in layers without attention."""
+        """Return [layers, heads], float64; NaN in layers without attention."""
         return self._means.result(self._layers)
 
     def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> list[Numbers]:
@@ -204,7 +204,7 @@ class SinkNorms:
 
 
 class KeyValueNorms(Meter):
-    """How long keys and values are: those of the first token of each sequence, where a sink is, and the others."""
+    """Norms of keys and values: of the first token of each sequence, the usual sink, and of the others."""
 
     report_name = "key_value_norms"
     entry_without_attention = {}
@@ -250,7 +250,7 @@ class EffectiveRank(Meter):
         self._grams[layer] = self._grams.get(layer, 0) + gram.cpu()
 
     def result(self) -> torch.Tensor:
-        """[layers, heads], float64; NaN in layers without attention, 0 where all outputs are 0."""
+        """Return [layers, heads], float64; NaN in layers without attention, 0 where all outputs are 0."""
         return by_layer({layer: _effective_rank(gram) for layer, gram in self._grams.items()}, self._layers)
 
     def report_entry(self, tokenizer: PreTrainedTokenizerBase) -> list[Numbers]:

@@ -79,7 +79,7 @@ class GateScores(Meter):
         histogram[layer] += torch.bincount(indices, minlength=self.bins).cpu()
 
     def result(self) -> dict[str, GateStatistics]:
-        """By position, such as `"G1"`; empty for a model without gates."""
+        """Return statistics by position, such as `"G1"`; empty for a model without gates."""
         edges = torch.linspace(0, 1, self.bins + 1, dtype=torch.float64)
         return {
             position: GateStatistics(
@@ -129,5 +129,5 @@ class GateDrift(Meter):
         self._count += values.numel()
 
     def result(self) -> float:
-        """NaN without gates."""
+        """Return the mean drift; NaN without gates."""
         return self._total / self._count if self._count else float("nan")

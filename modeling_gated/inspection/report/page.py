@@ -1,4 +1,4 @@
-"""What a report is written to: JSON, one page that needs nothing else, and pictures."""
+"""Files of a report: JSON, one page that needs nothing else, and pictures."""
 
 import base64
 import io
@@ -37,13 +37,13 @@ def versions() -> dict[str, str]:
 
 
 def as_json(reports: Sequence[ModelReport]) -> str:
-    """The content of report.json; `report.schema.json` describes it."""
+    """Return the content of report.json; `report.schema.json` describes it."""
     content = {"format": FORMAT, "versions": versions(), "models": [report.as_dict() for report in reports]}
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def as_page(reports: Sequence[ModelReport]) -> str:
-    """One HTML page with everything in it, that needs no network and runs no script. Needs matplotlib."""
+    """Return one HTML page with everything in it, without scripts or links to the network. Needs matplotlib."""
     from jinja2 import Environment
 
     pictures = [
@@ -63,7 +63,7 @@ def as_page(reports: Sequence[ModelReport]) -> str:
 
 
 def write_pictures(reports: Sequence[ModelReport], folder: Path) -> list[Path]:
-    """Each picture as a PNG. Needs matplotlib."""
+    """Write each picture as a PNG and return the paths. Needs matplotlib."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_pictures(folder)
     written = []
@@ -75,7 +75,7 @@ def write_pictures(reports: Sequence[ModelReport], folder: Path) -> list[Path]:
 
 
 def remove_pictures(folder: Path) -> None:
-    """Those of an earlier report."""
+    """Remove the pictures of an earlier report."""
     for picture in PICTURES:
         (folder / f"{picture.name}.png").unlink(missing_ok=True)
 
@@ -91,7 +91,7 @@ def _svg(figure: "Figure") -> bytes:
 
 
 def _largest(report: ModelReport) -> list[dict[str, Any]]:
-    """The layers with the largest activations, in their order."""
+    """Return the layers with the largest activations, in their order."""
     layers = list(enumerate(report.hidden_states["layers"]))
     chosen = sorted(layers, key=lambda numbered: -numbered[1]["maximum"])[:_LARGEST]
     return [

@@ -33,7 +33,7 @@ class Picture:
 
 
 def _heat(value: Callable[[ModelReport], Any], label: str, highest: float | None = None) -> Any:
-    """Layers x heads, one panel per model, all in the same colours."""
+    """Return layers x heads, one panel per model, all in the same colours."""
 
     def draw(reports: Reports) -> "Figure | None":
         from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def _heat(value: Callable[[ModelReport], Any], label: str, highest: float | None
 
 
 def _by_layer(value: Callable[[ModelReport], Any], label: str, scale: str = "linear", kind: str = "bars") -> Any:
-    """Layers against one number, models side by side."""
+    """Return layers against one number, models side by side."""
 
     def draw(reports: Reports) -> "Figure | None":
         shown = [(report, value(report)) for report in reports]
@@ -176,7 +176,7 @@ def _whole_numbers(*directions: "Axis") -> None:
 
 
 def _label(report: ModelReport) -> str:
-    """A model's name as matplotlib writes it: not as mathematics, and not left out for its first letter."""
+    """Return a model's name as matplotlib writes it: not as mathematics, and not left out for its first letter."""
     name = report.name.replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 
@@ -200,93 +200,91 @@ PICTURES = (
     Picture(
         "first_token_attention",
         "Attention on the first token",
-        "Each cell is one attention head: how much of its attention goes to the first token, whatever that token "
-        "is, on average over all later tokens. Bright cells are attention sinks: heads that park their attention "
-        "where it does nothing. Models that were trained with gates stay dark (0.05 on average in the paper, "
-        "against 0.47 without).",
+        "Each cell is one attention head: its attention on the first token, whatever that token is, on average over "
+        "all later tokens. Bright cells are attention sinks. Models that were trained with gates stay dark (0.05 on "
+        "average in the paper, against 0.47 without).",
         _heat(lambda report: report.first_token_attention, "attention probability", highest=1.0),
     ),
     Picture(
         "sink_rate_other",
         "Sinks elsewhere",
-        "The same heads, and how often some other token than the first takes more than 30 % of the attention of all "
-        "tokens after it. If the first token's map is dark and this one is bright, the sink is not gone: it has "
-        "moved.",
+        "The same heads: how often another token than the first takes more than 30 % of the attention of all tokens "
+        "after it. If the first token's map is dark and this one is bright, the sink has moved.",
         _heat(lambda report: report.sink_rate.get("other", []), "share of windows", highest=1.0),
     ),
     Picture(
         "attention_entropy",
         "Entropy of attention",
-        "Dark cells are heads that look at few tokens, bright ones are heads that look at many. A sink makes a head "
-        "dark without its looking at anything in particular.",
+        "Dark cells are heads that attend to few tokens, bright cells are heads that attend to many. An attention "
+        "sink also makes a head dark.",
         _heat(lambda report: report.attention_entropy, "nats"),
     ),
     Picture(
         "hidden_states",
-        "The largest activation of each layer",
-        "The largest number, by magnitude, in what each layer hands on; note that the scale is logarithmic. Massive "
-        "activations are steps of a hundred times or more from one layer to the next, written by one layer for one "
-        "token (mostly the first), carried along, and removed near the end. They come and go together with sinks.",
+        "Largest activation of each layer",
+        "The largest magnitude in each layer's output, on a logarithmic scale. A massive activation is a step of a "
+        "hundred times or more between two layers. One layer writes it for one token, mostly the first, and a layer "
+        "near the end removes it. It comes and goes with attention sinks.",
         _by_layer(
             lambda report: [layer["maximum"] for layer in report.hidden_states["layers"]], "max |hidden|", scale="log"
         ),
     ),
     Picture(
         "int8_error",
-        "What rounding to int8 loses",
-        "How much of a token's hidden state is lost when a window is rounded to 8 bits with one scale. Near 1, "
-        "nothing is left of most tokens: one massive activation takes the whole range. Near 0.01, nothing is lost.",
+        "Loss from int8 rounding",
+        "Share of a token's hidden state that is lost when a window is rounded to 8 bits with one scale. Near 1, one "
+        "massive activation takes the whole range and nothing is left of most tokens. Near 0.01, nothing is lost.",
         _by_layer(lambda report: report.int8_error["per_tensor"], "relative error"),
     ),
     Picture(
         "sink_values",
-        "What lies at the first token",
-        "The length of the first token's value vectors over that of all others'. Far below 1 in the layers with "
-        "sinks: heads look there because it adds next to nothing.",
+        "Values of the first token",
+        "Length of the first token's value vectors, divided by that of all others. In layers with sinks it is far "
+        "below 1: attention to the sink adds next to nothing.",
         _by_layer(lambda report: _ratio(report, "first_value", "other_values"), "ratio of norms", kind="lines"),
     ),
     Picture(
         "sink_keys",
-        "How the first token is found",
-        "The length of the first token's key vectors over that of all others'. Sinks often have short keys: they "
-        "are found by their direction.",
+        "Keys of the first token",
+        "Length of the first token's key vectors, divided by that of all others. Sinks often have short keys: heads "
+        "find them by their direction.",
         _by_layer(lambda report: _ratio(report, "first_key", "other_keys"), "ratio of norms", kind="lines"),
     ),
     Picture(
         "effective_rank",
         "Effective rank of the attention output",
-        "How many directions each head's output really uses, of as many as it has channels, after gates. Dark heads "
-        "add nearly the same to every token.",
+        "Number of directions that each head's output uses, after gates, of as many as it has channels. Dark heads "
+        "add nearly the same vector to every token.",
         _heat(lambda report: report.effective_rank, "directions"),
     ),
     Picture(
         "gate_scores",
         "Gate scores by head",
-        "How far open each head's gate is on average. One colour all over means that gates are still where they "
-        "started; in models that were trained with gates most are nearly closed (0.12 to 0.17 in the paper).",
+        "Mean opening of each head's gate. One colour everywhere means that gates have not been trained. In models "
+        "that were trained with gates, most gates are nearly closed (0.12 to 0.17 in the paper).",
         _heat(lambda report: main_gates(report.gates).get("mean", []), "mean gate score", highest=1.0),
     ),
     Picture(
         "gate_histogram",
-        "How gate scores are spread",
-        "Two piles, near 0 and somewhere above, are gates that choose; one narrow pile is gates that do not depend "
-        "on the token.",
+        "Distribution of gate scores",
+        "Two peaks, near 0 and higher up, are gates that choose between tokens. One narrow peak is gates that do not "
+        "depend on the token.",
         _histograms,
     ),
     Picture(
         "gate_first_token",
-        "Gates of the first token and of all others",
+        "Gates of the first token and of the others",
         "A gate that has taken over the sink's work is closed for tokens to which a head has nothing to say.",
         _first_and_others,
     ),
     Picture(
         "interventions",
-        "What predictions lose when the first token is hidden or gates are forced",
-        "The change of the loss under each intervention; near 0, the model does not use what was taken away. Hidden "
-        "from the very start, the first token's work is taken over by the second; hidden only from tokens more than "
-        "64 after it (@64), its absence shows how much they need it. Shuffling gates over tokens costs models whose "
-        "gates depend on the token. Converted gates that were not trained are open and the same for all tokens, so "
-        "that opening and shuffling them change nothing.",
+        "Loss under interventions",
+        "Change of the loss when the first token is hidden or gates are forced. Near 0, the model does not use what "
+        "was taken away. If the first token is hidden from the start, the second one takes over its work. If it is "
+        "hidden only from tokens more than 64 after it (@64), the loss shows how much they need it. Shuffling gates "
+        "over tokens costs models whose gates depend on the token. Converted gates that were not trained are open and "
+        "the same for all tokens, so opening and shuffling them changes nothing.",
         _interventions,
     ),
 )

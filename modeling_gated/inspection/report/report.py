@@ -168,17 +168,17 @@ def check_settings(windows: int, window_tokens: int, interventions: Sequence[str
         InspectionError: for counts that are too small, and interventions that there are none of, or that come twice.
     """
     if windows < 1:
-        raise InspectionError(f"windows {windows}: at least 1 is needed")
+        raise InspectionError(f"windows must be at least 1, got {windows}")
     if window_tokens < 2:
-        raise InspectionError(f"window_tokens {window_tokens}: at least 2 are needed")
+        raise InspectionError(f"window_tokens must be at least 2, got {window_tokens}")
     if len(set(interventions)) < len(interventions):
-        raise InspectionError(f"interventions {list(interventions)}: needed are different ones")
+        raise InspectionError(f"interventions must be different, got {list(interventions)}")
     for intervention in interventions:
         Intervention.parse(intervention)
 
 
 def _chosen(model: PreTrainedModel, names: Sequence[str], notes: list[str]) -> list[Intervention]:
-    """The interventions that can be made; that their layers and heads exist is seen before anything takes long."""
+    """Return the interventions that can be made, after checking that their layers and heads exist."""
     chosen = [Intervention.parse(name) for name in names]
     has_gates = any(gated_attentions(decoder_layers(model.get_decoder())))
     if not has_gates:
@@ -197,10 +197,12 @@ def _chosen(model: PreTrainedModel, names: Sequence[str], notes: list[str]) -> l
 
 
 def _check_names(meters: Sequence[type[Meter]]) -> None:
-    names = [meter.report_name for meter in meters]
-    for meter, name in zip(meters, names, strict=True):
-        if not name.isidentifier() or names.count(name) > 1 or hasattr(ModelReport, name) or name in _FIELDS:
+    taken = {*dir(ModelReport), *(part.name for part in fields(ModelReport))}
+    for meter in meters:
+        name = meter.report_name
+        if not name.isidentifier() or name in taken:
             raise ValueError(f"{meter.__name__}.report_name={name!r}: must be a name that nothing else in a report has")
+        taken.add(name)
 
 
 def _measured(
@@ -251,12 +253,12 @@ def _cut(
     windows: int,
     window_tokens: int,
 ) -> tuple[list[torch.Tensor], int, list[str]]:
-    """Windows [tokens], the text's own tokens, and notes on what it was too short for."""
+    """Return windows [tokens], the text's own tokens, and notes on what it was too short for."""
     check_settings(windows, window_tokens, ())
     input_ids = text_token_ids(tokenizer, text, text_name, model)
     check_token_ids(tokenizer, beginning(tokenizer), "the beginning of an input", model)
     if len(input_ids) < 2:
-        raise InspectionError(f"{text_name}: has {len(input_ids)} tokens; at least 2 are needed")
+        raise InspectionError(f"{text_name}: must have at least 2 tokens, got {len(input_ids)}")
     begin = len(beginning(tokenizer))
     length = min(window_tokens, len(input_ids) + begin)
     count = min(windows, len(input_ids) // max(1, length - begin))
@@ -271,6 +273,6 @@ def _cut(
 
 @torch.no_grad()
 def _loss(model: PreTrainedModel, windows: list[torch.Tensor], bar: tqdm, meters: list[Meter]) -> float:
-    """Mean loss in nats per token of all windows, one at a time."""
+    """Return mean loss in nats per token of all windows, one at a time."""
     with inspecting(model, *meters) if meters else nullcontext():
         return mean_loss(model, [window.to(input_device(model)) for window in windows], advance=bar.update)

@@ -55,7 +55,7 @@ class AttentionRows:
 
     @cached_property
     def normalizers(self) -> torch.Tensor:
-        """What the exponentials have to be divided by, [heads, queries]."""
+        """Divisors of the exponentials, [heads, queries]."""
         total = self.exponentials.sum(-1)
         return total if self.sink_scores is None else total + (self.sink_scores - self.maxima).exp()
 
@@ -87,14 +87,14 @@ class AttentionRows:
         return (self.queries > self.starts).nonzero().flatten()
 
     def received(self, queries: torch.Tensor | None = None) -> torch.Tensor:
-        """What each key gets of all queries, or of those that `queries`, bool [queries], says: [heads, keys]."""
+        """Return the attention that keys get from all queries, or from `queries`, bool [queries]: [heads, keys]."""
         weights = 1 / self.normalizers
         if queries is not None:
             weights = weights * queries
         return torch.matmul(weights[:, None], self.exponentials).squeeze(1)
 
     def entropy(self) -> torch.Tensor:
-        """Entropy of each query's probabilities, in nats, [heads, queries]; a learned sink counts as one key."""
+        """Return entropy of each query's probabilities, in nats, [heads, queries]; a learned sink counts as one key."""
         expected = torch.linalg.vecdot(self.exponentials, self.shifted)
         if self.sink_scores is not None:
             shifted = self.sink_scores - self.maxima
@@ -111,7 +111,7 @@ def attention_rows(
     arguments: dict[str, Any],
 ) -> Iterator[AttentionRows]:
     """
-    The probabilities that an attention function computes with, in memory that grows with the keys alone.
+    Yield the probabilities that an attention function computes with, in memory that grows with the keys alone.
 
     Args:
         layer: the number of the layer.
@@ -178,7 +178,7 @@ def attention_rows(
 
 
 def _blocks(query: torch.Tensor, keys: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Queries from and to (exclusive), more at a time where they can only see few keys."""
+    """Yield queries from and to (exclusive), more at a time where they can only see few keys."""
     heads, queries, before = query.shape[1], query.shape[2], keys.shape[-1] - query.shape[2]
     scores = _SCORES if query.device.type == "cpu" else _SCORES_ON_GPU
     start = 0

@@ -89,7 +89,7 @@ def _recomputes_layers(model: PreTrainedModel) -> bool:
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
-    """The layers of a decoder: the outermost list of as many modules as its config says."""
+    """Return the layers of a decoder: the outermost list of as many modules as its config says."""
     wanted = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
     lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == wanted)
     layers = next(lists, None)
@@ -148,7 +148,7 @@ def attention_replaced(
 
 
 def _eager_attention(module: nn.Module) -> Callable[..., Any]:
-    """Which is a function of each model's own file."""
+    """Return the eager attention function of the file that defines a module's class."""
     for kind in type(module).__mro__:
         if (eager := getattr(sys.modules[kind.__module__], "eager_attention_forward", None)) is not None:
             return eager
@@ -157,14 +157,14 @@ def _eager_attention(module: nn.Module) -> Callable[..., Any]:
 
 @contextmanager
 def measuring(device: torch.device) -> Iterator[None]:
-    """Without gradients, and in the dtypes that are written down, whatever a trainer's autocast wants."""
+    """Compute without gradients, and in the dtypes that are written down, whatever a trainer's autocast wants."""
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and then with every module in the mode that it was in."""
+    """Evaluate without dropout, and then restore the mode of every module."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -175,14 +175,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its input: of one that is offloaded, where its layers run."""
+    """Return the device of a model's input: for an offloaded model the device that its layers run on."""
     if model.device.type != "meta":
         return model.device
     return torch.device(getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
 class _Probe:
-    """What hangs in a model while it is inspected, and shows its meters what passes by."""
+    """Hooks in a model that is inspected, which show its meters what they see."""
 
     def __init__(
         self, layers: nn.ModuleList, meters: tuple[Meter, ...], records: MaskRecords, watch: TokenWatch
@@ -194,7 +194,7 @@ class _Probe:
         self.heads: dict[nn.Module, int] = {}
 
     def overriding(self, *methods: str) -> tuple[Meter, ...]:
-        """The meters that want to see one of these."""
+        """Return the meters that want to see one of these."""
         return tuple(meter for meter in self.meters if meter.overrides(*methods))
 
     def show_hidden_states(self, layer: int, states: Any, meters: tuple[Meter, ...]) -> None:
@@ -306,17 +306,17 @@ class _Probe:
         if wants_rows := self.overriding("attention"):
             ignored = [name for name in ("softcap", "s_aux") if arguments.get(name) is not None]
             if ignored and implementation == "sdpa":
-                raise UnknownAttention(f"layer {layer}: sdpa does not heed its {ignored[0]}; use 'eager'")
+                raise UnknownAttention(f"layer {layer}: sdpa ignores its {ignored[0]}; use attn_implementation='eager'")
             for rows in attention_rows(layer, query, key, mask, tokens, arguments):
                 for meter in wants_rows:
                     meter.attention(rows)
 
 
 def _check_finite(name: str, states: torch.Tensor, real: torch.Tensor) -> None:
-    """`states` are [batch, tokens, ...], of which those of real tokens count."""
+    """Check states [batch, tokens, ...], of which those of real tokens count."""
     counted = states if bool(real.all()) else states[real]
     if counted.numel() and not all(math.isfinite(bound) for bound in counted.aminmax()):
-        raise InspectionError(f"{name}: not all numbers are finite")
+        raise InspectionError(f"{name}: must be finite, got NaN or infinity")
 
 
 def _split(attention: Any, position: str, rows: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What attention sees, block by block, so that no mask is made here that is larger than some queries times all keys."""
+"""Masks of attention, block by block, so that none is larger than some queries times all keys."""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -45,7 +45,7 @@ class Mask(ABC):
     _known: dict[tuple[int, int, int], MaskedBlock] = field(default_factory=dict, init=False)
 
     def block(self, sequence: int, start: int, stop: int, keys: int) -> MaskedBlock:
-        """Queries `start` to `stop` of a sequence, which see some of the first `keys` keys."""
+        """Return queries `start` to `stop` of a sequence, which see some of the first `keys` keys."""
         where = (sequence, start, stop)
         if where in self._known:  # the same in every layer
             return self._known[where]
@@ -60,7 +60,7 @@ class Mask(ABC):
 
     @abstractmethod
     def visible(self, sequence: int, start: int, stop: int, keys: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """bool [1 or heads, queries, keys], and what is to be added to the scores, of the same shape, if anything."""
+        """Return visible keys, bool [1 or heads, queries, keys], and an additive mask of that shape, if any."""
 
 
 @dataclass
@@ -94,7 +94,7 @@ class DescribedMask(Mask):
 
 @dataclass
 class NoMask(Mask):
-    """What attention functions do without any mask: each query sees all keys, or those up to its own place."""
+    """Attention without a mask: each query sees all keys, or those up to its own place."""
 
     is_causal: bool
     device: torch.device
@@ -106,7 +106,7 @@ class NoMask(Mask):
 
 
 def _range(visible: torch.Tensor) -> tuple[int, int, int]:
-    """The first key that any query sees, the one after the last, and the first between them that one doesn't see."""
+    """Return the first key that any query sees, the end of these keys, and the first one hidden from some query."""
     seen, hidden = visible.flatten(0, -2).any(0), ~visible.flatten(0, -2).all(0)
     keys = seen.nonzero().flatten()
     if len(keys) == 0:
@@ -127,7 +127,7 @@ class ChangedMask:
         return self.base_function(**self.change(arguments))
 
     def effective(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that take effect in the end."""
+        """Return the arguments that take effect in the end."""
         return _effective(self.base_function, self.change(arguments))
 
 
@@ -191,7 +191,7 @@ class MaskRecords:
         self._made.clear()
 
     def padding(self, mask: Any) -> tuple[bool, torch.Tensor | None]:
-        """Whether a mask, or one of several in a dict, was made here, and the mask of padding of which, if of any."""
+        """Return whether a mask, or one of several in a dict, was made here, and its padding mask."""
         masks = [tensor for tensor in (mask.values() if isinstance(mask, dict) else [mask]) if tensor is not None]
         calls = [arguments for result, arguments in self._made if any(result is tensor for tensor in masks)]
         padding = (arguments.get("attention_mask") for arguments in calls)
@@ -201,7 +201,7 @@ class MaskRecords:
         self, mask: Any, offset: int, query: torch.Tensor, key: torch.Tensor, window: int | None, is_causal: bool
     ) -> Mask:
         """
-        What the queries of an attention call see.
+        Return the mask of an attention call: the keys that its queries see.
 
         Args:
             mask: what the attention function is given.

@@ -51,26 +51,26 @@ class Meter:
         """Begin to measure a model of so many layers."""
 
     def attention(self, rows: AttentionRows) -> None:
-        """Attention probabilities, some queries at a time."""
+        """Take attention probabilities, some queries at a time."""
 
     def attention_inputs(self, layer: int, keys: torch.Tensor, values: torch.Tensor, tokens: Tokens) -> None:
-        """This pass's keys and values as attention functions get them, [batch, key-value heads, tokens, channels]."""
+        """Take this pass's keys and values for the attention function, [batch, key-value heads, tokens, channels]."""
 
     def attention_output(self, layer: int, output: torch.Tensor, tokens: Tokens) -> None:
         """
-        The input of `o_proj`, and so after gates, if there are any, [batch, tokens, heads, head_dim]; in a model
+        Take the input of `o_proj`, and so after gates, if there are any, [batch, tokens, heads, head_dim]; in a model
         without `o_proj` what the attention function gives.
         """
 
     def gates(self, layer: int, position: str, gates: torch.Tensor, scale: float, tokens: Tokens) -> None:
         """
-        Gates of one of the paper's positions, as they are multiplied (or added), scaled by `scale`, float32 [batch,
-        tokens, heads, gates of a head].
+        Take gates of one of the paper's positions, as they are multiplied (or added), scaled by `scale`: float32
+        [batch, tokens, heads, gates of a head].
         """
 
     def hidden_states(self, layer: int, hidden_states: torch.Tensor, tokens: Tokens) -> None:
         """
-        What a layer gives to the next one, [batch, tokens, hidden_size]. Layer -1 is the embeddings, and what comes
+        Take a layer's output, [batch, tokens, hidden_size]. Layer -1 is the embeddings, and what comes
         out of the last norm has the number of layers.
         """
 
@@ -79,7 +79,7 @@ ATTENTION = ("attention", "attention_inputs", "attention_output")  # methods of 
 
 
 def by_layer(tensors: dict[int, torch.Tensor], layers: int) -> torch.Tensor:
-    """Tensors [n] of some layers as one, [layers, most n], float64, NaN where there is nothing."""
+    """Return tensors [n] of some layers as one, [layers, most n], float64, NaN where there is nothing."""
     most = max((len(tensor) for tensor in tensors.values()), default=0)
     matrix = torch.full((layers, most), torch.nan, dtype=torch.float64)
     for layer, tensor in tensors.items():
@@ -100,5 +100,5 @@ class LayerMeans:
         self._counts[layer] = self._counts.get(layer, 0) + count
 
     def result(self, layers: int) -> torch.Tensor:
-        """[layers, n]; NaN where there is nothing."""
+        """Return [layers, n]; NaN where there is nothing."""
         return by_layer({layer: total / self._counts[layer] for layer, total in self._sums.items()}, layers)

@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass are real, and where the sequence of each begins."""
+"""Real tokens of a forward pass, and the start of each one's sequence."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -34,12 +34,12 @@ class Tokens:
 
     @property
     def current(self) -> torch.Tensor:
-        """Which tokens of this pass are real, bool [batch, tokens of this pass]."""
+        """Real tokens of this pass, bool [batch, tokens of this pass]."""
         return self.real[:, self.offset :]
 
     @property
     def first(self) -> torch.Tensor:
-        """Which tokens of this pass are the first of their sequence, bool [batch, tokens of this pass]."""
+        """First tokens of their sequences in this pass, bool [batch, tokens of this pass]."""
         positions = torch.arange(self.real.shape[1], device=self.real.device)
         return ((self.starts == positions) & self.real)[:, self.offset :]
 
@@ -49,8 +49,9 @@ class Tokens:
 
 def tokens_of(arguments: dict[str, Any], padding: torch.Tensor | None, use_cache: bool) -> Tokens:
     """
-    What the arguments of a decoder's forward say, read as Transformers does: without a mask and without a cache, given
-    or made (`use_cache`), `position_ids` that restart mark packed sequences.
+    Return the tokens that the arguments of a decoder's forward describe, read as Transformers does.
+
+    Without a mask and without a cache, given or made (`use_cache`), `position_ids` that restart mark packed sequences.
 
     Args:
         arguments: by name.
@@ -93,7 +94,7 @@ class TokenWatch:
         self._tokens: Tokens | None = None
 
     def outer(self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """A model with a head, which may give its decoder embeddings and masks that say less than its own arguments."""
+        """Keep the arguments of a model with a head, since those that it gives its decoder may say less."""
         self._outer = _named(model, arguments, keywords)
 
     def begin(self, decoder: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -145,7 +146,7 @@ def watched_tokens(model: PreTrainedModel, padding_of: PaddingOf = lambda _: (Fa
 
 
 def _sees_first(mask: torch.Tensor) -> bool:
-    """Whether every query of a mask [batch, heads, queries, keys] sees the first key, as without padding."""
+    """Return whether every query of a mask [batch, heads, queries, keys] sees the first key, as without padding."""
     first = mask[..., 0]
     return bool((first if first.dtype == torch.bool else first > MASKED).all())
 
