@@ -57,6 +57,7 @@ CARRIED_MODULES = {
     "configuration_gated_llama.py": ".configuration_gated_llama",
     "gate_functions_gated_llama.py": "..gate_functions",
     "kv_cache_gated_llama.py": "..kv_cache",
+    "log_sum_exp_gated_llama.py": "..log_sum_exp",
     "lookups_gated_llama.py": "..lookups",
     "modeling_gated_llama.py": "..modeling_gated_llama",
 }
@@ -89,6 +90,10 @@ class GatedLlamaConfig(LlamaConfig):
       sigmoid(b) = `gate_init`, and each element of W is 2^-60, which is too small to change a gate, or 0 for additive
       gates and in float16. Without it, W ~ N(0, `initializer_range`) and sigmoid gates start near 0.5, the paper's
       setting.
+    - **gate_logit_lse_weight** (`float`, defaults to 0.0) -- Weight, from 0 to 1, of the log-sum-exp (LSE) of the
+      query's attention scores in the gate's logit: Y' = Y * gate_scale * sigmoid(X W + b + weight * LSE). With 1, the
+      gate does exactly what an attention sink does. Headwise sigmoid gates of G1 alone; needs `attn_implementation`
+      `"eager"`, `"sdpa"` or `"flex_attention"`.
     - **gate_dtype** (`str`, *optional*) -- `"float32"`: the gates' parameters are float32 whatever dtype the model is
       loaded in, so that their small updates don't round away: `from_pretrained(path, gate_dtype="float32")`.
 
@@ -168,6 +173,7 @@ class GatedLlamaConfig(LlamaConfig):
     gate_init: float = interval(min=0, max=1, exclude_min=True, exclude_max=True)(default=0.85)
     gate_scale: float | int = 1.0
     gate_bias: bool = True
+    gate_logit_lse_weight: float | int = 0.0
     gate_dtype: Literal["float32"] | None = None
     attention_output_bias: bool = False
     use_qk_norm: bool = False
@@ -314,6 +320,15 @@ class GatedLlamaConfig(LlamaConfig):
             )
         if not 0 < self.gate_scale < math.inf:
             raise ValueError(f"gate_scale must be positive and finite, got {self.gate_scale}")
+        if not 0 <= self.gate_logit_lse_weight <= 1:
+            raise ValueError(f"gate_logit_lse_weight must be between 0 and 1, got {self.gate_logit_lse_weight}")
+        if self.gate_logit_lse_weight:
+            needed = {"gate_granularity": "headwise", "gate_form": "multiplicative", "gate_activation": "sigmoid"}
+            for name, value in (needed | {"gate_head_shared": False}).items():
+                if (actual := getattr(self, name)) != value:
+                    raise ValueError(f"{name} must be {value!r} with gate_logit_lse_weight, got {actual!r}")
+            if "G1" not in positions:
+                raise ValueError(f"gate_position must have 'G1' with gate_logit_lse_weight, got {positions}")
         if self.gate_bias:
             initial_gate_bias(self.gate_init, self.gate_activation, self.gate_form)
 

@@ -54,8 +54,8 @@ def gated_config(
         raise ValueError("per_layer_config: models whose layers differ in shape are not supported")
     architecture = _source_fields(config, {field.name for field in fields(config_class)})
     gated = config_class(**architecture | {"source_model_type": config.model_type} | gate_options)
-    kind = gated.gate_activation, gated.gate_form, gated.gate_bias
-    if gated.gate_position and kind == ("sigmoid", "multiplicative", True) and "gate_scale" not in gate_options:
+    kind = gated.gate_activation, gated.gate_form, gated.gate_bias, gated.gate_logit_lse_weight
+    if gated.gate_position and kind == ("sigmoid", "multiplicative", True, 0) and "gate_scale" not in gate_options:
         gated.gate_scale = open_gate(gated.gate_init)[1]
     return gated
 

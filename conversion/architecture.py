@@ -30,6 +30,7 @@ from .tensors import LINEARS, base_tensor_shapes
 
 # Fields of the paper's other variants, which conversion leaves at their defaults.
 _OF_OTHER_VARIANTS = (
+    "gate_logit_lse_weight",
     *("gate_position", "gate_head_shared", "gate_form", "gate_activation", "gate_input_independent"),
     *("use_attention_output_norm", "attention_output_activation", "use_sandwich_norm", "use_glu"),
 )

@@ -25,6 +25,7 @@ from .configuration.configuration_gated_llama import (  # first: it checks versi
 # isort: split
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,14 +63,15 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from .configuration.gate_opening import initial_gate_bias, initial_gate_weight
 from .gate_functions import GATE_ACTIVATIONS, RecomputedSigmoidGate, with_dtype
 from .kv_cache import PASSES_KWARGS_TO_CACHE, check_cached_generation, forward_with_cache, take_cache
+from .log_sum_exp import attend_with_log_sum_exp, check_backend
 from .lookups import register_class_names, register_shared_gate_style
 
 
 class GatedLlamaGate(nn.Linear):
     """
-    The projection from hidden states, or from the constant 1 of shape [1, 1], to gate logits. A class of its own for
-    `_init_weights` to recognise. It takes any floating-point input, so that its weights can be float32 in a model that
-    isn't; serving engines, which replace every linear layer, give all weights one dtype and lose nothing by it.
+    The projection from hidden states, or from the constant 1 of shape [1, 1], to gate logits.
+
+    `_init_weights` recognises the class. Its weights may be float32 in a model of another dtype.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -106,17 +108,14 @@ class GatedLlamaAttention(LlamaAttention):
         additive                Y' = Y + gate_scale * f(X W + b)
         head-shared             as these, with one W and b for all heads
         input-independent       as these, with X = 1 and no b
+        score-aware             Y' = Y * gate_scale * sigmoid(X W + b + gate_logit_lse_weight * LSE)
 
-    Without gates, or before them, the attention output itself may be changed (Table 3):
+    LSE is the log-sum-exp of the query's attention scores in a head. With a weight of 1, Y' / gate_scale is attention
+    with one more key, whose value is 0 and whose score is -(X W + b). Before any gates, `use_attention_output_norm` and
+    `attention_output_activation` change Y to RMSNorm(Y), over the channels of each head, and f(Y) (Table 3).
 
-        attention output norm   Y' = RMSNorm(Y), over the channels of each head
-        and activation          Y' = f(Y)
-
-    The forward repeats Llama's. Delegating by `super().forward()`, with the gates in `o_proj`, would survive a rename
-    of arguments. But vLLM's Transformers backend reads the source of this method and refuses one that does not call the
-    attention function, an engine that replaces every linear layer would drop the gates, and gates that depend on the
-    attention scores could not be had. So the name of the cache's argument is read from Llama's signature, and the
-    decoder layer checks that the cache arrives.
+    The forward repeats Llama's, because `super().forward()` with the gates in `o_proj` fails in two ways. vLLM refuses
+    a method whose source does not call the attention function. Engines that replace linear layers drop the gates.
     """
 
     signs_cache_receipts = True
@@ -132,8 +131,8 @@ class GatedLlamaAttention(LlamaAttention):
         is_sliding = config.layer_types[layer_idx] == "sliding_attention"  # type: ignore[index]  # None only as input
         self.sliding_window = config.sliding_window if is_sliding else None
 
-        has_output_norm, output_activation = config.use_attention_output_norm, config.attention_output_activation
-        self.o_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if has_output_norm else None
+        self.o_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if config.use_attention_output_norm else None
+        output_activation = config.attention_output_activation
         self.o_act_fn = GATE_ACTIVATIONS[output_activation] if output_activation is not None else None
 
         self.g_proj = gate_projection(config, "G1", heads)
@@ -144,10 +143,10 @@ class GatedLlamaAttention(LlamaAttention):
         self.has_gated_projections = not {"G2", "G3", "G4"}.isdisjoint(config.gate_position)
         self.gate_act_fn = GATE_ACTIVATIONS[config.gate_activation]
         self.gate_scale = config.gate_scale
+        self.gate_logit_lse_weight = config.gate_logit_lse_weight
         self.is_headwise = config.gate_granularity == "headwise"
         self.is_additive = config.gate_form == "additive"
         self.is_input_independent = config.gate_input_independent
-        # Elsewhere autograd saves little, or nothing at all of the gates.
         has_gate_per_channel = not (self.is_headwise or config.gate_head_shared or self.is_input_independent)
         self.recomputes_gates = has_gate_per_channel and config.gate_activation == "sigmoid"
 
@@ -161,11 +160,18 @@ class GatedLlamaAttention(LlamaAttention):
         gates = with_dtype(gates, states.dtype).view(*gates.shape[:-1], -1, 1 if self.is_headwise else states.shape[-1])
         return states + gates if self.is_additive else states * gates
 
-    def gated(self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor) -> torch.Tensor:
+    def gate_logits(self, projection: nn.Module, gate_input: torch.Tensor, *log_sum_exp: torch.Tensor) -> torch.Tensor:
+        """Return logits [batch, seq, gates] or [1, gates], with the log-sum-exp [batch, seq, heads] if it is given."""
+        logits = projection(gate_input)
+        return logits + self.gate_logit_lse_weight * log_sum_exp[0] if log_sum_exp else logits
+
+    def gated(
+        self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor, *log_sum_exp: torch.Tensor
+    ) -> torch.Tensor:
         """Apply the gates that `projection` computes from `gate_input` to states [batch, seq, heads, channels]."""
         if projection is None:
             return states
-        logits = projection(gate_input)
+        logits = self.gate_logits(projection, gate_input, *log_sum_exp)
         # torch.compile decides on its own what to save and what to recompute.
         if self.recomputes_gates and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return RecomputedSigmoidGate.apply(states, logits.view(states.shape), self.gate_scale)
@@ -212,7 +218,10 @@ class GatedLlamaAttention(LlamaAttention):
             self.config._attn_implementation, eager_attention_forward
         )
 
-        attn_output, attn_weights = attention_interface(
+        if self.gate_logit_lse_weight:
+            attention_interface = partial(attend_with_log_sum_exp, attention_interface)
+
+        attn_output, attn_weights, *log_sum_exp = attention_interface(
             self,
             query_states,
             key_states,
@@ -229,7 +238,7 @@ class GatedLlamaAttention(LlamaAttention):
             attn_output = self.o_norm(attn_output)
         if self.o_act_fn is not None:
             attn_output = self.o_act_fn(attn_output)
-        attn_output = self.gated(attn_output, self.g_proj, gate_input)
+        attn_output = self.gated(attn_output, self.g_proj, gate_input, *log_sum_exp)
 
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         attn_output = self.o_proj(attn_output)
@@ -239,10 +248,7 @@ class GatedLlamaAttention(LlamaAttention):
 
 
 class GatedLlamaDecoderLayer(LlamaDecoderLayer):
-    """
-    Llama's block with the gated attention. Without `use_glu` its MLP is down(act(up(x))). With `use_sandwich_norm` it
-    is GLM-4's, x + RMSNorm(F(RMSNorm(x))) for attention and MLP in the place of F.
-    """
+    """Llama's block with gated attention, or with `use_sandwich_norm` GLM-4's: x + RMSNorm(F(RMSNorm(x)))."""
 
     def __init__(self, config: GatedLlamaConfig, layer_idx: int):
         # Not LlamaDecoderLayer's, which would build an attention and an MLP of Llama's.
@@ -328,6 +334,8 @@ class GatedLlamaModel(GatedLlamaPreTrainedModel):
             self._keep_in_fp32_modules_strict = {GATE_PROJECTIONS[position] for position in config.gate_position}
 
         self.post_init()
+        if config.gate_logit_lse_weight:
+            check_backend(self.config._attn_implementation)
 
     # Not Llama's: Qwen2's makes a mask for each of config.layer_types.
     forward = Qwen2Model.forward

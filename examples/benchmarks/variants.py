@@ -86,6 +86,7 @@ VARIANTS = {
     # beyond the tables
     "G3 headwise": gated("K * sigmoid(X w_h)", "G3", granularity="headwise"),
     "G4 headwise": gated("Q * sigmoid(X w_h)", "G4", granularity="headwise"),
+    "G1 headwise, score-aware": gated("Y * sigmoid(X w_h + LSE)", "G1", granularity="headwise", logit_lse_weight=1.0),
     "G1 one gate per layer": gated("Y * sigmoid(X w)", "G1", granularity="headwise", head_shared=True),
     "G1 tanh": gated("Y * tanh(X W_h)", "G1", activation="tanh"),
     "G1 ReLU": gated("Y * ReLU(X W_h)", "G1", activation="relu"),

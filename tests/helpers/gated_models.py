@@ -29,6 +29,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
     },
     "QK-norm, tied": {"use_qk_norm": True, "tie_word_embeddings": True},
+    "score-aware, sliding upper layers": {
+        "gate_logit_lse_weight": 1.0,
+        "sliding_window": 6,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
 }
 
 

@@ -90,7 +90,12 @@ def attention(x: np.ndarray, weights: Weights, config: GatedLlamaConfig) -> np.n
         if config.use_attention_output_norm:
             y = rms_norm(y, weights["o_norm.weight"], eps)
         y = ACTIVATIONS[config.attention_output_activation](y)
-        if "G1" in config.gate_position:
+        if config.gate_logit_lse_weight == 1:  # the gate is one more key, of value 0 and score -logit
+            logits = project(np.ones((1, 1)) if config.gate_input_independent else x, weights, "g_proj")[:, head]
+            largest = np.maximum(scores.max(-1), -logits)
+            others = np.exp(scores - largest[:, None]).sum(-1)
+            y = y * (config.gate_scale * others / (others + np.exp(-logits - largest)))[:, None]
+        elif "G1" in config.gate_position:
             y = apply_gate(y, x, weights, "g_proj", config, head)
         outputs.append(y)
     output = project(np.concatenate(outputs, -1), weights, "o_proj")

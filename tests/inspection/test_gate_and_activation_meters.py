@@ -17,6 +17,7 @@ from modeling_gated.inspection import (
     QuantizationError,
     inspecting,
 )
+from modeling_gated.modeling_gated_llama import GatedLlamaAttention
 from modeling_gated.training import gate_peft_config
 from tests.helpers.cache_by_version import cache_of, with_cache
 from tests.helpers.gated_models import gated_model
@@ -50,10 +51,18 @@ def attention_inputs(model: PreTrainedModel, inputs: dict[str, Any]) -> list[np.
 @pytest.mark.fast
 @pytest.mark.parametrize("kind", list(INPUTS))
 @pytest.mark.parametrize("name", [name for name, config in CONFIGS.items() if config.gate_position])
-def test_gate_scores_are_those_of_the_formula(name: str, kind: str) -> None:
+def test_gate_scores_are_those_of_the_formula(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every variant of the paper: all positions, headwise and elementwise, shared, independent of the input."""
     model, inputs = random_model(name), inputs_of(kind)
-    config = model.config
+    config, gate_logits = model.config, GatedLlamaAttention.gate_logits
+    log_sum_exps: dict[int, np.ndarray] = {}
+
+    def spy(attention: Any, projection: Any, gate_input: Any, *log_sum_exp: torch.Tensor) -> torch.Tensor:
+        if log_sum_exp:
+            log_sum_exps[attention.layer_idx] = log_sum_exp[0].double().numpy()
+        return gate_logits(attention, projection, gate_input, *log_sum_exp)
+
+    monkeypatch.setattr(GatedLlamaAttention, "gate_logits", spy)
     meter = GateScores(bins=10)
     with torch.no_grad(), inspecting(model, meter):
         model(**inputs)
@@ -66,7 +75,9 @@ def test_gate_scores_are_those_of_the_formula(name: str, kind: str) -> None:
             gate = getattr(model.model.layers[layer].self_attn, GATE_PROJECTIONS[position])
             weights = {name: tensor.double().detach().numpy() for name, tensor in gate.named_parameters()}
             given = np.ones((2, TOKENS, 1)) if config.gate_input_independent else states
-            scores = ACTIVATIONS[config.gate_activation](given @ weights["weight"].T + weights.get("bias", 0.0))
+            logits = given @ weights["weight"].T + weights.get("bias", 0.0)
+            assert (layer in log_sum_exps) == (config.gate_logit_lse_weight > 0)
+            scores = ACTIVATIONS[config.gate_activation](logits + log_sum_exps.get(layer, 0.0))
             of_head = {"headwise": 1, "elementwise": 64 if position == "G5" else 16}[config.gate_granularity]
             scores = scores.reshape(2, TOKENS, -1, of_head)
 

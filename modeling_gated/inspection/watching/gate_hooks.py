@@ -66,10 +66,13 @@ class _Hooks:
         self.changes: list[Change] = []
         self.watches: list[Watch] = []
 
-    def __call__(self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, states: torch.Tensor, projection: nn.Module | None, gate_input: torch.Tensor, *log_sum_exp: torch.Tensor
+    ) -> torch.Tensor:
         if projection is None:
             return states
-        gates, position = self.attention.gate_values(projection(gate_input)), self.position_of[projection]
+        logits = self.attention.gate_logits(projection, gate_input, *log_sum_exp)
+        gates, position = self.attention.gate_values(logits), self.position_of[projection]
         for change in self.changes:
             gates = change(self.attention, position, gates)
         for watch in self.watches:
