@@ -14,6 +14,7 @@
 """The log-sum-exp of attention scores, for gates whose logits include it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -84,7 +85,9 @@ def attend_with_log_sum_exp(
     mask = _dense(attention_mask, query, key)
     # torch.compile decides on its own what to save and what to recompute.
     function = LogSumExp.apply if needs_gradient and not torch.compiler.is_compiling() else LogSumExp.forward
-    with torch.autocast(query.device.type, enabled=False):
+    # Scores are float32 whatever a trainer's autocast says. There is none on the meta device.
+    device = query.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         log_sum_exp = function(query, key, mask, scaling, is_causal)
     return output, weights, log_sum_exp.transpose(1, 2)
 

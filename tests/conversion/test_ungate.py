@@ -126,12 +126,15 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "base tensor": (lambda path: flip(path / SHARD), rf"{SHARD}: is not what conversion wrote \(another SHA-256\)"),
     "side file": (lambda path: grow(path / "tokenizer_config.json"), r"tokenizer_config\.json: is not what"),
     "side file gone": (lambda path: (path / "tokenizer_config.json").unlink(), r"tokenizer_config\.json: no such file"),
-    "not gated": (lambda path: (path / "config.json").write_text('{"model_type": "llama"}'), "'llama' is not gated"),
+    "not gated": (
+        lambda path: (path / "config.json").write_text('{"model_type": "llama"}'),
+        "model_type must be gated_llama, got 'llama'",
+    ),
     "no manifest": (lambda path: (path / "gated_llama_manifest.json").unlink(), "has no gated_llama_manifest"),
     "manifest not JSON": (lambda path: (path / "gated_llama_manifest.json").write_text("{"), "not valid JSON"),
     "manifest of another": (
         lambda path: (path / "gated_llama_manifest.json").write_text('{"format": 7}'),
-        r"manifest\.json: format 7 is not 1",
+        r"manifest\.json: format must be 1, got 7",
     ),
     "manifest without files": (
         lambda path: manifest(path, lambda content: content.pop("files")),

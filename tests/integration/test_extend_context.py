@@ -256,9 +256,17 @@ def test_wrong_setting_gets_one_line(config: Path, tmp_path: Path, old: str, new
 def test_other_problems_get_one_line(config: Path, finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.toml"
     for new, output, message in (
-        ("steps = 7", finished, f"{finished}: was made with steps=6, not 7"),
-        ("steps = 6", config.parent, f"{config.parent}: is neither empty nor an output of such a run"),
-        ("steps = 6\nseed = 1", finished, f"{finished}: was made with seed=0, not 1"),
+        ("steps = 7", finished, f"{finished}: steps must be 6, as at its start, got 7; name another directory"),
+        (
+            "steps = 6",
+            config.parent,
+            f"{config.parent}: must be empty or the output of such a run; name another directory",
+        ),
+        (
+            "steps = 6\nseed = 1",
+            finished,
+            f"{finished}: seed must be 0, as at its start, got 1; name another directory",
+        ),
     ):
         other.write_text(config.read_text(encoding="utf-8").replace("steps = 6", new, 1), encoding="utf-8")
         with pytest.raises(SystemExit) as error:

@@ -189,6 +189,7 @@ def test_the_carried_code_is_the_package_s_own(tmp_path: Path) -> None:
         "from .gate_opening_gated_llama import initial_gate_bias, initial_gate_weight",
         "from .kv_cache_gated_llama import "
         "PASSES_KWARGS_TO_CACHE, check_cached_generation, forward_with_cache, take_cache",
+        "from .log_sum_exp_gated_llama import attend_with_log_sum_exp, check_backend",
         "from .lookups_gated_llama import register_class_names, register_shared_gate_style",
     ]
     siblings = get_relative_import_files(tmp_path / "modeling_gated_llama.py")

@@ -169,13 +169,13 @@ def test_a_constant_gate_is_a_sink_logit(tokens: torch.Tensor) -> None:
         return eager_attention_forward(module, *inputs, **options)
 
     model.config._attn_implementation = "sdpa"
-    ALL_ATTENTION_FUNCTIONS["sdpa"], before = spy, ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = spy
     try:
         with torch.no_grad():
             mask = torch.full((33, 33), -math.inf).triu(1)[None, None]
             model(tokens, attention_mask=mask)
     finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
     torch.testing.assert_close(seen["gated"], seen["sinks"].flatten(2), rtol=0, atol=1e-6)
 
 

@@ -220,9 +220,9 @@ def test_the_example_prints_every_variant(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head_dim": 7}, "error: head_dim=7 must be even"),
+        ({"head_dim": 7}, "error: head_dim must be even"),
         ({"num_key_value_heads": 3}, "error: num_attention_heads=8 is not a multiple of num_key_value_heads=3"),
-        ({"device": "mps"}, "error: --device mps: neither cpu nor cuda"),
+        ({"device": "mps"}, "error: --device must be cpu, cuda or cuda:N, got mps"),
     ],
 )
 def test_the_example_refuses_nonsense_in_one_line(options: dict, message: str) -> None:
