@@ -133,7 +133,7 @@ BAD_CONTEXTS: dict[str, tuple[dict[str, Any], str]] = {
     "lower base": ({"length": 512, "rope_theta": 5000.0}, r"rope_theta=5000\.0 .* 10000\.0"),
     "factor": (YARN | {"factor": 3}, r"factor=3 contradicts the lengths: 1024 / 256 = 4\.0"),
     "base with yarn": (YARN | {"rope_theta": 1e6}, r"rope_theta=1000000\.0 .* 10000\.0"),
-    "method": ({"length": 512, "method": "ntk"}, r"method='ntk'"),
+    "method": ({"length": 512, "method": "ntk"}, r"method must be 'rope_base' or 'yarn', got 'ntk'"),
 }
 
 

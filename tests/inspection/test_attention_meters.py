@@ -238,11 +238,11 @@ def nan_gate(model: PreTrainedModel) -> None:
     ("spoil", "meter", "message"),
     [
         (infinite_key, FirstTokenAttention(), "layer 1: attention scores are not finite"),
-        (nan_output, MassiveActivations(), "layer 1's output: not all numbers are finite"),
+        (nan_output, MassiveActivations(), "layer 1's output: must be finite"),
         (nan_output, FirstTokenAttention(), "layer 2: attention scores are not finite"),
-        (nan_value, KeyValueNorms(), "layer 1's values: not all numbers are finite"),
-        (nan_value, EffectiveRank(), "layer 1's attention output: not all numbers are finite"),
-        (nan_gate, GateScores(), "layer 1's gates: not all numbers are finite"),
+        (nan_value, KeyValueNorms(), "layer 1's values: must be finite"),
+        (nan_value, EffectiveRank(), "layer 1's attention output: must be finite"),
+        (nan_gate, GateScores(), "layer 1's gates: must be finite"),
     ],
 )
 def test_numbers_that_are_not_finite_are_an_error(

@@ -177,7 +177,7 @@ def test_scores_that_sdpa_leaves_alone_are_refused() -> None:
     with (
         torch.no_grad(),
         inspecting(model, FirstTokenAttention()),
-        pytest.raises(UnknownAttention, match="layer 0: sdpa does not heed its s_aux"),
+        pytest.raises(UnknownAttention, match="layer 0: sdpa ignores its s_aux"),
     ):
         model(**inputs, s_aux=torch.ones(9))
 

@@ -47,7 +47,7 @@ def test_the_command_says_so_in_one_line(tmp_path: Path) -> None:
     assert finished.stderr == "error: GatedLlama needs transformers>=5.16.1, found 5.16.0\n"
 
 
-def test_pip_and_readme_ask_for_the_same_versions() -> None:
+def test_pip_and_documents_ask_for_the_same_versions() -> None:
     root = Path(__file__).parents[2]
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert "transformers>=5.16.1" in project["dependencies"]
@@ -55,4 +55,6 @@ def test_pip_and_readme_ask_for_the_same_versions() -> None:
     assert "transformers==5.23.0" in (root / "tests" / "previous.txt").read_text().split()
     assert "transformers==5.24.0" in (root / "constraints.txt").read_text().split()
     assert TESTED_VERSIONS == "5.16.1 to 5.24"
-    assert "Transformers 5.16.1 and later. It is tested with 5.16.1, 5.23 and 5.24" in (root / "README.md").read_text()
+    assert "Transformers 5.16.1 to 5.24" in (root / "README.md").read_text()
+    families = " ".join((root / "docs" / "families.md").read_text().split())
+    assert "Transformers 5.16.1 and later, and is tested with 5.16.1, 5.23 and 5.24" in families
