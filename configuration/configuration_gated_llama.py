@@ -221,11 +221,12 @@ class GatedLlamaConfig(LlamaConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # depends on the fields
-        """Tensor-parallel style of each kind of layer in the model."""
-        plan = dict(LlamaConfig.base_model_tp_plan or {})
-        if not self.use_glu:
-            del plan["layers.*.mlp.gate_proj"]
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor-parallel style of each kind of layer in the model; an assigned plan replaces it."""
+        if (assigned := vars(self).get("base_model_tp_plan")) is not None:
+            return assigned
+        left_out = () if self.use_glu else ("layers.*.mlp.gate_proj",)
+        plan = {name: style for name, style in (LlamaConfig.base_model_tp_plan or {}).items() if name not in left_out}
         # Gates are split with their heads. Shared gates are whole on every rank, and so is what G5's are applied to.
         head_style = "shared_gate" if self.gate_head_shared else "colwise"
         for position in self.gate_position:
@@ -233,6 +234,11 @@ class GatedLlamaConfig(LlamaConfig):
             plan[f"layers.*.self_attn.{GATE_PROJECTIONS[position]}"] = style
         norms = ["q_norm", "k_norm"] * self.use_qk_norm + ["o_norm"] * self.use_attention_output_norm
         return plan | {f"layers.*.self_attn.{norm}": "replicated_with_grad_allreduce" for norm in norms}
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str] | None) -> None:
+        # Transformers before 5.23 adds tied embeddings to the plan. Saved configs leave this name out.
+        vars(self)["base_model_tp_plan"] = plan
 
     @classmethod
     def from_source_config(cls, config: PreTrainedConfig, **gate_options: Any) -> "GatedLlamaConfig":
