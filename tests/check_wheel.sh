@@ -4,6 +4,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 environment=$root/build/wheel-environment
 rm -rf "$root/build/lib" "$root/build/wheel"
+mkdir -p "$root/build/wheel"
 (cd "$root" && .venv/bin/python -c "import setuptools.build_meta as s; s.build_sdist('build/wheel')" > "$root/build/sdist.log")
 "$root/.venv/bin/pip" wheel -q --no-deps --wheel-dir "$root/build/wheel" "$root"/build/wheel/*.tar.gz
 [ -x "$environment/bin/python" ] || "$root/.venv/bin/python" -m venv "$environment"
