@@ -15,10 +15,12 @@ test: .venv/ready
 test-fast: .venv/ready
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m fast -n 2 --dist worksteal $(ARGS)
 
-CORE := tests/configuration tests/model tests/cli tests/evaluation tests/conversion/test_identity.py tests/conversion/test_verify.py \
-	tests/conversion/test_refresh.py tests/integration/test_remote_code.py tests/integration/test_trainer.py tests/training \
-	tests/absorption tests/inspection/test_attention_meters.py tests/inspection/test_kinds_of_attention.py \
-	tests/inspection/test_callback.py tests/inspection/test_interventions.py
+# Tests of what depends on the version of Transformers.
+MODELS := tests/model tests/evaluation tests/conversion/test_identity.py tests/conversion/test_verify.py \
+	tests/conversion/test_refresh.py tests/integration/test_remote_code.py tests/integration/test_trainer.py \
+	tests/training/test_peft_generation.py tests/absorption/test_texts.py tests/inspection/test_attention_meters.py \
+	tests/inspection/test_kinds_of_attention.py tests/inspection/test_callback.py tests/inspection/test_interventions.py
+CORE := $(MODELS) tests/configuration tests/cli tests/training tests/absorption
 
 ## The suite's core on the oldest supported Transformers, which lies before the newest in the path.
 test-oldest: build/oldest/ready
@@ -26,11 +28,11 @@ test-oldest: build/oldest/ready
 	PYTHONPATH=$(CURDIR)/build/oldest OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
 		$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(CORE) $(ARGS)
 
-## The suite's core on the last Transformers that calls the KV cache past_key_values.
+## Models on the last Transformers that calls the KV cache past_key_values.
 test-previous: build/previous/ready
 	PYTHONPATH=$(CURDIR)/build/previous $(BIN)/python -c "import transformers as t; assert t.__version__ == '5.23.0', t.__file__"
 	PYTHONPATH=$(CURDIR)/build/previous OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(CORE) $(ARGS)
+		$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(MODELS) $(ARGS)
 
 ## Loading with torchao's quantization, which is not beside the others: importing Transformers then prints warnings.
 test-torchao: build/torchao/ready
